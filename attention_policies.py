@@ -1,0 +1,95 @@
+"""Where keys and values live while a block runs: the attention policies.
+
+  cache      K and V of all T rows, H heads, computed once and kept while the block runs
+  grouped    the same with G < H heads (grouped-query attention, arXiv 2305.13245)
+  recompute  K and V of k_chunk rows at a time, computed from x when needed, dropped at once
+
+Every policy has the same parameters and gives the same numbers. A policy is a *KV source*: it
+hands out (k, v) for rows [start, stop). `attend_rows` runs a tile of queries over a source:
+the causal diagonal tile, then what lies to its left, merged by logsumexp. Nothing above the
+diagonal is ever computed.
+
+For KV caches while decoding, see kv_cache.py.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from attention_kernels import merge_, tile_forward
+
+POLICIES = {
+    "cache": "K and V of all rows kept while a block runs",
+    "grouped": "the same with n_kv_head < n_head key/value heads",
+    "recompute": "K and V recomputed from x, k_chunk rows at a time",
+}
+
+
+def attend(q, k, v, dropout=0.0):
+    """Causal attention over whole sequences, one fused kernel: (B, H, T, D) -> (B, H, T, D)."""
+    grouped = q.size(1) != k.size(1)
+    return F.scaled_dot_product_attention(
+        q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped)
+
+
+class RecomputedKV:
+    """`recompute`: nothing is kept; rows of x (B, T, C) are projected when asked for.
+
+    project(x, start) -> (k, v) of those rows, (B, G, t, D) each.
+    """
+
+    def __init__(self, project, x, k_chunk):
+        self.project, self.x, self.k_chunk = project, x, k_chunk
+
+    def rows(self, start, stop):
+        return self.project(self.x[:, start:stop], start)
+
+
+class StoredKV(RecomputedKV):
+    """`cache` and `grouped`: K and V of all rows, in two buffers (B, G, T, D).
+
+    They are filled chunk by chunk, so that the projection's own temporaries stay small.
+    """
+
+    def __init__(self, project, x, k_chunk):
+        super().__init__(project, x, k_chunk)
+        for start in range(0, x.size(1), k_chunk):
+            k, v = project(x[:, start:start + k_chunk], start)
+            if start == 0:
+                B, G, _, D = k.shape
+                # (B, T, G, D) in memory: the kernels read rows of all heads together
+                self.k, self.v = (k.new_empty(B, x.size(1), G, D).transpose(1, 2)
+                                  for _ in range(2))
+            self.k[:, :, start:start + k_chunk] = k
+            self.v[:, :, start:start + k_chunk] = v
+
+    def rows(self, start, stop):
+        return self.k[:, :, start:stop], self.v[:, :, start:stop]
+
+
+def kv_source(policy, project, x, k_chunk):
+    """The KV source of a policy over x (B, T, C)."""
+    return (RecomputedKV if policy == "recompute" else StoredKV)(project, x, k_chunk)
+
+
+def left_tiles(start, k_chunk):
+    """Row ranges that cover [0, start), k_chunk rows each, the last one ragged if need be."""
+    return [(a, min(a + k_chunk, start)) for a in range(0, start, k_chunk)]
+
+
+def attend_rows(q, diagonal, source, start, fixed_shapes):
+    """Causal attention of the rows [start, start + t) over everything up to them.
+
+    q (B, H, t, D); diagonal: (k, v) of the same rows, (B, G, t, D) each; source: a KV source.
+    Returns out (B, H, t, D) in q's dtype, and lse (B, H, t).
+    """
+    out, lse = tile_forward(q, *diagonal, causal=True, fixed_shapes=fixed_shapes)
+    tiles = left_tiles(start, source.k_chunk)
+    if not tiles:
+        return out, lse
+    merged = out.to(torch.promote_types(out.dtype, torch.float32))
+    lse = lse.clone(memory_format=torch.contiguous_format)
+    for a, b in tiles:
+        tile_out, tile_lse = tile_forward(q, *source.rows(a, b), causal=False,
+                                          fixed_shapes=fixed_shapes)
+        merge_(merged, lse, tile_out, tile_lse)
+    return merged.to(q.dtype), lse

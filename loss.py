@@ -1,0 +1,90 @@
+"""Cross-entropy over the vocabulary without the (B T, V) logits ever existing at once.
+
+The rows are taken in chunks. While a chunk's logits are there, its gradient is taken too, so
+the head's matrix product is never repeated: the forward pass leaves dloss/dhidden (B T, C) and
+dloss/dweight (V, C) behind, and the backward pass only scales them.
+"""
+
+import torch
+from torch.nn import functional as F
+
+IGNORE = -1  # targets that do not count, as in nanoGPT
+CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}  # of float32 logits at once
+
+
+def chunked_cross_entropy(hidden, weight, targets):
+    """Mean cross-entropy of softmax(hidden weightᵀ) at targets.
+
+    hidden: (..., C); weight: (V, C); targets: (...) int64, -1 ignored. Returns a float32 scalar
+    (float64 for float64 input), NaN if every target is ignored, as torch's. Under autocast the
+    products run in its dtype; the softmax and the loss are always float32 or wider.
+    """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten())
+
+
+def chunk_rows(vocab_size, device_type):
+    """How many rows' logits are held at once."""
+    return max(16, CHUNK_BYTES.get(device_type, 1 << 24) // (4 * vocab_size))
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    @torch.compiler.disable
+    def forward(ctx, hidden, weight, targets):
+        device = hidden.device.type
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        rows = chunk_rows(weight.size(0), device)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        head = weight.to(hidden.dtype)
+        count = (targets != IGNORE).sum()
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_grad else None
+        with torch.autocast(device, enabled=False):
+            for start in range(0, hidden.size(0), rows):
+                h, target = hidden[start:start + rows], targets[start:start + rows]
+                logits = h @ head.t()  # (rows, V)
+                share, grad = _loss_and_grad(logits, target, count)
+                loss += share
+                if needs_grad:
+                    torch.mm(grad, head, out=grad_hidden[start:start + rows])
+                    _add_product(grad_weight, grad, h)
+        if needs_grad:
+            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    @torch.compiler.disable
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(
+            ctx.weight_dtype), None
+
+
+def _add_product(total, grad_logits, h):
+    """total += grad_logitsᵀ h, in total's own (float32) precision where the device can."""
+    if h.dtype == total.dtype:
+        total.addmm_(grad_logits.t(), h)
+    else:
+        total += grad_logits.t() @ h
+
+
+def _loss_and_grad(logits, target, count):
+    """Share of the mean loss of some rows, and dloss/dlogits (rows, V) in their place."""
+    if logits.is_cuda:
+        from loss_triton import loss_and_grad  # CUDA only: Triton comes with that build
+
+        return loss_and_grad(logits, target, count, IGNORE)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    counted = (target != IGNORE).to(wide.dtype)
+    target = target.clamp_min(0)[:, None]
+    lse = wide.logsumexp(-1, keepdim=True)
+    loss = ((lse - wide.gather(-1, target))[:, 0] * counted).sum() / count
+    grad = wide.sub_(lse).exp_()  # softmax
+    grad.scatter_add_(-1, target, torch.full_like(lse, -1.0))
+    return loss, grad.mul_((counted / count)[:, None]).to(logits.dtype)

@@ -1,0 +1,350 @@
+"""GPT: the model every script here trains, samples from and measures.
+
+GPT-2's architecture by default; with norm="rmsnorm", mlp="swiglu", position="rope" it is Llama's.
+Parameter names are nanoGPT's, so its checkpoints load as they are. Where keys and values live
+while a block runs is the attention policy's business (attention_policies.py, tiled.py); every
+policy has the same parameters, so weights trained under one run under another.
+
+Shapes: B batch, T tokens, C n_embd, H n_head, G key/value heads, D head dim, L layers, V vocab.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+from attention_policies import POLICIES, attend
+from errors import UserError
+from loss import chunked_cross_entropy
+from rope import apply_rope, rope_table
+from tiled import run_block, tile_sizes
+
+POSITIONS = ("learned", "rope", "none")
+NORMS = ("layernorm", "rmsnorm")
+MLPS = ("gelu", "gelu_tanh", "swiglu")
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024  # longest context
+    vocab_size: int = 50304  # GPT-2's 50257 rounded up to a multiple of 64
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0  # on embeddings, attention weights and both residual branches
+    attention_dropout: float | None = None  # on attention weights; None: as dropout
+    bias: bool = False  # in linear and norm layers
+    n_kv_head: int | None = None  # key/value heads (GQA); None: n_head, or n_head/4 for `grouped`
+    attention_policy: str = "cache"  # cache | grouped | recompute
+    q_chunk: int | None = None  # rows a tile; None: the plain block (recompute: chosen)
+    k_chunk: int | None = None  # key/value rows a tile; None: chosen
+    position: str = "learned"  # learned | rope | none
+    norm: str = "layernorm"  # layernorm | rmsnorm
+    norm_eps: float = 1e-5
+    mlp: str = "gelu"  # gelu | gelu_tanh | swiglu
+    n_inner: int | None = None  # width inside the MLP; None: 4 n_embd
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # as in a Hugging Face config.json
+    tie_embeddings: bool = True  # lm_head shares wte
+    checkpoint_layers: bool = False  # training saves each layer's input only
+    offload: bool = False  # ... and keeps those inputs in pinned host memory (CUDA)
+
+    def __post_init__(self):
+        if self.n_kv_head is None and self.attention_policy == "grouped":
+            self.n_kv_head = max(1, self.n_head // 4)
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("n_kv_head", "q_chunk", "k_chunk", "n_inner"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError(f"{name} must be positive, not {getattr(self, name)}")
+        for name, known in (("attention_policy", POLICIES), ("position", POSITIONS),
+                            ("norm", NORMS), ("mlp", MLPS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"unknown {name} {getattr(self, name)!r}; "
+                                f"choose one of: {', '.join(known)}")
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
+        if self.n_head % self.kv_heads:
+            raise UserError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
+        if self.attention_policy == "grouped" and self.kv_heads == self.n_head > 1:
+            raise UserError("attention_policy='grouped' needs n_kv_head smaller than n_head="
+                            f"{self.n_head}; use 'cache' for one key/value head per head")
+        if self.position == "rope" and self.head_dim % 2:
+            raise UserError(f"position='rope' needs an even head size, not {self.head_dim}")
+        for name in ("dropout", "attention_dropout"):
+            if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
+                raise UserError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
+        if self.k_chunk is not None and self.attention_policy != "recompute" and not self.q_chunk:
+            raise UserError(f"k_chunk={self.k_chunk} does nothing under attention_policy="
+                            f"{self.attention_policy!r} without q_chunk; set q_chunk too")
+        if self.offload and not self.checkpoint_layers:
+            raise UserError("offload=True moves checkpointed layers to the host: "
+                            "set checkpoint_layers=True as well")
+
+    @property
+    def kv_heads(self):
+        """G, the number of key/value heads."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_dim(self):
+        """D, the width of one head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def inner(self):
+        """Width inside the MLP."""
+        return self.n_inner or 4 * self.n_embd
+
+
+def config_from_dict(model_args):
+    """GPTConfig from a checkpoint's `model_args` (nanoGPT's or ours). Raises UserError."""
+    known = {field.name for field in fields(GPTConfig)}
+    unknown = sorted(set(model_args) - known)
+    if unknown:
+        raise UserError(f"the checkpoint's model_args have keys this model lacks: {unknown}")
+    return GPTConfig(**model_args)
+
+
+class Norm(nn.Module):
+    """LayerNorm with an optional bias, or RMSNorm (arXiv 1910.07467)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.kind, self.eps = config.norm, config.norm_eps
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        has_bias = config.bias and config.norm == "layernorm"
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if has_bias else None
+
+    def forward(self, x):  # (..., C) -> (..., C)
+        if self.kind == "rmsnorm":
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class CausalSelfAttention(nn.Module):
+    """Projections of one attention layer; attention_policies.py says where K and V live."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        C, kv_width = config.n_embd, config.kv_heads * config.head_dim
+        self.c_attn = nn.Linear(C, C + 2 * kv_width, bias=config.bias)  # rows: q, k, v
+        self.c_attn.row_blocks = (C, kv_width, kv_width)  # optimizers may treat them apart
+        self.c_attn.head_dim = config.head_dim
+        self.c_proj = nn.Linear(C, C, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def project_qkv(self, x, positions):
+        """Queries, keys and values of some rows.
+
+        x: (B, t, C), already normed; positions: (t,) int64, used by rope only.
+        Returns q (B, H, t, D), k (B, G, t, D), v (B, G, t, D), rope applied.
+        """
+        C = self.config.n_embd
+        q, k, v = self.c_attn(x).split(self.c_attn.row_blocks, dim=-1)
+        q, k, v = (self._heads(part) for part in (q, k, v))
+        return self._rotate(q, positions), self._rotate(k, positions), v
+
+    def project_q(self, x, positions):
+        """Queries alone: x (B, t, C) -> (B, H, t, D)."""
+        return self._rotate(self._heads(self._rows(x, 0, self.config.n_embd)), positions)
+
+    def project_kv(self, x, positions):
+        """Keys and values alone: x (B, t, C) -> two of (B, G, t, D)."""
+        C, kv_width, _ = self.c_attn.row_blocks
+        k, v = self._rows(x, C, C + 2 * kv_width).split(kv_width, dim=-1)
+        return self._rotate(self._heads(k), positions), self._heads(v)
+
+    def _rows(self, x, start, stop):
+        """Outputs [start, stop) of c_attn, at the cost of those rows alone where it can be."""
+        if not isinstance(self.c_attn, nn.Linear):  # packed weights have their own way
+            return self.c_attn.forward_rows(x, start, stop)
+        bias = self.c_attn.bias
+        return F.linear(x, self.c_attn.weight[start:stop],
+                        None if bias is None else bias[start:stop])
+
+    def _heads(self, x):  # (B, t, n D) -> (B, n, t, D)
+        B, t, width = x.shape
+        return x.view(B, t, width // self.config.head_dim, self.config.head_dim).transpose(1, 2)
+
+    def _rotate(self, x, positions):  # (B, n, t, D) -> the same, rope applied
+        if self.config.position != "rope":
+            return x
+        cos, sin = rope_table(self.config.head_dim, positions, self.config.rope_theta,
+                              self.config.rope_scaling)
+        return apply_rope(x, cos, sin)
+
+    def output(self, y):
+        """Heads joined and projected: y (B, H, t, D) -> (B, t, C)."""
+        y = y.transpose(1, 2).flatten(2)
+        return self.resid_dropout(self.c_proj(y))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.kind = config.mlp
+        wide = 2 if config.mlp == "swiglu" else 1  # rows: gate, up
+        self.c_fc = nn.Linear(config.n_embd, wide * config.inner, bias=config.bias)
+        self.c_proj = nn.Linear(config.inner, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):  # (B, t, C) -> (B, t, C)
+        x = self.c_fc(x)
+        if self.kind == "swiglu":
+            gate, up = x.chunk(2, dim=-1)
+            x = F.silu(gate) * up
+        else:
+            x = F.gelu(x, approximate="tanh" if self.kind == "gelu_tanh" else "none")
+        return self.dropout(self.c_proj(x))
+
+
+class Block(nn.Module):
+    """norm, attention, residual, norm, MLP, residual: plain, or row tile by row tile."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.ln_1 = Norm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = Norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x, inplace=False):
+        """x (B, T, C) -> (B, T, C).
+
+        inplace=True lets a tiled policy overwrite x while no gradient is recorded, so that a
+        stack of layers needs one residual stream in all.
+        """
+        if tile_sizes(self.config, x) is None:
+            return self.plain(x)
+        return run_block(self, x, inplace)
+
+    def plain(self, x):
+        """The untiled block: K and V of all rows at once, whatever the policy."""
+        positions = torch.arange(x.size(1), device=x.device)
+        q, k, v = self.attn.project_qkv(self.ln_1(x), positions)
+        return self.finish(x, attend(q, k, v, self.attention_dropout))
+
+    @property
+    def attention_dropout(self):
+        """Probability in force now: none outside training."""
+        rate = self.config.attention_dropout
+        rate = self.config.dropout if rate is None else rate
+        return rate if self.training else 0.0
+
+    def finish(self, x, y):
+        """What follows attention, rows independent: x (B, t, C), y (B, H, t, D) -> (B, t, C)."""
+        x = x + self.attn.output(y)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        modules = {"wte": nn.Embedding(config.vocab_size, config.n_embd)}
+        if config.position == "learned":
+            modules["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        modules["drop"] = nn.Dropout(config.dropout)
+        modules["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        modules["ln_f"] = Norm(config)
+        self.transformer = nn.ModuleDict(modules)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
+        self.apply(self._init_weights)
+        for name, parameter in self.named_parameters():  # GPT-2: residual branches start smaller
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init_weights(module):
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def num_params(self, non_embedding=True):
+        """Parameter count; position embeddings left out by default, as nanoGPT reports it."""
+        count = sum(parameter.numel() for parameter in self.parameters())
+        if non_embedding and self.config.position == "learned":
+            count -= self.transformer.wpe.weight.numel()
+        return count
+
+    def embed(self, idx, start=0):
+        """Tokens idx (B, T) at positions start.. -> the residual stream (B, T, C)."""
+        B, T = idx.shape
+        if self.config.position == "learned" and start + T > self.config.block_size:
+            raise UserError(f"{start + T} tokens do not fit block_size={self.config.block_size}")
+        x = self.transformer.wte(idx)
+        if self.config.position == "learned":
+            x = x + self.transformer.wpe.weight[start:start + T]
+        if torch.is_autocast_enabled(x.device.type):  # a bf16 stream: half the bytes saved a layer
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return self.transformer.drop(x)
+
+    def hidden(self, idx):
+        """idx (B, T) int64 -> the residual stream after the last block, not normed, (B, T, C)."""
+        x = self.embed(idx)
+        for block in self.transformer.h:
+            x = block(x, inplace=not torch.is_grad_enabled())
+        return x
+
+    def forward(self, idx, targets=None):
+        """idx (B, T) int64, targets (B, T) int64 with -1 for "ignore", or None.
+
+        Without targets: (logits (B, T, V), None). With them: (None, mean loss), float32; the
+        (B T, V) logits never exist at once (loss.py). Raises UserError past block_size.
+        """
+        x = self.hidden(idx)
+        if targets is None:
+            return self.lm_head(self.transformer.ln_f(x)), None
+        loss = chunked_cross_entropy(self.transformer.ln_f(x), self.lm_head.weight, targets)
+        return None, loss
+
+    def prefill(self, idx, cache):
+        """Read a prompt idx (B, T) into an empty cache -> logits (B, V) of its last position."""
+        return self._step(idx, cache)
+
+    def decode_one_token(self, idx, cache):
+        """One more token each, idx (B, 1), after cache.length others -> logits (B, V)."""
+        return self._step(idx, cache)
+
+    def _step(self, idx, cache):
+        start = cache.length
+        x = self.embed(idx, start)
+        positions = torch.arange(start, start + idx.size(1), device=idx.device)
+        for block, layer in zip(self.transformer.h, cache.layers):
+            x_norm = block.ln_1(x)
+            q, k, v = block.attn.project_qkv(x_norm, positions)
+            layer.append(k, v, x_norm)
+            x = block.finish(x, layer.attend(q))
+        cache.advance(idx.size(1))
+        return self.lm_head(self.transformer.ln_f(x[:, -1]))
+
+    @torch.inference_mode()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
+        """Sample after idx (B, T) -> (B, T + max_new_tokens); see generation.generate."""
+        from generation import generate  # above this file: imported when asked for
+
+        return generate(self, idx, max_new_tokens, temperature, top_k, **options)
+
+    @classmethod
+    def from_pretrained(cls, name_or_dir, **overrides):
+        """GPT with a published model's weights; see pretrained.load_pretrained."""
+        from pretrained import load_pretrained
+
+        return load_pretrained(name_or_dir, **overrides)
+
+    def crop_block_size(self, block_size):
+        """Shorten the context of a model with learned positions (a shorter wpe table)."""
+        if not 0 < block_size <= self.config.block_size:
+            raise UserError(f"cannot crop block_size {self.config.block_size} to {block_size}")
+        self.config.block_size = block_size
+        if self.config.position == "learned":
+            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size])
