@@ -21,6 +21,7 @@ SCALING_KEYS = {
         "high_freq_factor",
         "original_max_position_embeddings",
     ),
+    "factors": (),
 }
 
 
@@ -40,6 +41,8 @@ def check_scaling(scaling):
             raise UserError(f"rope_scaling {name!r} needs a positive {key!r}, not {value!r}")
     if name == "llama3" and not scaling["high_freq_factor"] > scaling["low_freq_factor"]:
         raise UserError("rope_scaling 'llama3' needs high_freq_factor above low_freq_factor")
+    if name == "factors" and not all(f > 0 for f in scaling.get("factors") or [0]):
+        raise UserError("rope_scaling 'factors' needs a list of positive 'factors', one a pair")
     return name
 
 
@@ -50,7 +53,8 @@ def rope_frequencies(head_dim, theta=10000.0, scaling=None, device=None):
       linear  every frequency divided by `factor` (Chen et al. 2023, arXiv 2306.15595);
       llama3  wavelengths beyond original_max_position_embeddings / low_freq_factor divided by
               `factor`, those below original_max_position_embeddings / high_freq_factor left
-              alone, a straight blend between (Llama 3.1's reference code).
+              alone, a straight blend between (Llama 3.1's reference code);
+      factors  pair i divided by `factors`[i]: how GGUF files write llama3 down (not HF's).
     Raises UserError for an odd head_dim, a theta that is not positive, or another scaling rule.
     """
     if head_dim % 2:
@@ -68,6 +72,11 @@ def rope_frequencies(head_dim, theta=10000.0, scaling=None, device=None):
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         return keep * frequency + (1 - keep) * frequency / scaling["factor"]
+    if name == "factors":
+        if len(scaling["factors"]) != head_dim // 2:
+            raise UserError(f"rope_scaling has {len(scaling['factors'])} factors for a head of "
+                            f"{head_dim // 2} pairs")
+        return frequency / torch.tensor(scaling["factors"], device=device)
     return frequency
 
 

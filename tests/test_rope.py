@@ -67,6 +67,11 @@ def test_llama3_scaling():
     assert (scaled[between] < plain[between]).all() and (scaled[between] > plain[between] / 8).all()
 
 
+def test_factors_divide_each_pair():
+    scaled = rope_frequencies(8, scaling={"rope_type": "factors", "factors": [1, 1, 2.0, 4]})
+    torch.testing.assert_close(rope_frequencies(8) / scaled, torch.tensor([1.0, 1, 2, 4]))
+
+
 @pytest.mark.parametrize(
     "scaling, words",
     [
@@ -75,6 +80,8 @@ def test_llama3_scaling():
         ({"rope_type": "linear", "factor": -2}, "factor"),
         ({**LLAMA3, "high_freq_factor": 1.0}, "high_freq_factor"),
         ("linear", "dict"),
+        ({"rope_type": "factors", "factors": [1, 1, 0, 1]}, "positive"),
+        ({"rope_type": "factors", "factors": [1, 1]}, "2 factors"),
     ],
 )
 def test_bad_scaling_is_named(scaling, words):
