@@ -1,0 +1,102 @@
+"""Our GPT as a Hugging Face folder: safetensors and a config.json that `transformers` loads.
+
+GPT-2-shaped models become GPT2LMHeadModel, Llama-shaped ones LlamaForCausalLM, with the same
+logits; what neither can express is an error that names the setting.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from errors import UserError
+from hf_weights import config_to_hf, hf_pieces
+
+SHARD_BYTES = 5 * 2**30
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+              "chat_template.jinja", "generation_config.json")
+
+
+def export_pretrained(model, directory, tokenizer_dir=None):
+    """Write `directory`/config.json and model.safetensors (shards and index beyond 5 GiB).
+
+    model: a GPT in any floating dtype, with plain weights (not int4). tokenizer_dir: a folder
+    whose tokenizer files are copied beside them. Returns the directory as a Path.
+    Raises UserError, with nothing written, where transformers has no such architecture.
+    """
+    config = config_to_hf(model.config)
+    tensors = _their_tensors(model, config["model_type"])
+    config["torch_dtype"] = str(next(model.parameters()).dtype).removeprefix("torch.")
+    directory = Path(directory)
+    if directory.exists() and not directory.is_dir():
+        raise UserError(f"export: {directory} is a file, not a folder")
+    directory.mkdir(parents=True, exist_ok=True)
+    shards = _shards(tensors)
+    for file, names in shards.items():
+        _write_shard(directory / file, {name: tensors[name] for name in names})
+    index_file = directory / "model.safetensors.index.json"
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        total = sum(_bytes(tensor) for tensor in tensors.values())
+        _write_json(index_file, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    else:
+        index_file.unlink(missing_ok=True)  # an older export's index would name its shards
+    _write_json(directory / "config.json", config)
+    for name in TEXT_FILES if tokenizer_dir else ():
+        source, target = Path(tokenizer_dir) / name, directory / name
+        if source.exists() and source.resolve() != target.resolve():
+            shutil.copyfile(source, target)
+    return directory
+
+
+def _their_tensors(model, family):
+    """{name in the file: tensor}, views of our parameters; a bias that we lack is zeros."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    prefix = {"gpt2": "transformer.", "llama": "model."}[family]
+    tensors = {}
+    for piece in hf_pieces(model.config):
+        name = piece.theirs if piece.theirs.startswith("lm_head") else prefix + piece.theirs
+        weight = parameters.get(piece.ours.removesuffix("bias") + "weight" if
+                                piece.ours.endswith("bias") else piece.ours)
+        if weight is None:
+            raise UserError("export: this model's weights are packed (int4); export the float "
+                            "model instead")
+        tensor = parameters.get(piece.ours, weight.new_zeros(weight.size(0)))
+        if piece.rows is not None:
+            tensor = tensor[piece.rows[0]:piece.rows[1]]
+        tensors[name] = tensor.t() if piece.transposed else tensor
+    return tensors
+
+
+def _bytes(tensor):
+    return tensor.numel() * tensor.element_size()
+
+
+def _shards(tensors):
+    """{file: [tensor names]} of at most SHARD_BYTES each, in the model's order."""
+    groups, size = [[]], 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + _bytes(tensor) > SHARD_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += _bytes(tensor)
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    count = len(groups)
+    return {f"model-{i + 1:05}-of-{count:05}.safetensors": g for i, g in enumerate(groups)}
+
+
+def _write_shard(file, tensors):
+    from safetensors.torch import save_file
+
+    temporary = file.with_name(file.name + ".tmp")
+    whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    save_file(whole, temporary, metadata={"format": "pt"})
+    os.replace(temporary, file)
+
+
+def _write_json(file, content):
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
