@@ -8,6 +8,7 @@ pairs lie side by side here and D/2 rows apart there (and in our model).
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from errors import UserError
@@ -84,7 +85,8 @@ class GGUFWeights:
             kind = tensor.tensor_type.name
             raise UserError(f"{self.path}: tensor {name} is {kind}, which gguf cannot dequantise") \
                 from None
-        return torch.tensor(numbers, dtype=torch.float32).view(self.shape(name))
+        numbers = np.require(numbers, np.float32, ["C", "W", "E"])  # a copy only of a mapped one
+        return torch.from_numpy(numbers).view(self.shape(name))
 
     def pieces(self, config):
         """Which of our parameters each tensor fills (hf_weights.Piece)."""
@@ -176,3 +178,24 @@ def tokenizer_json(metadata, where):
                for token, kind in zip(tokens, types) if kind in (CONTROL, USER_DEFINED)]
     tokenizer.add_tokens(special)
     return json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, indent=1)
+
+
+def write_text_files(metadata, folder, where):
+    """Write a GGUF file's tokenizer.json, tokenizer_config.json and generation_config.json.
+
+    They hold what Hugging Face keeps beside the weights: the vocabulary, the chat template with
+    the tokens it may name, and the ids that end a text. Raises UserError as tokenizer_json does.
+    """
+    folder, tokens = Path(folder), metadata.get("tokenizer.ggml.tokens", [])
+    ids = {name: metadata[f"tokenizer.ggml.{name}_id"] for name in ("bos_token", "eos_token")
+           if f"tokenizer.ggml.{name}_id" in metadata}
+    settings = {name: tokens[i] for name, i in ids.items() if i < len(tokens)}
+    if "tokenizer.chat_template" in metadata:
+        settings["chat_template"] = metadata["tokenizer.chat_template"]
+    contents = {
+        "tokenizer.json": tokenizer_json(metadata, where),
+        "tokenizer_config.json": json.dumps(settings, indent=1),
+        "generation_config.json": json.dumps({f"{name}_id": i for name, i in ids.items()}),
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(content + "\n", encoding="utf-8")
