@@ -76,20 +76,21 @@ def left_tiles(start, k_chunk):
     return [(a, min(a + k_chunk, start)) for a in range(0, start, k_chunk)]
 
 
-def attend_rows(q, diagonal, source, start, fixed_shapes):
-    """Causal attention of the rows [start, start + t) over everything up to them.
+def attend_rows(q, source, start, stop, fixed_shapes):
+    """Causal attention of rows [start, stop) over all rows up to each: q (B, H, t, D).
 
-    q (B, H, t, D); diagonal: (k, v) of the same rows, (B, G, t, D) each; source: a KV source.
     Returns out (B, H, t, D) in q's dtype, and lse (B, H, t).
     """
-    out, lse = tile_forward(q, *diagonal, causal=True, fixed_shapes=fixed_shapes)
+    out, lse = tile_forward(q, *source.rows(start, stop), causal=True, fixed_shapes=fixed_shapes)
     tiles = left_tiles(start, source.k_chunk)
     if not tiles:
         return out, lse
     merged = out.to(torch.promote_types(out.dtype, torch.float32))
     lse = lse.clone(memory_format=torch.contiguous_format)
+    del out
     for a, b in tiles:
         tile_out, tile_lse = tile_forward(q, *source.rows(a, b), causal=False,
                                           fixed_shapes=fixed_shapes)
         merge_(merged, lse, tile_out, tile_lse)
+        del tile_out, tile_lse  # before the next tile's are made
     return merged.to(q.dtype), lse

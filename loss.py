@@ -6,23 +6,33 @@ dloss/dweight (V, C) behind, and the backward pass only scales them.
 """
 
 import torch
-from torch.nn import functional as F
 
 IGNORE = -1  # targets that do not count, as in nanoGPT
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}  # of float32 logits at once
 
 
-def chunked_cross_entropy(hidden, weight, targets):
-    """Mean cross-entropy of softmax(hidden weightᵀ) at targets.
+def chunked_cross_entropy(hidden, weight, targets, norm=None):
+    """Mean cross-entropy of softmax(norm(hidden) weightᵀ) at targets.
 
-    hidden: (..., C); weight: (V, C); targets: (...) int64, -1 ignored. Returns a float32 scalar
-    (float64 for float64 input), NaN if every target is ignored, as torch's. Under autocast the
-    products run in its dtype; the softmax and the loss are always float32 or wider.
+    hidden: (..., C); weight: (V, C); targets: (...) int64, -1 ignored; norm: a module over rows,
+    or None. Returns a float32 scalar (float64 for float64 input), NaN if every target is
+    ignored, as torch's. Under autocast the products run in its dtype; the softmax and the loss
+    are always float32 or wider.
     """
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    count = (targets != IGNORE).sum()
+    if torch.is_grad_enabled():
+        return _loss(norm(hidden) if norm else hidden, weight, targets, count)
+    rows = chunk_rows(weight.size(0), hidden.device.type)
+    parts = zip(hidden.split(rows), targets.split(rows))  # nor is norm(hidden) ever whole
+    return sum(_loss(norm(h) if norm else h, weight, t, count) for h, t in parts)
+
+
+def _loss(hidden, weight, targets, count):
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden = hidden.to(torch.get_autocast_dtype(device))
-    return _ChunkedCrossEntropy.apply(hidden.flatten(0, -2), weight, targets.flatten())
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, count)
 
 
 def chunk_rows(vocab_size, device_type):
@@ -33,13 +43,12 @@ def chunk_rows(vocab_size, device_type):
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.compiler.disable
-    def forward(ctx, hidden, weight, targets):
+    def forward(ctx, hidden, weight, targets, count):
         device = hidden.device.type
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         rows = chunk_rows(weight.size(0), device)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         head = weight.to(hidden.dtype)
-        count = (targets != IGNORE).sum()
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_grad else None
@@ -63,7 +72,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(
-            ctx.weight_dtype), None
+            ctx.weight_dtype), None, None
 
 
 def _add_product(total, grad_logits, h):

@@ -144,7 +144,6 @@ class CausalSelfAttention(nn.Module):
         x: (B, t, C), already normed; positions: (t,) int64, used by rope only.
         Returns q (B, H, t, D), k (B, G, t, D), v (B, G, t, D), rope applied.
         """
-        C = self.config.n_embd
         q, k, v = self.c_attn(x).split(self.c_attn.row_blocks, dim=-1)
         q, k, v = (self._heads(part) for part in (q, k, v))
         return self._rotate(q, positions), self._rotate(k, positions), v
@@ -278,14 +277,16 @@ class GPT(nn.Module):
 
     def embed(self, idx, start=0):
         """Tokens idx (B, T) at positions start.. -> the residual stream (B, T, C)."""
-        B, T = idx.shape
+        T = idx.size(1)
         if self.config.position == "learned" and start + T > self.config.block_size:
             raise UserError(f"{start + T} tokens do not fit block_size={self.config.block_size}")
-        x = self.transformer.wte(idx)
+        weight = self.transformer.wte.weight
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(idx.device.type):  # a bf16 stream: half the bytes a layer
+            dtype = torch.get_autocast_dtype(idx.device.type)
+        x = F.embedding(idx, weight.to(dtype))
         if self.config.position == "learned":
-            x = x + self.transformer.wpe.weight[start:start + T]
-        if torch.is_autocast_enabled(x.device.type):  # a bf16 stream: half the bytes saved a layer
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+            x += self.transformer.wpe.weight[start:start + T].to(dtype)
         return self.transformer.drop(x)
 
     def hidden(self, idx):
@@ -304,8 +305,12 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(self.transformer.ln_f(x)), None
-        loss = chunked_cross_entropy(self.transformer.ln_f(x), self.lm_head.weight, targets)
+        loss = chunked_cross_entropy(x, self.lm_head.weight, targets, self.transformer.ln_f)
         return None, loss
+
+    def last_logits(self, idx):
+        """idx (B, T) -> logits (B, V) of the last position, the T others' never computed."""
+        return self.lm_head(self.transformer.ln_f(self.hidden(idx)[:, -1]))
 
     def prefill(self, idx, cache):
         """Read a prompt idx (B, T) into an empty cache -> logits (B, V) of its last position."""

@@ -13,7 +13,7 @@ Training saves x, the rows' logsumexp and (unless checkpoint_layers) attention's
 else is recomputed tile by tile (Chen et al. 2016, arXiv 1604.06174, at the grain of a tile).
 
 Extra memory beyond x and the output, in numbers (b rows of the batch at once, q = q_chunk,
-k = k_chunk, G D = C/g):  forward  b (4 q C + 2 k C/g + 11 m C), m = q/4 the rows of an MLP tile;
+k = k_chunk, G D = C/g):  forward  b (3 q C + 2 k C/g + 11 m C), m = q/4 the rows of an MLP tile;
 `cache` and `grouped` add 2 T C/g for K and V;  backward adds 2 T C/g float32 for dk and dv.
 """
 
@@ -85,6 +85,10 @@ class Tiles:
         positions = self.positions(start, start + x.size(1))
         return self.block.attn.project_qkv(self.block.ln_1(x), positions)
 
+    def q(self, x, start):
+        positions = self.positions(start, start + x.size(1))
+        return self.block.attn.project_q(self.block.ln_1(x), positions)
+
     def kv(self, x, start):
         positions = self.positions(start, start + x.size(1))
         return self.block.attn.project_kv(self.block.ln_1(x), positions)
@@ -125,17 +129,13 @@ def forward_tiles(tiles, x, into, keep=None):
         xb, yb = x[batch], into[batch]
         source = kv_source(policy, tiles.kv, xb, tiles.k_chunk)
         for start, stop in tiles.row_tiles():
-            out, lse = _attend_tile(tiles, source, xb, start, stop)
+            out, lse = attend_rows(tiles.q(xb[:, start:stop], start), source, start, stop,
+                                   tiles.fixed_shapes)
             if keep is not None:
                 keep(batch, start, stop, out, lse)
             for a, b in tiles.mlp_tiles(start, stop, len(xb)):
                 yb[:, a:b] = tiles.finish(xb[:, a:b], out[:, :, a - start:b - start], a,
                                           batch.start)
-
-
-def _attend_tile(tiles, source, xb, start, stop):
-    q, k, v = tiles.qkv(xb[:, start:stop], start)
-    return attend_rows(q, (k, v), source, start, tiles.fixed_shapes)
 
 
 def run_block(block, x, inplace=False):
@@ -232,8 +232,8 @@ class _ParameterGradients:
 
 def _backward_tiles(tiles, x, lse, out, grad, parameters, ctx):
     """Gradients for forward's inputs: x, three that have none, then the parameters."""
-    block, config = tiles.block, tiles.block.config
-    B, T, C = x.shape
+    config = tiles.block.config
+    _, T, _ = x.shape
     G, D = config.kv_heads, config.head_dim
     wide = torch.promote_types(x.dtype, torch.float32)
     weights = _ParameterGradients(parameters, ctx.needs_input_grad[4:])
@@ -241,8 +241,12 @@ def _backward_tiles(tiles, x, lse, out, grad, parameters, ctx):
     for batch in tiles.batches():
         xb, gb = x[batch], grad[batch]
         source = kv_source(config.attention_policy, tiles.kv, xb, tiles.k_chunk)
+        dk = dv = None
+        if G == config.n_head and wide == x.dtype:
+            # rows of dk are spent just as the same rows of grad_x are written: one buffer
+            dk = grad_x[batch].zero_().view(len(xb), T, G, D).transpose(1, 2)
         dk, dv = (torch.zeros(len(xb), T, G, D, dtype=wide, device=x.device).transpose(1, 2)
-                  for _ in range(2))
+                  if buffer is None else buffer for buffer in (dk, dv))
         for start, stop in tiles.row_tiles():
             rows = slice(start, stop)
             xt = xb[:, rows].detach().requires_grad_()
@@ -250,7 +254,7 @@ def _backward_tiles(tiles, x, lse, out, grad, parameters, ctx):
                 q, k, v = tiles.qkv(xt, start)
             qd, kd, vd = q.detach(), k.detach(), v.detach()
             if out is None:
-                tile_out, _ = attend_rows(qd, (kd, vd), source, start, tiles.fixed_shapes)
+                tile_out, _ = attend_rows(qd, source, start, stop, tiles.fixed_shapes)
             else:
                 tile_out = out[batch, rows].unflatten(-1, (-1, D)).transpose(1, 2)
             tile_lse = lse[batch, :, rows].contiguous()
@@ -266,13 +270,14 @@ def _backward_tiles(tiles, x, lse, out, grad, parameters, ctx):
                     ym = tiles.finish(xm, om, a, batch.start)
                 grad_tile[:, part], grad_out[:, :, part] = weights.backward(
                     [ym], [xm, om], [gb[:, a:b].to(ym.dtype)])
-                del ym
+                del xm, om, ym
 
             # attention: the diagonal, then leftwards
             dq, dk_tile, dv_tile = tile_backward(
                 grad_out, qd, kd, vd, tile_out, tile_lse, True, tiles.fixed_shapes)
             dk[:, :, rows] += dk_tile
             dv[:, :, rows] += dv_tile
+            del dk_tile, dv_tile
             left = left_tiles(start, tiles.k_chunk)
             dq = dq.to(wide) if left else dq
             for a, b in left:
@@ -282,6 +287,9 @@ def _backward_tiles(tiles, x, lse, out, grad, parameters, ctx):
                 dq += dq_tile
                 dk[:, :, a:b] += dk_tile
                 dv[:, :, a:b] += dv_tile
+                del k_left, v_left, dq_tile, dk_tile, dv_tile  # before the next tile's are made
+
+            del grad_out, tile_out, qd, kd, vd
 
             # before attention: rows' dk and dv are complete now
             (grad_norm,) = weights.backward(
