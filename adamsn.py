@@ -1,0 +1,232 @@
+"""AdamSN: Adam whose second moment is one number per *subset* of a weight, not one per element.
+
+Nguyen & Nguyen, "Subset-Norm and Subspace-Momentum" (arXiv 2411.07120), Algorithm 1 on Adam. With
+g the gradient and S the subset of element i,
+
+    m_i <- b1 m_i + (1 - b1) g_i
+    v_S <- b2 v_S + (1 - b2) N(g_j, j in S)      N = sum of squares (the paper) or their mean
+    p_i <- (1 - lr wd) p_i - lr m_i / (1 - b1^t) / (sqrt(v_S / (1 - b2^t)) + eps)
+
+With the mean, v_S has the size of Adam's v, so AdamW's learning rate carries over; with the sum,
+lr must grow by the square root of the subset's size. One element a subset is AdamW itself.
+"""
+
+import math
+
+import torch
+
+from errors import UserError
+from optimizer_core import (
+    COMMON_HELP,
+    STACK_EACH,
+    MemoryOptimizer,
+    compute_dtype,
+    mean_square,
+    say_once,
+)
+from quantized_state import new_momentum, update_momentum
+
+PARTITIONS = ("row", "column", "larger", "head", "head_column", "element")
+
+
+class AdamSN(MemoryOptimizer):
+    __doc__ = f"""Adam with Subset-Norm, a drop-in `torch.optim.Optimizer`.
+
+    params               parameters or groups; every option below can be set per group
+    lr                   learning rate (float or 0-dim tensor)
+    betas, eps           as Adam's; betas[0] = 0 stores no momentum
+    weight_decay         decoupled (AdamW)
+    partition            the subsets of a matrix (n, m); more dimensions are flattened to (n, -1):
+                         "row"     one output row, v has n numbers
+                         "column"  one input column, m numbers; q, k and v apart (row_blocks)
+                         "larger"  lines along the longer side, min(n, m) numbers
+                         "head"    all of one attention head's rows, n / head_dim numbers
+                         "head_column"  one column of one head, n / head_dim * m numbers
+                         an int k  runs of k numbers, n * m / k numbers
+                         "element" plain Adam. Vectors are always plain Adam.
+    norm                 "mean" or "sum" (the paper's)
+    momentum_bits        32, 16, 8 or 4 bits a number for a matrix's m (see quantized_state.py);
+                         vectors keep 32
+    head_dim, row_blocks rows of one head, and of the blocks (q, k, v), where a group has them
+    {COMMON_HELP}
+    Raises UserError for hyperparameters without meaning and for sparse gradients.
+    """
+
+    def __init__(
+        self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, *, partition="row",
+        norm="mean", momentum_bits=32, head_dim=None, row_blocks=None, **common,
+    ):  # fmt: skip
+        defaults = dict(
+            lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, partition=partition,
+            norm=norm, momentum_bits=momentum_bits, head_dim=head_dim, row_blocks=row_blocks,
+        )  # fmt: skip
+        super().__init__(params, defaults, **common)
+
+    def check_group(self, group):
+        super().check_group(group)
+        check_partition(group["partition"])
+        if group["norm"] not in ("mean", "sum"):
+            raise UserError(f"norm must be 'mean' or 'sum', not {group['norm']!r}")
+
+    def new_state(self, tensor, group, shards=None):
+        view, dims = subset_view(tensor.shape, group, shards)
+        kept = [1 if d in dims else size for d, size in enumerate(view, start=1)]
+        wide = compute_dtype(tensor)
+        state = {"second_moment": torch.zeros(kept, dtype=wide, device=tensor.device)}
+        if group["betas"][0] > 0:
+            state |= new_momentum(tensor, group["momentum_bits"] if tensor.ndim > 1 else 32)
+        return state
+
+    def spans_rows(self, name, tensor, group, shards):
+        return name == "second_moment" and 1 in subset_view(tensor.shape, group, shards)[1]
+
+    def direction(self, batch):
+        group, second = batch.group, batch.state["second_moment"]
+        beta1, beta2 = group["betas"]
+        momentum = update_momentum(batch.state, batch.grad, beta1, batch.generator)
+        view, dims = subset_view(batch.grad.shape[1:], group, batch.shards)
+        grad = batch.grad.reshape(-1, *view)
+        second.lerp_(subset_norm(grad, dims, group["norm"], batch.shards), 1 - beta2)
+        denominator = (second / (1 - beta2**batch.step)).sqrt_().add_(group["eps"])
+        denominator.mul_(1 - beta1**batch.step)
+        return (momentum.reshape(-1, *view) / denominator).view(batch.grad.shape)
+
+    def update(self, items):
+        """Large plain float32 tensors by the multi-tensor kernels below, the rest as any."""
+        large = [] if self.defaults["compile"] else [i for i in items if self.is_large(i)]
+        for key, same in by_key(large, adam_key).items():
+            update_elements(same) if key[0] == "element" else update_subsets(same)
+        taken = set(map(id, large))
+        super().update([i for i in items if id(i) not in taken])
+
+    def is_large(self, item):
+        group = item.group
+        return (
+            item.param.numel() > STACK_EACH and group["foreach"] and group["update_clip"] is None
+            and group["betas"][0] > 0 and self.is_plain(item)
+        )  # fmt: skip
+
+
+def adam_key(item):
+    """What the items of one multi-tensor call must share."""
+    group = item.group
+    _, dims = subset_view(item.param.shape, group)
+    key = (item.param.device, item.step, group["betas"], group["eps"], group["norm"])
+    if dims:
+        return "subset", *key
+    return "element", *key, group["lr"], group["weight_decay"]  # torch's kernel takes one rate
+
+
+def by_key(items, key):
+    buckets = {}
+    for item in items:
+        buckets.setdefault(key(item), []).append(item)
+    return buckets
+
+
+def update_elements(items):
+    """Plain AdamW on float32 items that share all hyperparameters: torch's own fused kernel."""
+    group, step = items[0].group, items[0].step
+    steps = torch.full((), float(step), device=items[0].param.device)
+    torch._fused_adamw_(
+        [i.param for i in items], [i.grad for i in items], [i.state["momentum"] for i in items],
+        [i.state["second_moment"] for i in items], [], [steps] * len(items), lr=group["lr"],
+        beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
+        eps=group["eps"], amsgrad=False, maximize=False,
+    )  # fmt: skip
+
+
+def update_subsets(items):
+    """AdamSN on large float32 items of any shapes: four passes over the weights.
+
+    Only the small second moments take more; they go through multi-tensor kernels, a launch each.
+    """
+    (beta1, beta2), step = items[0].group["betas"], items[0].step
+    grads, momenta = [i.grad for i in items], [i.state["momentum"] for i in items]
+    seconds = [i.state["second_moment"] for i in items]
+    params = [i.param for i in items]
+    views = [subset_view(p.shape, i.group) for p, i in zip(params, items)]
+    torch._foreach_lerp_(momenta, grads, 1 - beta1)
+    norms = [
+        subset_norm(g.reshape(1, *view), dims, i.group["norm"])[0]
+        for g, i, (view, dims) in zip(grads, items, views)
+    ]
+    torch._foreach_lerp_(seconds, norms, 1 - beta2)
+    denominators = torch._foreach_div(seconds, 1 - beta2**step)
+    torch._foreach_sqrt_(denominators)
+    torch._foreach_add_(denominators, items[0].group["eps"])
+    rates = [-i.group["lr"] / (1 - beta1**step) for i in items]
+    decays = [1 - i.group["lr"] * i.group["weight_decay"] for i in items]
+    if any(decay != 1 for decay in decays):
+        torch._foreach_mul_(params, decays)
+    for p, m, d, rate, (view, _) in zip(params, momenta, denominators, rates, views):
+        p.view(view).addcdiv_(m.view(view), d, value=rate)
+
+
+def subset_norm(grad, dims, norm, shards=None):
+    """N(g_j, j in S) for every subset S: grad (N, *view) -> (N, *view with `dims` of size 1).
+
+    At most the largest finite number: an infinite second moment would stay so, or turn to nan.
+    """
+    most = torch.finfo(grad.dtype).max
+    if not dims:
+        return grad.square().clamp_(max=most)
+    squares = mean_square(grad, dims, shards if 1 in dims else None)
+    if norm == "sum":
+        rows = shards.rows if shards else grad.shape[1]
+        squares.mul_(math.prod(rows if d == 1 else grad.shape[d] for d in dims))
+    return squares.clamp_(max=most)
+
+
+def check_partition(partition):
+    whole = isinstance(partition, int) and not isinstance(partition, bool)
+    if not (partition in PARTITIONS or (whole and partition >= 1)):
+        names = ", ".join(PARTITIONS)
+        raise UserError(f"partition must be one of {names} or a positive int, not {partition!r}")
+
+
+def subset_view(shape, group, shards=None):
+    """How a tensor of `shape` falls into subsets: (view, dims).
+
+    The tensor, viewed as (N, *view), has one subset for each index of the dimensions that are not
+    in `dims` (counted with the batch dimension, so they start at 1). Where a partition does not
+    fit, the nearest that does is taken and said once: a run length becomes the nearest divisor;
+    heads become rows where the group has no head_dim; and of a tensor sharded over ranks, subsets
+    that could cross ranks irregularly become rows.
+    """
+    partition = group["partition"]
+    if len(shape) < 2 or partition in ("element", 1):
+        return tuple(shape), ()
+    rows, columns = shape[0], math.prod(shape[1:])
+    if shards and partition not in ("row", "column"):
+        if partition != "larger":
+            say_once(f"partition {partition!r} becomes 'row' for weights sharded over ranks")
+        partition = "row"
+    if partition == "larger":
+        partition = "row" if columns > (shards.rows if shards else rows) else "column"
+    if isinstance(partition, int):
+        run = nearest_divisor(rows * columns, partition)
+        return (rows * columns // run, run), (2,)
+    if partition.startswith("head"):
+        head_dim = group["head_dim"]
+        if head_dim and rows % head_dim == 0:
+            dims = (2, 3) if partition == "head" else (2,)
+            return (rows // head_dim, head_dim, columns), dims
+        partition = "row"
+    if partition == "row":
+        return (rows, columns), (2,)
+    block = math.gcd(*group["row_blocks"]) if group["row_blocks"] else rows
+    if block == rows or rows % block or shards:
+        return (rows, columns), (1,)
+    return (rows // block, block, columns), (2,)  # q, k, v apart
+
+
+def nearest_divisor(number, wanted):
+    """The divisor of `number` nearest to `wanted` in ratio."""
+    if number % wanted == 0 or number == 0:
+        return wanted
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    divisors = small + [number // d for d in small]
+    nearest = min(divisors, key=lambda d: abs(math.log(d / wanted)))
+    say_once(f"partition {wanted} does not divide {number} weights: runs of {nearest} instead")
+    return nearest

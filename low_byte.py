@@ -1,0 +1,75 @@
+"""Training in about three bytes a parameter: every weight updated, and its gradient freed, while
+the backward pass is still running.
+
+bfloat16 weights (2 bytes, rounded stochastically), an 8-bit momentum (1.06 bytes) and a second
+moment a row leave gradients as the largest transient. `fuse_into_backward` removes it: a hook on
+each parameter runs as soon as its gradient is complete (LOMO, arXiv 2306.09782, does so for SGD).
+No gradient ever meets another, so there is no global gradient norm: clip each tensor's update
+(`update_clip`) instead. What needs whole gradients is refused: accumulation over several backward
+passes, DDP and FSDP (their reductions run after the hooks), GradScaler, `skip_nonfinite`, closures.
+"""
+
+import torch
+
+from errors import UserError
+from optimizer_shards import is_sharded
+
+
+def fuse_into_backward(optimizer):
+    """Make `loss.backward()` update the parameters of one of the optimizers here.
+
+    Keep the usual loop: backward, then optimizer.step(), which now only ends the step, then
+    zero_grad. Set the learning rate before backward. Returns the optimizer.
+    Raises UserError for what cannot work (see above).
+    """
+    if optimizer.defaults["skip_nonfinite"]:
+        raise UserError("skip_nonfinite needs all gradients at once: not with fused_backward")
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.distributed.get_world_size() > 1:
+            raise UserError("fused_backward runs on one process: DDP and FSDP reduce too late")
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for p in params:
+        if is_sharded(p):
+            raise UserError("fused_backward does not work with sharded parameters (FSDP)")
+        if p.dtype == torch.float16:
+            raise UserError("fused_backward cannot unscale float16 gradients: use bfloat16")
+    if optimizer.fused is None:
+        optimizer.fused = FusedBackward(optimizer)
+    return optimizer
+
+
+class FusedBackward:
+    """The hooks of one optimizer, and which parameters they moved since the last step()."""
+
+    def __init__(self, optimizer):
+        self.moved = set()
+        self.handles = []
+        # GradScaler hands its scale to an optimizer that says it takes one: so step() can see it
+        optimizer._step_supports_amp_scaling = True
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                hook = self.make_hook(optimizer, group)
+                self.handles.append(p.register_post_accumulate_grad_hook(hook))
+
+    def make_hook(self, optimizer, group):
+        @torch.no_grad()
+        def hook(p):
+            if id(p) in self.moved:
+                raise UserError(
+                    "a second backward before optimizer.step(): gradients cannot be accumulated "
+                    "with fused_backward; set gradient_accumulation_steps=1"
+                )
+            self.moved.add(id(p))
+            optimizer.refuse_sparse(p)
+            optimizer.update([optimizer.make_item(p, group)])
+            p.grad = None
+
+        return hook
+
+    def finish_step(self, optimizer, closure):
+        """What optimizer.step() does after a fused backward: check, and begin anew."""
+        if closure is not None:
+            raise UserError("closures re-run backward: not with fused_backward")
+        if hasattr(optimizer, "grad_scale") or hasattr(optimizer, "found_inf"):
+            raise UserError("GradScaler cannot unscale what fused_backward has already applied")
+        self.moved.clear()

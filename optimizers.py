@@ -1,0 +1,321 @@
+"""Choosing an optimizer by name: which parameter is updated how, at what rate, in how many bytes.
+
+    optimizer = build_optimizer(model, "adamsn", learning_rate=4e-3, weight_decay=0.1)
+    print(optimizer_table(model, optimizer))
+
+Each class also works alone, on any parameters: AdamSN (adamsn.py), Adafactor (adafactor.py), MuonSN
+(muonsn.py). To add a variant, add a Variant to VARIANTS.
+"""
+
+import difflib
+import inspect
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from adafactor import Adafactor
+from adamsn import AdamSN
+from errors import UserError
+from low_byte import fuse_into_backward
+from muonsn import MuonSN
+from optimizer_core import COMMON, MemoryOptimizer
+from optimizer_shards import local
+
+__all__ = [
+    "VARIANTS", "Adafactor", "AdamSN", "MuonSN", "Variant", "build_optimizer", "fuse_into_backward",
+    "optimizer_table", "state_bytes",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A named optimizer with its tuned defaults. str() is its description."""
+
+    description: str
+    cls: type
+    learning_rate: float  # of linear weights
+    embedding_lr: float  # of embeddings, an untied head, norms and biases
+    options: dict = field(default_factory=dict)
+
+    def __str__(self):
+        return self.description
+
+
+# Learning rates: the best of the grids in the README's optimizer table (seed setup: 4 layers, 128
+# wide, 2000 iterations).
+VARIANTS = {
+    "adam": Variant(
+        "AdamW, fused: 8 bytes of state a parameter", torch.optim.AdamW, 4e-3, 4e-3
+    ),
+    "adamsn": Variant(
+        "Adam with one second moment per output row of a linear weight: 4 bytes there, 8 elsewhere",
+        AdamSN, 4e-3, 1.2e-2,
+    ),
+    "adamsn8": Variant(
+        "adamsn on embeddings too, momentum in 8 bits: about 1.1 bytes",
+        AdamSN, 4e-3, 4e-3, dict(momentum_bits=8, embedding_partition="row"),
+    ),
+    "adafactor": Variant(
+        "row and column means for second moments, no momentum: about 0.01 bytes",
+        Adafactor, 4e-3, 4e-3,
+    ),
+    "muonsn": Variant(
+        "orthogonalised momentum with a second moment per row: 4 bytes in linear weights, 8 else",
+        MuonSN, 8e-3, 8e-3,
+    ),
+    "muonsn8": Variant(
+        "muonsn with all momentum in 8 bits: about 1.1 bytes",
+        MuonSN, 4e-3, 8e-3, dict(momentum_bits=8, embedding_partition="row"),
+    ),
+    "muonsn4": Variant(
+        "muonsn with all momentum in 4 bits: about 0.6 bytes",
+        MuonSN, 8e-3, 8e-3, dict(momentum_bits=4, momentum=0.9, embedding_partition="row"),
+    ),
+    "muonsn0": Variant(
+        "muonsn without momentum: about 0.01 bytes",
+        MuonSN, 8e-3, 8e-3, dict(momentum=0.0, embedding_partition="row"),
+    ),
+}  # fmt: skip
+
+
+def build_optimizer(
+    model, variant, learning_rate=None, weight_decay=0.1, betas=None, embedding_lr=None,
+    device_type="cpu", *, partition=None, embedding_partition=None, fused_backward=False, **options,
+):  # fmt: skip
+    """The optimizer `variant` for any nn.Module. Every group has a `name` and an `initial_lr`.
+
+    Groups, by role: the weights of nn.Linear modules (not tied to an embedding, not lm_head) are
+    "linear", or one group a role ("qkv", "attn_out", "mlp_in", "mlp_out", "linear") where their
+    settings differ; embeddings, lm_head and other matrices are "embedding"; everything with fewer
+    than two dimensions is "vector" and is not decayed. Only linear weights are compressed
+    (adafactor: every matrix), unless embedding_partition says otherwise.
+
+    learning_rate        of linear weights; None: the variant's tuned one
+    embedding_lr         of all the rest; None: the variant's tuned one, scaled as learning_rate is
+    betas                None: (0.9, 0.95), or the variant's own; adafactor reads only betas[1]
+    device_type          "cuda" or "cpu"; kept for nanoGPT's signature: kernels suit the tensors
+    partition            adamsn: subsets of linear weights, a name or a dict role -> name
+    embedding_partition  adamsn, muonsn: subsets of embeddings, e.g. "row" (default "element")
+    fused_backward       update inside backward (low_byte.py); update_clip defaults to 1
+    options              of the variant's class, e.g. momentum_bits=8, foreach=False, compile=True
+
+    Raises UserError for an unknown variant or option, and for hyperparameters without meaning.
+    """
+    if variant not in VARIANTS:
+        near = difflib.get_close_matches(str(variant), VARIANTS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "one of " + ", ".join(VARIANTS)
+        raise UserError(f"unknown optimizer variant {variant!r}: {hint}")
+    recipe = VARIANTS[variant]
+    options = {"betas": (0.9, 0.95)} | recipe.options | options
+    options |= {} if betas is None else {"betas": tuple(betas)}
+    embedding_partition = embedding_partition or options.pop("embedding_partition", "element")
+    options.pop("embedding_partition", None)
+    for name, rate in (("learning_rate", learning_rate), ("embedding_lr", embedding_lr)):
+        if rate is not None and not float(rate) > 0:
+            raise UserError(f"{name} must be positive, not {rate}")
+    if embedding_lr is None:
+        scale = 1.0 if learning_rate is None else learning_rate / recipe.learning_rate
+        embedding_lr = recipe.embedding_lr * scale
+    learning_rate = recipe.learning_rate if learning_rate is None else learning_rate
+
+    groups = []
+    for role, params, layout in parameters_by_role(model):
+        rest = role in ("embedding", "vector")
+        group = {"name": role, "params": params, "lr": embedding_lr if rest else learning_rate}
+        group["weight_decay"] = 0.0 if role == "vector" else weight_decay
+        if issubclass(recipe.cls, AdamSN):
+            group |= layout
+            group["partition"] = embedding_partition if rest else linear_partition(partition, role)
+        if recipe.cls is MuonSN:
+            group["orthogonalize"] = not rest
+        groups.append(group)
+    groups = merge_alike(groups)
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    if not groups:
+        raise UserError("the model has no trainable parameters")
+
+    if recipe.cls is MuonSN and options.get("momentum") == 0:
+        options["betas"] = (0.0, options["betas"][1])  # nor do the embeddings store any
+    if recipe.cls is Adafactor:
+        options["beta2"] = options.pop("betas")[1]
+    if partition is not None and recipe.cls is not AdamSN:
+        raise UserError(f"{variant} has no partition: it is adamsn's")
+    if fused_backward:
+        options.setdefault("update_clip", 1.0)
+    if recipe.cls is torch.optim.AdamW:
+        return torch_adamw(groups, options, fused_backward)
+    known = set(inspect.signature(recipe.cls).parameters) | set(COMMON)
+    check_options(variant, options, known - {"params", "lr", "weight_decay", "common"})
+    optimizer = recipe.cls(groups, lr=learning_rate, **options)
+    return fuse_into_backward(optimizer) if fused_backward else optimizer
+
+
+def torch_adamw(groups, options, fused_backward):
+    """torch's AdamW with nanoGPT's settings; its fused kernel where every tensor allows it."""
+    known = {"betas", "eps", "maximize", "foreach", "amsgrad", "capturable", "differentiable"}
+    if fused_backward:
+        raise UserError("adam cannot update inside backward: take adamsn with partition='element'")
+    check_options("adam", options, known | {"fused"})
+    params = [p for group in groups for p in group["params"]]
+    fusable = all(p.is_floating_point() and p.device.type in ("cuda", "cpu") for p in params)
+    if not options.get("foreach") and not options.get("differentiable"):
+        options.setdefault("fused", fusable)
+    try:
+        return torch.optim.AdamW(groups, **options)
+    except ValueError as error:
+        raise UserError(f"adam: {error}") from None
+
+
+def check_options(variant, options, known):
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "known: " + ", ".join(sorted(known))
+            raise UserError(f"{variant} has no option {name!r}: {hint}")
+
+
+# ---------------------------------------------------------------------- who is who
+
+
+def parameters_by_role(model):
+    """[(role, [parameters], layout)] over every trainable parameter of `model`, each just once.
+
+    layout: {"row_blocks": ..., "head_dim": ...} of an attention input projection, from the
+    attributes of its nn.Linear; empty otherwise.
+    """
+    lookups = (nn.Embedding, nn.EmbeddingBag)
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, lookups)}
+    linears = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] != "lm_head":
+            if id(module.weight) not in tables:
+                linears[id(module.weight)] = (name, module)
+    found = {}
+    for p in model.parameters():
+        if not p.requires_grad:
+            continue
+        role, layout = "embedding", {}
+        if p.ndim < 2:
+            role = "vector"
+        elif id(p) in linears:
+            name, module = linears[id(p)]
+            role = linear_role(name, module)
+            if getattr(module, "row_blocks", None) is not None:
+                head_dim = getattr(module, "head_dim", None)
+                layout = {"row_blocks": tuple(module.row_blocks), "head_dim": head_dim}
+        key = (role, *layout.values())
+        found.setdefault(key, (role, [], layout))[1].append(p)
+    return list(found.values())
+
+
+def linear_role(name, module):
+    """qkv, attn_out, mlp_in, mlp_out by nanoGPT's names; any other linear layer is "linear"."""
+    if hasattr(module, "row_blocks") or name.endswith("c_attn"):
+        return "qkv"
+    endings = {"attn.c_proj": "attn_out", "mlp.c_fc": "mlp_in", "mlp.c_proj": "mlp_out"}
+    return next((role for end, role in endings.items() if name.endswith(end)), "linear")
+
+
+def linear_partition(partition, role):
+    """The partition of one role: a dict's entry, else its "linear" entry, else row."""
+    if isinstance(partition, dict):
+        roles = ("qkv", "attn_out", "mlp_in", "mlp_out", "linear")
+        for name in partition:
+            if name not in roles:
+                raise UserError(f"partition has no role {name!r}: known are {', '.join(roles)}")
+        return partition.get(role, partition.get("linear", "row"))
+    return partition or "row"
+
+
+def merge_alike(groups):
+    """Join the groups of linear roles that share every setting into one, named "linear"."""
+    merged = {}
+    for group in groups:
+        settings = {k: v for k, v in group.items() if k not in ("params", "name")}
+        rest = group["name"] if group["name"] in ("embedding", "vector") else "linear"
+        joined = merged.setdefault((rest, repr(sorted(settings.items()))), group | {"params": []})
+        joined["params"] = joined["params"] + group["params"]
+        if joined["name"] != group["name"]:
+            joined["name"] = "linear"
+    return list(merged.values())
+
+
+# ---------------------------------------------------------------------- accounting
+
+
+def state_bytes(optimizer):
+    """Bytes of every tensor that `optimizer` keeps between steps, on this rank (int)."""
+    tensors = {}
+    for state in optimizer.state.values():
+        for value in state.values():
+            if torch.is_tensor(value):
+                tensors[id(value)] = local(value)
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def planned_bytes(optimizer, p, group):
+    """Bytes of state that parameter `p` has, or will have after its first step."""
+    if optimizer.state.get(p):
+        values = optimizer.state[p].values()
+        tensors = [local(v) for v in values if torch.is_tensor(v)]
+    elif isinstance(optimizer, MemoryOptimizer):
+        tensors = list(optimizer.new_state(local(p).detach().to("meta"), group).values())
+    else:  # torch's AdamW: two moments and a float32 step count
+        return 2 * p.numel() * p.element_size() + 4
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def method_of(optimizer, group):
+    """How a group is updated, in a few words."""
+    if isinstance(optimizer, MuonSN) and group["orthogonalize"]:
+        heads = ", q and k per head" if group["per_head"] and group["head_dim"] else ""
+        blocks = ", q k v apart" if group["row_blocks"] else ""
+        return f"orthogonalised, a second moment a row{heads or blocks}"
+    if isinstance(optimizer, AdamSN):
+        if group["partition"] in ("element", 1):
+            return "Adam"
+        return f"AdamSN, {group['norm']} over each {group['partition']}"
+    if isinstance(optimizer, Adafactor):
+        return "Adafactor, rows and columns"
+    return type(optimizer).__name__
+
+
+def optimizer_table(model, optimizer):
+    """Which parameters are updated how, with how many bytes of state: a table as text.
+
+    Asserts that every trainable parameter of `model` is in exactly one group. State that does not
+    exist yet is counted as it will be after the first step.
+    """
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    wanted = {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(held) == len(set(held)) and set(held) == wanted, "each parameter in just one group"
+    rows = [("group", "tensors", "parameters", "lr", "decay", "state bytes", "a param", "update")]
+    numbers = total = 0
+    for group in optimizer.param_groups:
+        count = sum(local(p).numel() for p in group["params"])
+        size = sum(planned_bytes(optimizer, p, group) for p in group["params"])
+        vectors = all(p.ndim < 2 for p in group["params"])
+        method = method_of(optimizer, group)
+        if vectors and isinstance(optimizer, AdamSN):
+            method = "Adam"
+        elif group.get("momentum_bits", 32) < 32:
+            method += f", {group['momentum_bits']}-bit momentum"
+        rate = f"{float(group['lr']):.3g}"
+        rows.append((
+            group.get("name", "-"), str(len(group["params"])), f"{count:,}", rate,
+            f"{group['weight_decay']:g}", f"{size:,}", f"{size / max(1, count):.3f}", method,
+        ))  # fmt: skip
+        numbers, total = numbers + count, total + size
+    rows.append((
+        "total", str(len(held)), f"{numbers:,}", "", "", f"{total:,}",
+        f"{total / max(1, numbers):.3f}", f"{100 * total / max(1, 8 * numbers):.1f}% of Adam's",
+    ))  # fmt: skip
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths)]
+        cells[0], cells[-1] = row[0].ljust(widths[0]), row[-1]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
