@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data.sources import gpt2_encoding, write_atomically
 from errors import UserError
 
 GPT2_VOCAB_SIZE = 50257
@@ -235,8 +236,6 @@ class GPT2Tokenizer:
     vocab_size = GPT2_VOCAB_SIZE
 
     def __init__(self):
-        from data.sources import gpt2_encoding  # here: character models need no tiktoken
-
         self.encoding = gpt2_encoding()
 
     def encode(self, text):
@@ -326,16 +325,6 @@ def write_dataset(directory, train_ids, val_ids, meta):
     meta = meta | {f"{split}_tokens": len(ids) for split, ids in splits.items()}
     write_atomically(directory / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
     return meta
-
-
-def write_atomically(path, content):
-    """Write bytes under a temporary name, flush them to the disk, then rename."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def describe(dataset):

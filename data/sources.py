@@ -17,7 +17,6 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset import write_atomically
 from errors import UserError
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
@@ -239,6 +238,16 @@ def fetch_wheel(name, version, sha256, cache=CACHE):
 
 def _is_file_with(path, sha256):
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+
+
+def write_atomically(path, content):
+    """Write bytes under a temporary name, flush them to the disk, then rename."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def _save(path, content):
