@@ -11,9 +11,9 @@ CONFIG = dict(block_size=16, vocab_size=65, n_layer=2, n_head=4, n_embd=32)
 SEEDS = (3, 4, 5)
 
 
-def draw(config, B=2, M=len(SEEDS)):
+def draw(config, B=2):
     generator = torch.Generator().manual_seed(0)
-    shape = (M, B, config.block_size + 1)
+    shape = (len(SEEDS), B, config.block_size + 1)
     text = torch.randint(config.vocab_size, shape, generator=generator)
     return text[..., :-1], text[..., 1:]
 
