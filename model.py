@@ -19,7 +19,7 @@ from attention_policies import POLICIES, attend
 from errors import UserError
 from loss import chunked_cross_entropy
 from rope import apply_rope, rope_table
-from tiled import run_block, tile_sizes
+from tiled import fill_cache, run_block, tile_sizes
 
 POSITIONS = ("learned", "rope", "none")
 NORMS = ("layernorm", "rmsnorm")
@@ -141,7 +141,7 @@ class CausalSelfAttention(nn.Module):
     def project_qkv(self, x, positions):
         """Queries, keys and values of some rows.
 
-        x: (B, t, C), already normed; positions: (t,) int64, used by rope only.
+        x: (B, t, C), already normed; positions: (t,) or (B, t) int64, for rope.
         Returns q (B, H, t, D), k (B, G, t, D), v (B, G, t, D), rope applied.
         """
         q, k, v = self.c_attn(x).split(self.c_attn.row_blocks, dim=-1)
@@ -173,9 +173,11 @@ class CausalSelfAttention(nn.Module):
     def _rotate(self, x, positions):  # (B, n, t, D) -> the same, rope applied
         if self.config.position != "rope":
             return x
-        cos, sin = rope_table(self.config.head_dim, positions, self.config.rope_theta,
-                              self.config.rope_scaling)
-        return apply_rope(x, cos, sin)
+        table = rope_table(self.config.head_dim, positions.flatten(), self.config.rope_theta,
+                           self.config.rope_scaling)
+        if positions.ndim == 2:  # each row of the batch at positions of its own
+            table = (part.view(len(positions), 1, -1, x.size(-1) // 2) for part in table)
+        return apply_rope(x, *table)
 
     def output(self, y):
         """Heads joined and projected: y (B, H, t, D) -> (B, t, C)."""
@@ -229,6 +231,28 @@ class Block(nn.Module):
         q, k, v = self.attn.project_qkv(self.ln_1(x), positions)
         return self.finish(x, attend(q, k, v, self.attention_dropout))
 
+    def prefill(self, x, layer):
+        """forward over a prompt x (B, T, C), overwritten if tiled, that also fills a cache's
+        layer (kv_cache.py)."""
+        if tile_sizes(self.config, x) is not None:
+            fill_cache(self, x, layer)
+            return run_block(self, x, inplace=True)
+        positions = torch.arange(x.size(1), device=x.device)
+        x_norm = self.ln_1(x)
+        q, k, v = self.attn.project_qkv(x_norm, positions)
+        layer.append(k, v, x_norm)
+        return self.finish(x, attend(q, k, v))
+
+    def decode(self, x, positions, layer):
+        """One token a row: x (B, 1, C) at positions (1,) or (B, 1), the past in a cache's layer."""
+        x_norm = self.ln_1(x)
+        if layer.needs == "x":
+            q, k, v = self.attn.project_q(x_norm, positions), None, None
+        else:
+            q, k, v = self.attn.project_qkv(x_norm, positions)
+        layer.append(k, v, x_norm)
+        return self.finish(x, layer.attend(q, self.attn))
+
     @property
     def attention_dropout(self):
         """Probability in force now: none outside training."""
@@ -275,18 +299,22 @@ class GPT(nn.Module):
             count -= self.transformer.wpe.weight.numel()
         return count
 
-    def embed(self, idx, start=0):
-        """Tokens idx (B, T) at positions start.. -> the residual stream (B, T, C)."""
+    def embed(self, idx, positions=None):
+        """Tokens idx (B, T) -> the residual stream (B, T, C).
+
+        positions: (T,) or (B, T) int64, by default 0 to T - 1. Raises UserError past block_size.
+        """
         T = idx.size(1)
-        if self.config.position == "learned" and start + T > self.config.block_size:
-            raise UserError(f"{start + T} tokens do not fit block_size={self.config.block_size}")
+        if self.config.position == "learned" and T > self.config.block_size:
+            raise UserError(f"{T} tokens do not fit block_size={self.config.block_size}")
         weight = self.transformer.wte.weight
         dtype = weight.dtype
         if torch.is_autocast_enabled(idx.device.type):  # a bf16 stream: half the bytes a layer
             dtype = torch.get_autocast_dtype(idx.device.type)
         x = F.embedding(idx, weight.to(dtype))
         if self.config.position == "learned":
-            x += self.transformer.wpe.weight[start:start + T].to(dtype)
+            table = self.transformer.wpe.weight.to(dtype)
+            x += table[:T] if positions is None else F.embedding(positions, table)
         return self.transformer.drop(x)
 
     def hidden(self, idx):
@@ -312,24 +340,31 @@ class GPT(nn.Module):
         """idx (B, T) -> logits (B, V) of the last position, the T others' never computed."""
         return self.lm_head(self.transformer.ln_f(self.hidden(idx)[:, -1]))
 
-    def prefill(self, idx, cache):
-        """Read a prompt idx (B, T) into an empty cache -> logits (B, V) of its last position."""
-        return self._step(idx, cache)
+    def prefill(self, idx, cache, lengths=None):
+        """Read prompts idx (B, T) into an empty cache -> logits (B, V) after each.
+
+        lengths: (B,) int64 where prompts padded on the right are shorter than T. The prompt runs
+        as in training: tiled, in place, one residual stream in all. No gradients.
+        """
+        T = idx.size(1)
+        x = self.embed(idx, cache.begin(T))
+        for block, layer in zip(self.transformer.h, cache.layers):
+            x = block.prefill(x, layer)
+        cache.advance(T)
+        if lengths is None:
+            last = x[:, -1]
+        else:
+            cache.set_lengths(lengths)
+            last = x[torch.arange(len(x), device=x.device), lengths.to(x.device) - 1]
+        return self.lm_head(self.transformer.ln_f(last))
 
     def decode_one_token(self, idx, cache):
-        """One more token each, idx (B, 1), after cache.length others -> logits (B, V)."""
-        return self._step(idx, cache)
-
-    def _step(self, idx, cache):
-        start = cache.length
-        x = self.embed(idx, start)
-        positions = torch.arange(start, start + idx.size(1), device=idx.device)
+        """One more token a row, idx (B, 1), after the cache's others -> logits (B, V)."""
+        positions = cache.begin(1)
+        x = self.embed(idx, positions)
         for block, layer in zip(self.transformer.h, cache.layers):
-            x_norm = block.ln_1(x)
-            q, k, v = block.attn.project_qkv(x_norm, positions)
-            layer.append(k, v, x_norm)
-            x = block.finish(x, layer.attend(q))
-        cache.advance(idx.size(1))
+            x = block.decode(x, positions, layer)
+        cache.advance(1)
         return self.lm_head(self.transformer.ln_f(x[:, -1]))
 
     @torch.inference_mode()

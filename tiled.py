@@ -138,6 +138,19 @@ def forward_tiles(tiles, x, into, keep=None):
                                           batch.start)
 
 
+def fill_cache(block, x, layer):
+    """Store what one layer of a KV cache needs of a prompt's input x (B, T, C), by tiles."""
+    sizes = tile_sizes(block.config, x)
+    tiles = Tiles(block, x.shape, x.device, sizes)
+    for batch in tiles.batches():
+        for start in range(0, x.size(1), tiles.k_chunk):
+            rows = x[batch, start:start + tiles.k_chunk]
+            if layer.needs == "x":
+                layer.append(None, None, block.ln_1(rows), start=start, batch=batch)
+            else:
+                layer.append(*tiles.kv(rows, start), None, start=start, batch=batch)
+
+
 def run_block(block, x, inplace=False):
     """The block over x (B, T, C) by tiles -> (B, T, C); over x itself if `inplace`.
 
