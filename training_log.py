@@ -1,0 +1,225 @@
+"""What a training run says: console lines, metrics.csv, a progress bar, optional trackers.
+
+Lines are plain text, one a report, so that `grep ^iter log.txt` works; the bar is drawn on a
+terminal only. Each row of metrics.csv is flushed when written, and a resumed run first drops the
+rows its checkpoint does not know of, so the file reads as if nothing had been interrupted.
+"""
+
+import csv
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from configurator import describe_changes
+from dataset import describe
+from errors import UserError
+from memory import tensor_bytes
+from optimizers import planned_bytes
+
+# One row an iteration logged (loss: that iteration's batch, before its update), one an evaluation
+# (train_loss, val_loss); a cell that does not apply is empty. peak_mb: Runtime.peak_memory.
+# seconds: spent training so far, without evaluations and saves.
+COLUMNS = ("iter", "tokens", "loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s",
+           "ms", "peak_mb", "seconds")
+
+
+class StepClock:
+    """Seconds spent training, with the device's work included; stopped for everything else."""
+
+    def __init__(self, runtime, seconds=0.0):
+        self.runtime, self.total, self.since = runtime, seconds, None
+
+    def start(self):
+        self.runtime.synchronize()
+        self.since = time.perf_counter()
+
+    def read(self):
+        """Seconds so far; waits for the device."""
+        self.runtime.synchronize()
+        now = time.perf_counter()
+        if self.since is not None:
+            self.total += now - self.since
+            self.since = now
+        return self.total
+
+    def stop(self):
+        self.read()
+        self.since = None
+
+
+class MetricsFile:
+    """metrics.csv: a header and rows of COLUMNS, each on the disk's queue as soon as written."""
+
+    def __init__(self, path, first_iteration=0):
+        """Start anew, or keep what came before `first_iteration` if that is not 0."""
+        kept = _rows_before(path, first_iteration) if first_iteration else []
+        temporary = Path(f"{path}.tmp")
+        with open(temporary, "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([COLUMNS, *kept])
+        os.replace(temporary, path)
+        self.file = open(path, "a", newline="")
+        self.writer = csv.DictWriter(self.file, COLUMNS, lineterminator="\n")
+
+    def write(self, **cells):
+        self.writer.writerow(cells)
+        self.file.flush()
+
+    def sync(self):
+        """Before a checkpoint: its rows must not be lost where the checkpoint is not."""
+        os.fsync(self.file.fileno())
+
+
+def _rows_before(path, iteration):
+    """Whole rows of an earlier metrics.csv whose iteration is below `iteration`."""
+    if not Path(path).exists():
+        return []
+    with open(path, newline="") as file:
+        lines = [line for line in file if line.endswith("\n")]  # a kill can cut the last one
+    rows = [row for row in csv.reader(lines) if len(row) == len(COLUMNS)]
+    return [row for row in rows if row[0].isdigit() and int(row[0]) < iteration]
+
+
+class TrainingLog:
+    """Everything a run reports. Only the main process of several has one that does anything."""
+
+    def __init__(self, runtime, settings=None, first_iteration=0):
+        """Makes out_dir and opens its metrics.csv; without settings, it only speaks.
+
+        Raises UserError for a tracker that is not installed and an out_dir that cannot be made.
+        """
+        self.enabled = runtime.is_main
+        self.bar = self.wandb = self.board = self.metrics = None
+        if not self.enabled or settings is None:
+            return
+        self.wandb = _start_wandb(settings) if settings.wandb_log else None
+        self.board = _start_tensorboard(settings) if settings.tensorboard_log else None
+        try:
+            Path(settings.out_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make out_dir={settings.out_dir!r}: "
+                            f"{error.strerror}") from None
+        self.metrics = MetricsFile(Path(settings.out_dir) / "metrics.csv", first_iteration)
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=settings.max_iters, initial=first_iteration, unit="it",
+                            dynamic_ncols=True, leave=False)
+
+    def say(self, text):
+        """Print a line, above the bar if there is one."""
+        if not self.enabled:
+            return
+        if self.bar is not None:
+            self.bar.clear()
+        print(text, flush=True)
+        if self.bar is not None:
+            self.bar.refresh()
+
+    def advance(self):
+        """One more iteration is done."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def iteration(self, eta_seconds, peak_of, **cells):
+        """A line and a row on one iteration. cells: COLUMNS."""
+        if self.metrics is None:
+            return
+        norm = cells["grad_norm"]
+        self.say(
+            f"iter {cells['iter']}: loss {cells['loss']:.4f}, lr {cells['lr']:.3e}, "
+            + (f"norm {norm:.3f}, " if norm is not None else "")
+            + f"{cells['tokens_per_s']:.0f} tok/s, {cells['ms']:.1f} ms, "
+            f"peak {cells['peak_mb']:.0f} MB ({peak_of}), eta {clock_time(eta_seconds)}")
+        self._record(cells)
+
+    def evaluation(self, took, is_best, **cells):
+        """A line and a row on one evaluation, which took so many seconds. cells: COLUMNS."""
+        if self.metrics is None:
+            return
+        best = " (best)" if is_best else ""
+        self.say(f"step {cells['iter']}: train loss {cells['train_loss']:.4f}, "
+                 f"val loss {cells['val_loss']:.4f}{best}, evaluated in {took:.1f} s")
+        self._record(cells)
+
+    def _record(self, cells):
+        self.metrics.write(**cells)
+        numbers = {name: value for name, value in cells.items()
+                   if value is not None and name != "iter"}
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=cells["iter"])
+        if self.board is not None:
+            for name, value in numbers.items():
+                self.board.add_scalar(name, value, cells["iter"])
+
+    def close(self, last_words):
+        """Take the bar away, close every file, say one more line."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        self.say(last_words)
+        if self.metrics is not None:
+            self.metrics.file.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+        if self.board is not None:
+            self.board.close()
+
+
+def startup_summary(trainer):
+    """What a Trainer is about to run, as lines of text."""
+    settings, model, runtime = trainer.settings, trainer.raw_model, trainer.runtime
+    parameters = list(model.parameters())
+    state = sum(planned_bytes(trainer.optimizer, p, group)
+                for group in trainer.optimizer.param_groups for p in group["params"])
+    weights = tensor_bytes(parameters)
+    compiled = "" if trainer.model is model else ", compiled (the first step takes a while)"
+    lines = {
+        "device": runtime.describe() + compiled,
+        "data": describe(trainer.dataset),
+        "model": f"{model.num_params(non_embedding=False):,} parameters: {settings.n_layer} "
+                 f"layers, {settings.n_head} heads ({model.config.kv_heads} for keys and "
+                 f"values), {settings.n_embd} wide, block {settings.block_size}",
+        "attention": f"{settings.attention_policy}, q_chunk {settings.q_chunk}, "
+                     f"k_chunk {settings.k_chunk}",
+        "memory": f"parameters {megabytes(weights)}, gradients {megabytes(weights)}, "
+                  f"optimizer state {megabytes(state)} ({settings.optimizer_variant})",
+        "batch": f"{trainer.tokens_per_iteration:,} tokens per iteration: "
+                 f"{settings.gradient_accumulation_steps} x {settings.batch_size} sequences "
+                 f"of {settings.block_size}",
+        "changed": describe_changes(settings),
+    }
+    if trainer.iteration:
+        lines["resuming"] = f"from iteration {trainer.iteration} of {settings.out_dir}"
+    text = [f"{name:<10} {line}" for name, line in lines.items()]
+    return "\n".join(text + [f"note: {notice}" for notice in trainer.notices])
+
+
+def clock_time(seconds):
+    """Seconds as h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def megabytes(count):
+    """Bytes as text in MB (10^6 bytes)."""
+    return f"{count / 1e6:,.2f} MB"
+
+
+def _start_wandb(settings):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("wandb_log=True needs the package wandb: pip install wandb, "
+                        "or leave wandb_log out") from None
+    return wandb.init(project=settings.wandb_project, name=settings.wandb_run_name,
+                      config=vars(settings))
+
+
+def _start_tensorboard(settings):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("tensorboard_log=True needs the package tensorboard: pip install "
+                        "tensorboard, or leave tensorboard_log out") from None
+    return SummaryWriter(Path(settings.out_dir) / "tensorboard")
