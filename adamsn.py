@@ -12,6 +12,7 @@ lr must grow by the square root of the subset's size. One element a subset is Ad
 """
 
 import math
+from dataclasses import replace
 
 import torch
 
@@ -24,8 +25,9 @@ from optimizer_core import (
     mean_square,
     say_once,
 )
-from quantized_state import new_momentum, update_momentum
+from quantized_state import BLOCK, new_momentum, update_momentum
 
+SLICE = 1 << 24  # numbers of a matrix that go through float32 at a time
 PARTITIONS = ("row", "column", "larger", "head", "head_column", "element")
 
 
@@ -85,11 +87,11 @@ class AdamSN(MemoryOptimizer):
         beta1, beta2 = group["betas"]
         momentum = update_momentum(batch.state, batch.grad, beta1, batch.generator)
         view, dims = subset_view(batch.grad.shape[1:], group, batch.shards)
-        grad = batch.grad.reshape(-1, *view)
+        grad = batch.grad.reshape(len(batch.grad), *view)
         second.lerp_(subset_norm(grad, dims, group["norm"], batch.shards), 1 - beta2)
         denominator = (second / (1 - beta2**batch.step)).sqrt_().add_(group["eps"])
         denominator.mul_(1 - beta1**batch.step)
-        return (momentum.reshape(-1, *view) / denominator).view(batch.grad.shape)
+        return (momentum.reshape(grad.shape) / denominator).view(batch.grad.shape)
 
     def update(self, items):
         """Large plain float32 tensors by the multi-tensor kernels below, the rest as any."""
@@ -97,7 +99,33 @@ class AdamSN(MemoryOptimizer):
         for key, same in by_key(large, adam_key).items():
             update_elements(same) if key[0] == "element" else update_subsets(same)
         taken = set(map(id, large))
-        super().update([i for i in items if id(i) not in taken])
+        rest = [i for i in items if id(i) not in taken]
+        super().update([part for item in rest for part in self.row_slices(item)])
+
+    def row_slices(self, item):
+        """Runs of rows of one very large matrix as items of their own, or the item itself.
+
+        Arithmetic is float32, so a bfloat16 matrix with an 8-bit momentum needs many times its own
+        bytes for a moment; in slices that moment is bounded. Only where rows are independent.
+        """
+        shape, size = item.param.shape, item.param.numel()
+        view, dims = subset_view(shape, item.group)
+        rows_alone = not dims or (dims == (2,) and view[0] == shape[0])
+        if size <= SLICE or len(shape) != 2 or item.shards or not rows_alone:
+            return [item]
+        step = max(BLOCK, SLICE // shape[1] // BLOCK * BLOCK)  # whole blocks of codes in a slice
+        slices = []
+        for start in range(0, shape[0], step):
+            rows = slice(start, start + step)
+            state = {}
+            for name, value in item.state.items():
+                if value.shape == shape or name == "second_moment":
+                    state[name] = value[rows]
+                else:  # codes and scales lie in blocks over the flattened matrix
+                    blocks = slice(start * shape[1] // BLOCK, (start + step) * shape[1] // BLOCK)
+                    state[name] = value[blocks]
+            slices.append(replace(item, param=item.param[rows], grad=item.grad[rows], state=state))
+        return slices
 
     def is_large(self, item):
         group = item.group
@@ -198,9 +226,8 @@ def subset_view(shape, group, shards=None):
     if len(shape) < 2 or partition in ("element", 1):
         return tuple(shape), ()
     rows, columns = shape[0], math.prod(shape[1:])
-    if shards and partition not in ("row", "column"):
-        if partition != "larger":
-            say_once(f"partition {partition!r} becomes 'row' for weights sharded over ranks")
+    if shards and partition not in ("row", "column", "larger"):
+        say_once(f"partition {partition!r} becomes 'row' for weights sharded over ranks")
         partition = "row"
     if partition == "larger":
         partition = "row" if columns > (shards.rows if shards else rows) else "column"

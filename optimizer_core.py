@@ -356,16 +356,18 @@ def clip_update(update, limit, shards=None):
 
 def all_finite(grads):
     """Are all gradients finite? One wait for each device; every rank gets the same answer."""
-    flags, sharded = {}, None
-    for grad in grads:
-        sharded = sharded or (grad if is_sharded(grad) else None)
-        flags.setdefault(local(grad).device, []).append(local(grad))
+    by_device = {}
+    for grad in map(local, grads):
+        if grad.numel():
+            by_device.setdefault(grad.device, []).append(grad)
     finite = True
-    for tensors in flags.values():
-        norms = torch._foreach_norm([t for t in tensors if t.numel()], float("inf"))
-        bad = sum((~torch.isfinite(n)).float() for n in norms) if norms else torch.zeros(())
-        bad = RowShards(sharded).sum(bad) if sharded is not None else bad
-        finite = finite and not bool(bad)
+    for tensors in by_device.values():
+        largest = torch.stack([n.float() for n in torch._foreach_norm(tensors, float("inf"))])
+        finite = finite and bool(torch.isfinite(largest).all())
+    sharded = [grad for grad in grads if is_sharded(grad)]
+    if sharded:
+        bad = torch.tensor(float(not finite), device=local(sharded[0]).device)
+        finite = not bool(RowShards(sharded[0]).sum(bad))
     return finite
 
 

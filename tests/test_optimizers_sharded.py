@@ -1,0 +1,105 @@
+"""Rows sharded over two gloo processes (FSDP2): the same weights as one process gives."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from errors import UserError
+from optimizers import Adafactor, AdamSN, MuonSN, state_bytes
+
+CASES = {
+    "row": (AdamSN, dict(partition="row")),
+    "column": (AdamSN, dict(partition="column")),
+    "larger": (AdamSN, dict(partition="larger")),
+    "sum": (AdamSN, dict(partition="column", norm="sum")),
+    "element": (AdamSN, dict(partition="element", update_clip=0.5)),
+    "adafactor": (Adafactor, dict()),
+    "adafactor with momentum": (Adafactor, dict(momentum=0.9, relative_step=True)),
+    "muonsn": (MuonSN, dict()),
+    "skip": (MuonSN, dict(skip_nonfinite=True)),
+}
+
+
+def make_net():
+    torch.manual_seed(0)  # 9 and 5 rows: shards of unequal size; one vector of a single number
+    return nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 1))
+
+
+def train(net, case, steps=4):
+    cls, options = CASES[case]
+    optimizer = cls(net.parameters(), lr=1e-2, weight_decay=0.1, **options)
+    for i in range(steps):
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(i))
+        loss = net(x).square().mean()
+        loss = loss * (float("nan") if case == "skip" and i == 1 else 1)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def work(rank, port, failures):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    from torch.distributed.fsdp import fully_shard
+
+    for case in CASES:
+        plain, net = make_net(), make_net()
+        expected = train(plain, case)
+        mesh = dist.init_device_mesh("cpu", (2,))
+        for layer in net:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+        optimizer = train(net, case)
+        if optimizer.skipped_steps != expected.skipped_steps:
+            failures.append(f"{case}: skipped {optimizer.skipped_steps} steps")
+        for (name, p), q in zip(net.named_parameters(), plain.parameters()):
+            if not torch.allclose(p.full_tensor(), q, atol=2e-6):
+                worst = (p.full_tensor() - q).abs().max().item()
+                failures.append(f"{case} {name} rank {rank}: differs by {worst}")
+            for key, value in optimizer.state[p].items():
+                if torch.is_tensor(value):
+                    whole = expected.state[q][key]
+                    if not torch.allclose(value.full_tensor(), whole, atol=2e-6):
+                        failures.append(f"{case} {name} state {key} rank {rank}")
+        other = train(make_net(), case)  # bytes: a share of the rows each
+        if not state_bytes(optimizer) < state_bytes(other):
+            failures.append(f"{case}: state is not sharded")
+        saved = optimizer.state_dict()
+        optimizer.load_state_dict(saved)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+def test_sharded_training_equals_one_process():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    failures = mp.get_context("spawn").Manager().list()
+    mp.spawn(work, args=(port, failures), nprocs=2)
+    assert not list(failures)
+
+
+def test_other_placements_are_refused():
+    from optimizer_shards import RowShards
+
+    class Placement:
+        def is_replicate(self):
+            return False
+
+        def is_shard(self, dim=None):
+            return dim != 0
+
+    class Columns:
+        device_mesh, placements = None, (Placement(),)
+
+    with pytest.raises(UserError, match="only rows may be sharded"):
+        RowShards(Columns())
