@@ -1,0 +1,42 @@
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.installed
+DATA := data/shakespeare_char
+OUT := out-demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test
+
+help:
+	@echo "make demo   train a GPT on Shakespeare on this machine (minutes on two CPU cores), sample it"
+	@echo "make test   run every test"
+	@echo "make help   this list"
+	@echo "Each makes .venv by itself; PYTHON=python3.12 make ... chooses another Python (3.11+)."
+
+$(READY): requirements.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+	    || { echo "$(PYTHON) is older than 3.11; set PYTHON=..."; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(DATA)/meta.json: | $(READY)
+	$(BIN)/python $(DATA)/prepare.py
+
+$(OUT)/.trained: $(DATA)/meta.json | $(READY)
+	$(BIN)/python train.py config/train_shakespeare_char.py --optimizer_variant=adamsn \
+	    --out_dir=$(OUT) --init_from=$(if $(wildcard $(OUT)/ckpt_last.pt),resume,scratch)
+	@touch $@
+
+demo: $(OUT)/.trained
+	$(BIN)/python sample.py --out_dir=$(OUT) --num_samples=1 --max_new_tokens=500
+	@echo
+	@echo "data         $(DATA)/"
+	@echo "best model   $(OUT)/ckpt.pt     sample it: $(BIN)/python sample.py --out_dir=$(OUT)"
+	@echo "last state   $(OUT)/ckpt_last.pt"
+	@echo "losses       $(OUT)/metrics.csv"
+	@echo "settings     $(OUT)/config.json"
+	@echo "To train again: rm -r $(OUT) && make demo"
+
+test: $(READY)
+	$(BIN)/python -m pytest
