@@ -221,7 +221,8 @@ def config_to_hf(config):
             layer_norm_epsilon=config.norm_eps,
             resid_pdrop=config.dropout,
             embd_pdrop=config.dropout,
-            attn_pdrop=config.dropout,
+            attn_pdrop=config.dropout if config.attention_dropout is None
+            else config.attention_dropout,
             tie_word_embeddings=config.tie_embeddings,
         )
     _expressible(config, "Llama", position="rope", norm="rmsnorm", mlp="swiglu", bias=False)

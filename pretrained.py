@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from checkpoint import FREE_MODEL_ARGS
 from errors import UserError
 from gguf_weights import GGUFWeights
 from hf_weights import config_from_hf, hf_pieces
@@ -20,8 +21,7 @@ GPT2_SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 INDEX = "model.safetensors.index.json"
 # settings of ours that leave a model's function alone, and so may differ from the file's
-OVERRIDABLE = ("block_size", "dropout", "attention_policy", "q_chunk", "k_chunk",
-               "checkpoint_layers", "offload")
+OVERRIDABLE = (*FREE_MODEL_ARGS, "block_size")
 # tensors older files hold that are no parameters: causal masks, rotary frequencies
 NOT_WEIGHTS = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)$")
 

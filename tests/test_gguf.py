@@ -116,6 +116,13 @@ def test_llama_equals_the_hugging_face_folder(tmp_path, expected):
         load_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("settings", [dict(q_chunk=5), dict(attention_policy="grouped"),
+                                      dict(attention_policy="recompute", q_chunk=5, k_chunk=3)])
+def test_every_policy_runs_the_weights(tmp_path, expected, settings):
+    model = load_pretrained(gguf_llama(tmp_path / "tiny.gguf"), **settings)
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_row_order_matters():
     weight = torch.randn(C, C)
     paired = pairs_together(weight, H)
