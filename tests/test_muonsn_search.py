@@ -1,0 +1,56 @@
+"""The bench for ideas must start from what MuonSN does, and every recipe must train."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from errors import UserError
+from experiments.many_runs import Run, Setup, Text, train_runs
+from experiments.muonsn_recipes import recipes_named
+from experiments.muonsn_search import Recipe, make, run_batch
+from experiments.optimizer_variants import build
+
+SETUP = Setup("tiny", dict(block_size=16, n_layer=2, n_head=4, n_embd=32), 4, 8, warmup=3)
+
+
+@pytest.fixture(scope="module")
+def text():
+    tokens = torch.randint(11, (600,), generator=torch.Generator().manual_seed(0))
+    return Text(tokens[:500], tokens[500:], 11, "none")
+
+
+@pytest.mark.parametrize("variant, overrides", [
+    ("muonsn:momentum=0.95+per_head=False", {}),
+    ("muonsn:momentum=0.95+per_head=True", dict(per_head="qk")),
+    ("muonsn:momentum=0.9+per_head=False+weight_decay=0.3",
+     dict(mu=0.9, weight_decay=0.3, embedding_decay=0.3)),
+])
+def test_a_recipe_of_defaults_is_muonsn(variant, overrides, text):
+    recipe = replace(Recipe(), lr=8e-3, embedding_lr=4e-3, **overrides)
+    losses = run_batch(SETUP, [(recipe, 1), (recipe, 2)], text, "cpu")
+    rows = train_runs(SETUP, [Run(variant, 8e-3, 4e-3, seed) for seed in (1, 2)], text, build)
+    for loss, row in zip(losses, rows, strict=True):
+        assert abs(loss - row["val_loss"]) < 5e-4
+
+
+def test_every_recipe_trains(text):
+    for name, overrides in recipes_named("all").items():
+        loss, = run_batch(replace(SETUP, iterations=3), [(make(overrides), 1)], text, "cpu")
+        assert math.isfinite(loss) and loss < 2.7, name
+
+
+def test_unknown_recipes_are_refused():
+    with pytest.raises(UserError, match="unknown recipe 'nonsense'"):
+        recipes_named("nonsense")
+    with pytest.raises(UserError, match="has no colour"):
+        make(dict(colour=1))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_recorded_graph_equals_the_loop(text):
+    runs = [(Recipe(), 1), (Recipe(), 2), (replace(Recipe(), rank=2), 1)]
+    on_cpu, recorded = (run_batch(SETUP, runs, text, device) for device in ("cpu", "cuda"))
+    for a, b in zip(on_cpu, recorded, strict=True):
+        assert abs(a - b) < 5e-3  # bfloat16 products in Newton-Schulz there
