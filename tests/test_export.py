@@ -116,3 +116,11 @@ def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="not a folder"):
         export_pretrained(random_model(**SMALL), tmp_path / "file")
+
+
+def test_packed_weights_are_named(tmp_path):
+    quantize_ = pytest.importorskip("int4").quantize_
+    model = quantize_(random_model(**SMALL), group_size=32)
+    with pytest.raises(UserError, match="packed"):
+        export_pretrained(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
