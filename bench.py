@@ -1,0 +1,231 @@
+"""Time and memory of one transformer block under every attention policy, as a table or CSV.
+
+  python bench.py                                     the default grid, a table on the screen
+  python bench.py --seq=1024,8192 --policy=cache,recompute --q-chunk=1024 --csv=bench.csv
+  python bench.py --device=cuda --dtype=bfloat16 --d-model=768 --heads=12 --print
+
+Each cell runs in a process of its own, so that no cell inherits another's memory and one that
+runs out of it, or out of time, becomes a row instead of the end of the sweep. Time is the median
+over runs after a warm-up. The peak is the allocator's own, exact on the CPU too (memory.py),
+beyond the weights and the input; MB are 2**20 bytes. The error is against a plain softmax
+attention in float64 (measure.py), largest difference over largest value; int4's is against the
+block before packing, so it is what the 4 bits cost, for which weights_MB is what they save.
+"""
+
+import csv
+import itertools
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from configurator import parse_config
+from errors import UserError, exit_cleanly
+from measure import (
+    MIB,
+    block_config,
+    block_peak,
+    build_block,
+    commit_id,
+    describe_machine,
+    forward,
+    forward_error,
+    is_out_of_memory,
+    quartiles,
+    random_input,
+    synchronize,
+    timed,
+)
+from memory import tensor_bytes
+from runtime import DTYPES, setup_runtime
+from tiled import tile_sizes
+
+COLUMNS = (
+    "seq", "policy", "k_chunk", "q_chunk", "kv_heads", "time_s", "peak_cuda_MB", "delta_rss_MB",
+    "out_shape", "peak_MB", "weights_MB", "iqr_s", "status", "max_rel_err", "device", "dtype",
+    "batch", "d_model", "heads", "runs", "machine", "torch", "commit", "message")
+SHOWN = ("seq", "policy", "q_chunk", "k_chunk", "kv_heads", "time_s", "iqr_s", "peak_MB",
+         "weights_MB", "max_rel_err", "status", "message")  # columns of the table on the screen
+WIDTHS = (8, 10, 8, 8, 9, 10, 10, 10, 11, 12, 8, 0)
+
+
+@dataclass
+class Settings:
+    seq: tuple[int, ...] = (1024, 4096, 16384)  # sequence lengths T
+    policy: tuple[str, ...] = ("cache", "grouped", "recompute", "int4")  # and plain
+    runs: int = 5  # timed runs a cell, after one warm-up
+    batch: int = 1  # sequences at once
+    d_model: int = 256  # width of the residual stream
+    heads: int = 8  # attention heads
+    kv_heads: int | None = None  # key/value heads; None: 2 for grouped, all heads for the others
+    q_chunk: tuple[int, ...] = ()  # rows a tile; none given: recompute chooses, others use no tiles
+    k_chunk: tuple[int, ...] = ()  # key/value rows a tile; none given: chosen
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    dtype: str = "float32"  # float32 | bfloat16 | float16
+    seed: int = 1337  # of weights and input
+    timeout: float = 600.0  # seconds a cell may take, in all
+    print: bool = False  # CSV on stdout instead of the table
+    csv: str | None = None  # also write the CSV to this file
+
+
+def main():
+    if sys.argv[1:2] == ["--worker"]:  # hidden: this file calling itself, one cell
+        json.dump(run_cell(json.loads(sys.argv[2])), sys.stdout)
+        return
+    settings, _ = parse_config(Settings)
+    cells = grid(settings)
+    writers = []
+    if settings.csv:
+        folder = Path(settings.csv).parent
+        if not folder.is_dir():
+            raise UserError(f"--csv: the folder {folder} does not exist")
+        writers.append(csv_writer(open(settings.csv, "w", newline="")))
+    if settings.print:
+        writers.append(csv_writer(sys.stdout))
+    else:
+        print_line(SHOWN)
+        writers.append(print_row)
+    with tqdm(cells, desc="bench", unit="cell", disable=None) as bar:  # None: only on a terminal
+        for cell in bar:
+            bar.set_postfix_str(f"{cell['policy']} T={cell['seq']}")
+            row = run_in_process(cell, settings.timeout)
+            with tqdm.external_write_mode():
+                for write in writers:
+                    write(row)
+
+
+def grid(settings):
+    """The cells to run, as dicts, lengths outermost. Raises UserError for what cannot be run."""
+    for name in ("runs", "batch", "timeout"):
+        if getattr(settings, name) <= 0:
+            raise UserError(f"--{name} must be positive, not {getattr(settings, name)}")
+    if settings.dtype not in DTYPES:
+        raise UserError(f"unknown dtype {settings.dtype!r}; choose from: {', '.join(DTYPES)}")
+    device = str(setup_runtime(settings.device, settings.dtype, settings.seed).device)
+    shared = {name: getattr(settings, name)
+              for name in ("runs", "batch", "d_model", "heads", "kv_heads", "dtype", "seed")}
+    cells = {}
+    axes = (settings.seq, settings.policy, settings.q_chunk or (None,), settings.k_chunk or (None,))
+    for seq, policy, q_chunk, k_chunk in itertools.product(*axes):
+        cell = dict(shared, seq=seq, policy=policy, q_chunk=q_chunk, k_chunk=k_chunk,
+                    device=device)
+        # A wrong shape is told before anything runs; what ignores its chunks is run once.
+        cells.setdefault((policy, repr(cell_config(cell))), cell)
+    return list(cells.values())
+
+
+def cell_config(cell):
+    return block_config(cell["policy"], cell["seq"], cell["d_model"], cell["heads"],
+                        cell["kv_heads"], cell["q_chunk"], cell["k_chunk"])
+
+
+def run_in_process(cell, timeout):
+    """One row of the table, whatever becomes of the cell."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(cell)]
+    # Freeing a tensor from before a measurement would be reported on stderr each time
+    environment = {**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout,
+                              env=environment)
+    except subprocess.TimeoutExpired:
+        return failed_row(cell, "timeout", f"not finished after {timeout:g} s")
+    if done.returncode == 0:
+        return json.loads(done.stdout)
+    if done.returncode == -9:  # SIGKILL, which is how Linux takes memory back
+        return failed_row(cell, "oom", "killed by the operating system")
+    lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+    return failed_row(cell, "error", lines[-1])
+
+
+def failed_row(cell, status, message):
+    """A row that says what happened; nothing was measured."""
+    row = dict.fromkeys(COLUMNS, "")
+    row.update({name: cell[name] for name in COLUMNS if cell.get(name) is not None})
+    return row | {"kv_heads": cell_config(cell).kv_heads, "status": status, "message": message,
+                  "machine": describe_machine(cell["device"]), "torch": torch.__version__,
+                  "commit": commit_id()}
+
+
+def run_cell(cell):
+    """Measure one cell in this process -> its row."""
+    device, dtype = cell["device"], DTYPES[cell["dtype"]]
+    if device == "cpu":
+        limit_memory()
+    try:
+        return measure_cell(cell, device, dtype)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        return failed_row(cell, "oom", str(error).split("DefaultCPUAllocator: ")[-1][:200])
+
+
+def limit_memory():
+    """Make running out of memory an error of this process, not a matter for the whole machine."""
+    memory = psutil.Process().memory_info()
+    resource.setrlimit(resource.RLIMIT_AS, (memory.vms + psutil.virtual_memory().available,) * 2)
+
+
+def measure_cell(cell, device, dtype):
+    config = cell_config(cell)
+    B, T, seed = cell["batch"], cell["seq"], cell["seed"]
+    block, exact = build_block(config, device, dtype, int4=cell["policy"] == "int4", seed=seed)
+    x = random_input(config, B, T, device, dtype, seed)
+    process = psutil.Process()
+    rss = process.memory_info().rss
+
+    def run():
+        nonlocal out_shape
+        out_shape = tuple(forward(block, x).shape)
+
+    out_shape = None
+    run()  # warm-up; the resident set has grown to what it will be
+    synchronize(device)
+    delta_rss = process.memory_info().rss - rss
+    seconds = []
+    for _ in range(cell["runs"]):
+        x.copy_(random_input(config, B, T, device, dtype, seed))  # a run may have written over it
+        seconds.append(timed(run, device))
+    peak = block_peak(run, block, x, device)
+    error = forward_error(block, exact, random_input(config, B, T, device, dtype, seed))
+    median, iqr = quartiles(seconds)
+    with torch.inference_mode():
+        q_chunk, k_chunk = tile_sizes(config, x) or ("", "")
+    row = failed_row(cell, "ok", "")
+    row.update(k_chunk=k_chunk, q_chunk=q_chunk, time_s=round(median, 6), iqr_s=round(iqr, 6),
+               peak_cuda_MB=round(peak / MIB, 3) if device != "cpu" else "",
+               delta_rss_MB=round(delta_rss / MIB, 3), peak_MB=round(peak / MIB, 3),
+               weights_MB=round(tensor_bytes(block) / MIB, 3), out_shape=str(out_shape),
+               max_rel_err="" if error is None else float(f"{error:.3g}"))
+    return row
+
+
+def csv_writer(file):
+    """A function that writes a row as CSV at once, so that a sweep cut short keeps its rows."""
+    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+
+    def write(row):
+        writer.writerow(row)
+        file.flush()
+
+    return write
+
+
+def print_row(row):
+    print_line([row[name] for name in SHOWN])
+
+
+def print_line(values):
+    print(" ".join(f"{value!s:<{width}}" for value, width in zip(values, WIDTHS)).rstrip(),
+          flush=True)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

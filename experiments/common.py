@@ -1,0 +1,63 @@
+"""What the measuring scripts share: where results go, how a table is written, interleaved runs.
+
+A script under experiments/ begins with the two lines that put the repository's root on the path,
+then imports this file; it writes results/<its own name>.csv.
+"""
+
+import csv
+from pathlib import Path
+
+import torch
+
+from measure import commit_id, describe_machine
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "results"
+
+
+def provenance(device="cpu"):
+    """Columns every measured row ends with: machine, torch version, commit."""
+    return {"machine": describe_machine(device), "torch": torch.__version__,
+            "commit": commit_id()}
+
+
+def write_csv(path, rows):
+    """Write rows (dicts with the same keys) to `path`, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+def read_csv(path):
+    """Rows of a CSV as dicts; what reads as a number is one, an empty field is None."""
+    with Path(path).open(newline="") as file:
+        return [{name: _number(text) for name, text in row.items()}
+                for row in csv.DictReader(file)]
+
+
+def _number(text):
+    if text == "":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def interleaved(functions, rounds):
+    """Call every function once a round -> a list of results for each of them.
+
+    A machine that slows down for a while then slows every contestant, not the last one alone.
+    """
+    results = [[] for _ in functions]
+    for _ in range(rounds):
+        for function, found in zip(functions, results):
+            found.append(function())
+    return results

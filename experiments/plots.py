@@ -1,0 +1,111 @@
+"""Figures of the attention measurements, for williams.ipynb and for results/*.png.
+
+Every function takes the rows of one CSV (experiments.common.read_csv) and returns a matplotlib
+figure. A policy has the same colour and marker everywhere, distinct without colour vision.
+"""
+
+import matplotlib.pyplot as plt
+
+STYLE = {  # policy -> colour (Okabe and Ito's palette), marker
+    "plain": ("#555555", "s"),
+    "cache": ("#0072B2", "o"),
+    "grouped": ("#009E73", "^"),
+    "recompute": ("#D55E00", "D"),
+    "int4": ("#CC79A7", "v"),
+}
+
+
+def scaling_figure(rows, mode, policies=None):
+    """Time and peak against length, both axes logarithmic; bars are interquartile ranges."""
+    figure, (time_axis, peak_axis) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    known = dict.fromkeys(row["policy"] for row in rows)
+    for policy in known if policies is None else policies:
+        points = sorted((row["seq"], row["time_s"], row["iqr_s"], row["peak_MB"]) for row in rows
+                        if row["policy"] == policy and row["mode"] == mode)
+        if not points:
+            continue
+        T, seconds, iqr, peak = zip(*points)
+        colour, marker = STYLE[policy]
+        look = {"color": colour, "marker": marker, "markersize": 5, "label": policy}
+        time_axis.errorbar(T, seconds, yerr=[each / 2 for each in iqr], capsize=2, **look)
+        peak_axis.plot(T, peak, **look)
+    lengths = sorted({row["seq"] for row in rows if row["mode"] == mode})
+    for axis, title in ((time_axis, "seconds a pass"),
+                        (peak_axis, "peak MB beyond weights and input")):
+        _log_lengths(axis, lengths)
+        axis.set(title=title, yscale="log")
+        _plain_numbers(axis.yaxis)
+        axis.grid(alpha=0.3, which="both", linewidth=0.5)
+    if peak_axis.lines:
+        peak_axis.legend(frameon=False)
+    figure.suptitle(f"One block, {mode}: {_setup(rows[0])}")
+    return figure
+
+
+def chunk_figure(rows):
+    """The trade itself: a point a tile size, memory across, time upwards; sqrt(T) is marked."""
+    figure, axis = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    tiles = [row for row in rows if row["policy"] == "recompute"]
+    colour, marker = STYLE["recompute"]
+    axis.plot([row["peak_MB"] for row in tiles], [row["time_s"] for row in tiles], color=colour,
+              marker=marker, label="recompute, rows a tile")
+    for row in tiles:
+        root = " = √T" if row["q_chunk"] ** 2 == row["seq"] else ""
+        axis.annotate(f"{row['q_chunk']:,}{root}", (row["peak_MB"], row["time_s"]), fontsize=9,
+                      xytext=(5, 5), textcoords="offset points")
+    for row in rows:
+        if row["policy"] == "plain":
+            colour, marker = STYLE["plain"]
+            axis.plot(row["peak_MB"], row["time_s"], color=colour, marker=marker,
+                      linestyle="none", label="plain, no tiles")
+    axis.set(xscale="log", yscale="log", xlabel="peak MB beyond weights and input",
+             ylabel="seconds a pass")
+    _plain_numbers(axis.xaxis)
+    _plain_numbers(axis.yaxis)
+    axis.margins(x=0.12)
+    axis.grid(alpha=0.3, which="both", linewidth=0.5)
+    axis.legend(frameon=False)
+    figure.suptitle(f"The trade at T = {rows[0]['seq']:,}: {_setup(rows[0])}")
+    return figure
+
+
+def policy_picker(rows):
+    """A live picker of mode and policies around scaling_figure; what to display in a notebook.
+
+    Where ipywidgets is not installed, the figure with every policy, which is also what a reader
+    without a kernel sees.
+    """
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    try:
+        import ipywidgets
+    except ImportError:
+        return scaling_figure(rows, modes[0])
+    chosen = ipywidgets.SelectMultiple(options=policies, value=policies, description="policies",
+                                       rows=len(policies))
+
+    def draw(mode, chosen):
+        scaling_figure(rows, mode, chosen)
+        plt.show()
+
+    return ipywidgets.interactive(draw, mode=ipywidgets.Dropdown(options=modes), chosen=chosen)
+
+
+def _setup(row):
+    return f"C={row['d_model']}, H={row['heads']}, {row['dtype']}"
+
+
+def _plain_numbers(axis):
+    """20, not 2 x 10^1; and of a decade 1, 2 and 5 only."""
+    def label(value, _):
+        return f"{value:g}" if f"{value:e}"[0] in "125" else ""
+
+    axis.set_major_formatter(label)
+    axis.set_minor_formatter(label)
+
+
+def _log_lengths(axis, lengths):
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [f"{T // 1024}k" if T >= 1024 else str(T) for T in lengths])
+    axis.minorticks_off()
+    axis.set_xlabel("sequence length T")

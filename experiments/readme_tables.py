@@ -1,0 +1,161 @@
+"""Write README.md's tables from results/*.csv, so that no number in it is typed by hand.
+
+  python experiments/readme_tables.py            rewrite every block
+  python experiments/readme_tables.py --check    exit 1 if README.md is stale, change nothing
+
+A block in README.md is everything between `<!-- table: NAME -->` and `<!-- end table -->`. NAME
+is a function below, registered with the CSV it reads; to add a table, write one more function.
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from configurator import parse_config
+from errors import UserError, exit_cleanly
+from experiments.common import RESULTS, ROOT, read_csv
+
+BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end table -->)", re.DOTALL)
+TABLES = {}  # name -> (function of the CSV's rows, file under results/)
+
+
+@dataclass
+class Settings:
+    check: bool = False  # only say whether README.md agrees with results/
+    readme: str = str(ROOT / "README.md")  # the file whose blocks are rewritten
+    results: str = str(RESULTS)  # folder of the CSV files
+
+
+def table(name, file):
+    """Register a function: rows of results/`file` (list of dicts) -> Markdown."""
+    def register(function):
+        TABLES[name] = (function, file)
+        return function
+    return register
+
+
+def markdown(header, rows):
+    """A Markdown table; numbers belong to the right."""
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, rule, *rows])
+
+
+def made_on(row):
+    """A line under a table that says what it was measured with."""
+    return f"\n\n{row['machine']}; torch {row['torch']}; commit {row['commit']}."
+
+
+def megabytes(value):
+    return f"{value:,.0f} MB" if value >= 100 else f"{value:.3g} MB"
+
+
+def seconds(value):
+    return f"{value:.2f} s" if value >= 0.1 else f"{value * 1000:.1f} ms"
+
+
+def time_and_peak(rows, mode):
+    """One line a length, one column a policy: time (its ratio to plain's), peak."""
+    rows = [row for row in rows if row["mode"] == mode]
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    cells = {(row["seq"], row["policy"]): row for row in rows}
+
+    def cell(T, policy):
+        row = cells.get((T, policy))
+        if row is None:
+            return "–"
+        ratio = row["time_vs_plain"]
+        compared = "" if ratio is None or policy == "plain" else f" ({ratio:.2f}×)"
+        return f"{seconds(row['time_s'])}{compared}, {megabytes(row['peak_MB'])}"
+
+    lengths = sorted({row["seq"] for row in rows})
+    return markdown(["T", *policies], [[f"{T:,}", *(cell(T, policy) for policy in policies)]
+                                       for T in lengths]) + made_on(rows[0])
+
+
+@table("attention_forward", "attention_scaling.csv")
+def attention_forward(rows):
+    return time_and_peak(rows, "forward")
+
+
+@table("attention_backward", "attention_scaling.csv")
+def attention_backward(rows):
+    return time_and_peak(rows, "forward+backward")
+
+
+@table("attention_fit", "attention_scaling_fit.csv")
+def attention_fit(rows):
+    """How the peak grows: streams of T C numbers, and what does not grow at all."""
+    return markdown(
+        ["policy, mode", "grows by (T·C numbers)", "constant", "lengths", "worst residual"],
+        [[f"{row['policy']}, {row['mode']}", f"{row['slope_streams']:.2f}",
+          megabytes(row["intercept_MB"]), f"{row['shortest']:,}–{row['longest']:,}",
+          f"{row['worst_residual']:.1%}"] for row in rows]) + made_on(rows[0])
+
+
+@table("attention_errors", "attention_scaling.csv")
+def attention_errors(rows):
+    """Worst error of each policy over all lengths compared."""
+    def worst(policy, column):
+        found = [row[column] for row in rows if row["policy"] == policy and row[column] is not None]
+        return f"{max(found):.1e}" if found else "–"
+
+    policies = dict.fromkeys(row["policy"] for row in rows)
+    return markdown(["policy", "output", "gradients"],
+                    [[policy, worst(policy, "max_rel_err"), worst(policy, "grad_rel_err")]
+                     for policy in policies]) + made_on(rows[0])
+
+
+@table("attention_chunks", "attention_chunks.csv")
+def attention_chunks(rows):
+    """`recompute` with tiles of every size at one length."""
+    return markdown(
+        ["rows a tile", "time", "of plain's time", "peak"],
+        [[row["q_chunk"] or "plain, no tiles", seconds(row["time_s"]),
+          f"{row['time_vs_plain']:.2f}×", megabytes(row["peak_MB"])] for row in rows]
+    ) + made_on(rows[0])
+
+
+def rewrite(text, results):
+    """README text with every block made anew. Raises UserError for what cannot be made."""
+    def replacement(match):
+        opening, name, closing = match.groups()
+        if name not in TABLES:
+            raise UserError(f"README.md asks for a table {name!r}; experiments/readme_tables.py "
+                            f"knows: {', '.join(sorted(TABLES))}")
+        function, file = TABLES[name]
+        path = Path(results) / file
+        if not path.exists():
+            raise UserError(f"table {name!r} needs {path}, which does not exist; run the script "
+                            f"under experiments/ that writes {file}")
+        rows = read_csv(path)
+        if not rows:
+            raise UserError(f"table {name!r} needs {path}, which has no rows")
+        return f"{opening}\n{function(rows)}\n\n{closing}"
+
+    return BLOCK.sub(replacement, text)
+
+
+def main():
+    settings, _ = parse_config(Settings)
+    readme = Path(settings.readme)
+    if not readme.exists():
+        raise UserError(f"{readme} does not exist")
+    text = readme.read_text()
+    new = rewrite(text, settings.results)
+    if settings.check:
+        if new != text:
+            print("README.md is stale: run python experiments/readme_tables.py", file=sys.stderr)
+            sys.exit(1)
+        print("README.md agrees with results/")
+    elif new != text:
+        temporary = readme.with_suffix(".tmp")
+        temporary.write_text(new)
+        temporary.replace(readme)
+        print(f"rewrote {readme}")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
