@@ -124,10 +124,13 @@ def state_of_one(variant, setup, text, device):
         weight.grad.normal_(std=1e-3)
     for optimizer in optimizers:
         optimizer.step()
-    if is_peer(variant):
-        size = state_bytes_of(optimizers)
-    else:
-        size = sum(state_bytes(optimizer) for optimizer in optimizers)
     parameters = sum(weight.numel() for weight in stack.weights.values())
-    return {"state_bytes": size, "parameters": parameters}
+    return {"state_bytes": optimizer_state_bytes(variant, optimizers), "parameters": parameters}
+
+
+def optimizer_state_bytes(variant, optimizers):
+    """Bytes of state of a variant's optimizers (int)."""
+    if is_peer(variant):
+        return state_bytes_of(optimizers)
+    return sum(state_bytes(optimizer) for optimizer in optimizers)
 
