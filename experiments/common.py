@@ -7,16 +7,16 @@ then imports this file; it writes results/<its own name>.csv.
 import csv
 from pathlib import Path
 
-import torch
-
-from measure import commit_id, describe_machine
-
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 
 
 def provenance(device="cpu"):
     """Columns every measured row ends with: machine, torch version, commit."""
+    import torch  # here, so that what only reads results does not wait for it
+
+    from measure import commit_id, describe_machine
+
     return {"machine": describe_machine(device), "torch": torch.__version__,
             "commit": commit_id()}
 
