@@ -35,6 +35,7 @@ class Setup:
     betas: tuple = (0.9, 0.99)
     eval_interval: int | None = None  # None: the validation loss is taken once, at the end
     dtype: torch.dtype = torch.float32  # of the matrix products; weights and state are float32
+    compile: bool = False  # torch.compile the forward and backward
 
     def config(self, vocab_size):
         """The GPTConfig for a vocabulary."""
@@ -46,10 +47,10 @@ SETUPS = {
     "seed": Setup("seed", dict(block_size=64, n_layer=4, n_head=4, n_embd=128), 12, 2000),
     # 10.7M: nanoGPT's config/train_shakespeare_char.py (published best validation loss 1.4697)
     "char384": Setup("char384", dict(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
-                     64, 5000, eval_interval=250, dtype=torch.bfloat16),
-    # 51M with GPT-2's vocabulary: 8 layers of 512
-    "bpe51m": Setup("bpe51m", dict(block_size=512, n_layer=8, n_head=8, n_embd=512), 32, 2000,
-                    eval_interval=250, betas=(0.9, 0.95), dtype=torch.bfloat16),
+                     64, 5000, eval_interval=250, dtype=torch.bfloat16, compile=True),
+    # 51M with GPT-2's vocabulary: 8.2M tokens of data/python_stdlib (stdlib_text.py)
+    "bpe51m": Setup("bpe51m", dict(block_size=512, n_layer=8, n_head=8, n_embd=512), 16, 1000,
+                    eval_interval=500, betas=(0.9, 0.95), dtype=torch.bfloat16, compile=True),
 }
 
 
@@ -196,7 +197,8 @@ def train_runs(setup, runs, text, build, device="cpu", graph=None, report=None):
     block_size = setup.model["block_size"]
     if device.type == "cuda":
         torch.cuda.manual_seed(runs[0].seed)  # dropout's noise
-    step = Step(stack, train, setup.batch_size, block_size, setup.clip, setup.dtype, graph)
+    step = Step(stack, train, setup.batch_size, block_size, setup.clip, setup.dtype, graph,
+                setup.compile)
     last = torch.zeros(len(runs), device=device)
     curve = {}  # iteration -> validation losses (M,)
     started = time.perf_counter()

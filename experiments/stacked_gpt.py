@@ -138,12 +138,14 @@ class Step:
 
     tokens: (n,) int64 on the device. `step(offsets)` with offsets (M, B) int64 leaves gradients in
     the stack and returns the losses (M,), valid until the next call. With graph=True (CUDA) the
-    whole step is recorded once and replayed, so that its hundreds of kernels cost one launch.
+    whole step is recorded once and replayed, so that its hundreds of kernels cost one launch;
+    compile=True fuses its element-wise parts first, which pays for larger models.
     """
 
     def __init__(self, stack, tokens, batch_size, block_size, clip=1.0, dtype=torch.float32,
-                 graph=False):
+                 graph=False, compile=False):
         self.stack, self.tokens, self.clip, self.dtype = stack, tokens, clip, dtype
+        self.losses_of = torch.compile(stack.losses, dynamic=False) if compile else stack.losses
         self.window = torch.arange(block_size + 1, device=tokens.device)
         self.offsets = torch.zeros(len(stack.replicas), batch_size, dtype=torch.int64,
                                    device=tokens.device)
@@ -160,7 +162,7 @@ class Step:
         text = self.tokens[self.offsets[..., None] + self.window]  # (M, B, T + 1)
         with torch.autocast(self.tokens.device.type, dtype=torch.bfloat16,
                             enabled=self.dtype == torch.bfloat16, cache_enabled=False):
-            losses = self.stack.losses(text[..., :-1], text[..., 1:])
+            losses = self.losses_of(text[..., :-1], text[..., 1:])
         return self.stack.backward(losses, self.clip)
 
     def _record(self):
