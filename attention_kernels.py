@@ -84,9 +84,17 @@ def cudnn_forward(q, k, v, causal):
 
 
 def cudnn_backward(grad, q, k, v, out, lse, causal):
+    # its plan is made for q's order of dimensions in memory, and it reads others wrongly
+    grad, out = match_layout(grad, q), match_layout(out, q)
     return aten._scaled_dot_product_cudnn_attention_backward(
         grad, q, k, v, out, lse.view(*q.shape[:3], 1), *_no_philox(q), None, None, None,
         q.size(2), k.size(2), 0.0, causal)
+
+
+def match_layout(x, like):
+    """x itself if its dimensions lie in memory as those of `like` do, densely; else a copy."""
+    wanted = torch.empty_like(like)
+    return x if x.stride() == wanted.stride() else wanted.copy_(x)
 
 
 def _no_philox(q):
@@ -133,6 +141,10 @@ def merge_(out, lse, tile_out, tile_lse):
 
     exp(lse_b - logaddexp(lse_a, lse_b)) = sigmoid(lse_b - lse_a), so the merge is one lerp.
     """
+    if out.is_cuda and out.dtype == torch.float32:
+        from merge_triton import merge_  # CUDA only: Triton comes with that build
+
+        return merge_(out, lse, tile_out, tile_lse)
     weight = torch.sigmoid(tile_lse - lse)
     out.lerp_(tile_out.to(out.dtype), weight[..., None].to(out.dtype))
     torch.logaddexp(lse, tile_lse, out=lse)

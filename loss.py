@@ -8,7 +8,7 @@ dloss/dweight (V, C) behind, and the backward pass only scales them.
 import torch
 
 IGNORE = -1  # targets that do not count, as in nanoGPT
-CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 28}  # of float32 logits at once
+CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 29}  # of logits at once
 
 
 def chunked_cross_entropy(hidden, weight, targets, norm=None):
@@ -35,9 +35,9 @@ def _loss(hidden, weight, targets, count):
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, count)
 
 
-def chunk_rows(vocab_size, device_type):
+def chunk_rows(vocab_size, device_type, element_size=4):
     """How many rows' logits are held at once."""
-    return max(16, CHUNK_BYTES.get(device_type, 1 << 24) // (4 * vocab_size))
+    return max(16, CHUNK_BYTES.get(device_type, 1 << 24) // (element_size * vocab_size))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -46,7 +46,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, count):
         device = hidden.device.type
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        rows = chunk_rows(weight.size(0), device)
+        rows = chunk_rows(weight.size(0), device, hidden.element_size())
         wide = torch.promote_types(hidden.dtype, torch.float32)
         head = weight.to(hidden.dtype)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
@@ -76,9 +76,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(total, grad_logits, h):
-    """total += grad_logitsᵀ h, in total's own (float32) precision where the device can."""
+    """total (V, C), float32, += grad_logitsᵀ h, summed in float32 where the device can."""
     if h.dtype == total.dtype:
         total.addmm_(grad_logits.t(), h)
+    elif h.is_cuda:
+        torch.addmm(total, grad_logits.t(), h, out_dtype=total.dtype, out=total)
     else:
         total += grad_logits.t() @ h
 

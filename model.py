@@ -228,8 +228,18 @@ class Block(nn.Module):
     def plain(self, x):
         """The untiled block: K and V of all rows at once, whatever the policy."""
         positions = torch.arange(x.size(1), device=x.device)
-        q, k, v = self.attn.project_qkv(self.ln_1(x), positions)
+        q, k, v = self.norm_qkv(x, positions)
         return self.finish(x, attend(q, k, v, self.attention_dropout))
+
+    def norm_qkv(self, x, positions):
+        """What precedes attention, rows independent: x (B, t, C) -> q, k, v as project_qkv."""
+        return self.attn.project_qkv(self.ln_1(x), positions)
+
+    def norm_q(self, x, positions):
+        return self.attn.project_q(self.ln_1(x), positions)
+
+    def norm_kv(self, x, positions):
+        return self.attn.project_kv(self.ln_1(x), positions)
 
     def prefill(self, x, layer):
         """forward over a prompt x (B, T, C), overwritten if tiled, that also fills a cache's
@@ -335,6 +345,15 @@ class GPT(nn.Module):
             return self.lm_head(self.transformer.ln_f(x)), None
         loss = chunked_cross_entropy(x, self.lm_head.weight, targets, self.transformer.ln_f)
         return None, loss
+
+    def compile_rows(self):
+        """Compile what the blocks do row by row; the loops over tiles stay plain Python.
+
+        For a tiled policy, instead of torch.compile(model), which would break at every block.
+        """
+        for block in self.transformer.h:
+            for name in ("norm_qkv", "norm_q", "norm_kv", "finish"):
+                setattr(block, name, torch.compile(getattr(block, name)))
 
     def last_logits(self, idx):
         """idx (B, T) -> logits (B, V) of the last position, the T others' never computed."""

@@ -21,7 +21,7 @@ from contextlib import nullcontext
 
 import torch
 
-from attention_kernels import tile_backward
+from attention_kernels import match_layout, tile_backward
 from attention_policies import attend_rows, kv_source, left_tiles
 from errors import UserError
 from offload import fetch, stash
@@ -62,7 +62,8 @@ class Tiles:
         self.b_chunk = max(1, self.q_chunk // min(self.length, self.q_chunk))
         self.m_chunk = max(1, self.q_chunk // 4)  # rows through the MLP at once, in all
         # cuDNN builds a plan for each shape: worth it where all tiles but the last are alike
-        self.fixed_shapes = self.q_chunk == self.k_chunk or self.length <= self.q_chunk
+        self.fixed_shapes = self.q_chunk % self.k_chunk == 0 and (
+            self.length > self.q_chunk or self.length % 128 == 0)
 
     def batches(self):
         return [slice(b, b + self.b_chunk) for b in range(0, self.batch, self.b_chunk)]
@@ -77,21 +78,18 @@ class Tiles:
         step = max(1, self.m_chunk // batch_rows)
         return [(a, min(a + step, stop)) for a in range(start, stop, step)]
 
-    def positions(self, start, stop):
-        return torch.arange(start, stop, device=self.device)
+    def positions(self, start, count):
+        return torch.arange(start, start + count, device=self.device)
 
     def qkv(self, x, start):
         """x (b, t, C): rows from `start` -> q (b, H, t, D), k, v (b, G, t, D)."""
-        positions = self.positions(start, start + x.size(1))
-        return self.block.attn.project_qkv(self.block.ln_1(x), positions)
+        return self.block.norm_qkv(x, self.positions(start, x.size(1)))
 
     def q(self, x, start):
-        positions = self.positions(start, start + x.size(1))
-        return self.block.attn.project_q(self.block.ln_1(x), positions)
+        return self.block.norm_q(x, self.positions(start, x.size(1)))
 
     def kv(self, x, start):
-        positions = self.positions(start, start + x.size(1))
-        return self.block.attn.project_kv(self.block.ln_1(x), positions)
+        return self.block.norm_kv(x, self.positions(start, x.size(1)))
 
     def finish(self, x, out, start, batch_start):
         """Output projection, residual, MLP, residual, with the dropout of exactly this tile."""
@@ -273,8 +271,8 @@ def _backward_tiles(tiles, x, lse, out, grad, parameters, ctx):
             tile_lse = lse[batch, :, rows].contiguous()
 
             # after attention: MLP tile by MLP tile
-            grad_tile = torch.empty_like(xt)
-            grad_out = torch.empty_like(tile_out)
+            tile_out = match_layout(tile_out, qd)
+            grad_tile, grad_out = torch.empty_like(xt), torch.empty_like(qd)
             for a, b in tiles.mlp_tiles(start, stop, len(xb)):
                 part = slice(a - start, b - start)
                 xm = xt.detach()[:, part].requires_grad_()
