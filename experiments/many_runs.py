@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from dataset import load_dataset
 from errors import UserError
 from experiments.stacked_gpt import StackedGPT, Step
 from model import GPTConfig
@@ -71,38 +72,35 @@ class Text:
     train: torch.Tensor
     val: torch.Tensor
     vocab_size: int
-    sha256: str  # of the file that was read
+    sha256: str  # of the text
 
 
 def read_text(path, block_size):
-    """Characters of a text file, the first nine tenths for training; or a folder of .bin files.
+    """A prepared dataset's folder, or a text file taken character by character -> Text.
 
-    A folder holds train.bin and val.bin (uint16 tokens of GPT-2's vocabulary). Raises UserError
-    for a missing, empty or too short text.
+    Of a file the first nine tenths of the characters are for training, as nanoGPT has it. A
+    vocabulary of GPT-2's is padded to a multiple of 64. Raises UserError for a missing or too
+    short text.
     """
     path = Path(path)
     if path.is_dir():
-        parts = [torch.from_file(str(path / name), dtype=torch.uint16,
-                                 size=_size(path / name) // 2).long()
-                 for name in ("train.bin", "val.bin")]
-        vocab_size, raw = 50304, (path / "train.bin").read_bytes()
-    else:
-        _size(path)
+        dataset = load_dataset(path.name, str(path.parent))
+        parts = [torch.from_numpy(part.astype("int64")) for part in (dataset.train, dataset.val)]
+        vocab_size, sha256 = dataset.vocab_size, dataset.sha256 or ""
+        vocab_size = -(-vocab_size // 64) * 64 if vocab_size > 1024 else vocab_size
+    elif path.is_file():
         raw = path.read_bytes()
-        text = raw.decode("utf-8")
+        text, sha256 = raw.decode("utf-8"), hashlib.sha256(raw).hexdigest()
         number = {character: i for i, character in enumerate(sorted(set(text)))}
         tokens = torch.tensor([number[character] for character in text])
         cut = int(0.9 * len(tokens))
         parts, vocab_size = (tokens[:cut], tokens[cut:]), len(number)
+    else:
+        raise UserError(f"no file or folder {path}: run data/shakespeare_char/prepare.py, or give "
+                        "a text with --input=PATH")
     if min(len(part) for part in parts) <= block_size:
         raise UserError(f"{path} is too short: each split needs more than {block_size} tokens")
-    return Text(*parts, vocab_size, hashlib.sha256(raw).hexdigest())
-
-
-def _size(path):
-    if not path.is_file():
-        raise UserError(f"no file {path}; give a text with --input=PATH")
-    return path.stat().st_size
+    return Text(*parts, vocab_size, sha256)
 
 
 def schedule(setup, iteration):

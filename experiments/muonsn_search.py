@@ -1,6 +1,6 @@
 """A bench for ideas about MuonSN: many recipes side by side at the seed setup, on one GPU.
 
-    python experiments/muonsn_search.py --input=data/tinyshakespeare.txt --recipes=all
+    python experiments/muonsn_search.py --recipes=all
 
 Here an optimizer is a few lines over stacked replicas, with switches for everything that might
 help; forward, backward and all updates are one CUDA graph. What wins is then built into muonsn.py
@@ -360,7 +360,7 @@ def record(iterate, stack, updates, clock):
 
 @dataclass
 class Settings:
-    input: str = "data/tinyshakespeare/input.txt"  # text file
+    input: str = "data/shakespeare_char"  # prepared dataset, or a text file
     recipes: str = "all"  # comma separated names of muonsn_recipes.py, or all
     out: str = str(RESULTS / "muonsn_search.csv")  # rows are added to this file
     seeds: int = 3  # runs a recipe

@@ -1,6 +1,7 @@
 """Which optimizer reaches the lowest loss on equal tokens, when each is tuned on the same grid?
 
-    python experiments/optimizer_quality.py --input=data/tinyshakespeare.txt
+    python data/shakespeare_char/prepare.py
+    python experiments/optimizer_quality.py
     python experiments/optimizer_quality.py --variants=torch_adamw,muonsn:momentum_bits=8 ...
 
 Every variant runs the grid of linear x embedding learning rates with `grid_seeds` seeds each. While
@@ -46,17 +47,18 @@ CLIMBS = 4  # largest number of times a grid is extended
 
 @dataclass
 class Settings:
-    input: str = "data/tinyshakespeare/input.txt"  # text file, or folder of train.bin and val.bin
-    variants: str = "ours,peers"  # comma separated; ours | peers | ablation | name[:key=value+...]
+    input: str = "data/shakespeare_char"  # prepared dataset, or a text file
+    variants: str = "ours,peers"  # ours | peers | ablation_* | name[:key=value+...], by commas
     setup: str = "seed"  # seed | char384 | bpe51m, see many_runs.py
     out: str = str(RESULTS / "optimizer_quality.csv")  # rows are added to this file
-    grid_seeds: int = 3  # seeds of each grid setting
+    grid_seeds: int = 2  # seeds of each grid setting
     confirm_seeds: int = 5  # fresh seeds of the best setting; 0: the grid alone
     linear_lrs: str = ""  # comma separated, instead of the variant's grid
     embedding_lrs: str = ""  # comma separated, instead of the variant's grid
     climb: bool = True  # extend the grid until the best setting is inside it
     replicas: int = 64  # most runs side by side
     workers: int = 0  # processes sharing the device; 0: three on CUDA, one on the CPU
+    minutes: float = 0.0  # start no batch after this time; 0: no limit. Run again to go on
     iterations: int = 0  # shorter runs, to try things; 0: the setup's
     dtype: str = ""  # float32 | bfloat16 | tf32 instead of the setup's
     device: str = "auto"  # auto | cpu | cuda
@@ -208,7 +210,14 @@ def run_all(settings):
             jobs = {pool.submit(work, setup, batch, settings.input, device, precision): batch
                     for batch in batches(runs, settings.replicas, workers)}
             print(f"{len(runs)} runs in {len(jobs)} batches", flush=True)
+            late = False
             for job in concurrent.futures.as_completed(jobs):
+                if settings.minutes and time.perf_counter() - started > 60 * settings.minutes:
+                    late = True
+                    for waiting in jobs:
+                        waiting.cancel()
+                if job.cancelled():
+                    continue
                 failed = job.exception()
                 if failed:
                     names = {run.variant for run in jobs[job]}
@@ -220,6 +229,9 @@ def run_all(settings):
                 print(f"{time.perf_counter() - started:6.0f} s: {len(rows)} rows, best so far "
                       f"{min(row['best_val_loss'] for row in job.result()):.4f} in this batch",
                       flush=True)
+            if late:
+                print("out of time: run the same command again to go on")
+                break
     return rows
 
 

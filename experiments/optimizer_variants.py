@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import re
 
 from errors import UserError
 from experiments.many_runs import Cohort, Run
@@ -22,10 +23,45 @@ SCALES = {
 }
 
 OURS = (
-    "adam", "adamsn", "adamsn:norm=sum+partition=larger", "adamsn:partition=column", "adamsn8",
-    "adafactor", "adafactor:momentum=0.9", "muonsn", "muonsn8", "muonsn4", "muonsn0",
+    "torch_adamw", "adamsn", "adamsn:norm=sum+partition=larger", "adamsn:partition=column",
+    "adamsn8", "adafactor", "adafactor:momentum=0.9", "muonsn", "muonsn8", "muonsn4", "muonsn0",
 )  # fmt: skip
-ABLATION = ()
+
+# Options whose worth is to be found out, one at a time. Run with a small grid that climbs:
+# --linear_lrs=4e-3,8e-3 --embedding_lrs=8e-3 --confirm_seeds=0
+ABLATIONS = {
+    "ablation_adamsn": (
+        "adamsn", "adamsn:partition=column", "adamsn:partition=head",
+        "adamsn:partition=head_column", "adamsn:partition=larger", "adamsn:partition=32",
+        "adamsn:partition=8", "adamsn:partition=element",
+        "adamsn:partition={'qkv':'column'}", "adamsn:partition={'qkv':'head'}",
+        "adamsn:partition={'qkv':'head_column'}", "adamsn:partition={'attn_out':'column'}",
+        "adamsn:partition={'mlp_in':'column'}", "adamsn:partition={'mlp_out':'column'}",
+        "adamsn:partition={'qkv':'element'}", "adamsn:partition={'attn_out':'element'}",
+        "adamsn:partition={'mlp_in':'element'}", "adamsn:partition={'mlp_out':'element'}",
+        "adamsn:betas=(0.95,0.99)", "adamsn:betas=(0.8,0.99)", "adamsn:betas=(0.9,0.95)",
+        "adamsn:betas=(0.9,0.999)", "adamsn:embedding_partition='row'",
+        "adamsn:update_clip=1.0", "adam:betas=(0.95,0.99)", "adam:betas=(0.9,0.95)",
+        "adam:betas=(0.9,0.999)", "adam:betas=(0.8,0.99)",
+    ),
+    "ablation_adafactor": (
+        "adafactor", "adafactor:clip=None", "adafactor:clip=0.5", "adafactor:clip=2.0",
+        "adafactor:betas=(0.9,0.95)", "adafactor:betas=(0.9,0.98)", "adafactor:betas=(0.9,0.999)",
+        "adafactor:decay=0.6", "adafactor:decay=1.0", "adafactor:weight_decay=0.3",
+        "adafactor:weight_decay=0.02", "adafactor:momentum=0.9",
+        "adafactor:momentum=0.9+momentum_bits=8", "adafactor:momentum=0.5",
+    ),
+    "ablation_muonsn": (
+        "muonsn", "muonsn:momentum=0.8", "muonsn:momentum=0.9", "muonsn:momentum=0.98",
+        "muonsn:nesterov=False", "muonsn:per_head=True", "muonsn:ns_steps=3", "muonsn:ns_steps=7",
+        "muonsn:row_beta2=0.8", "muonsn:row_beta2=0.99", "muonsn:weight_decay=0.02",
+        "muonsn:weight_decay=0.3", "muonsn:betas=(0.8,0.99)", "muonsn:betas=(0.95,0.99)",
+        "muonsn:betas=(0.9,0.95)", "muonsn:betas=(0.9,0.999)", "muonsn:embedding_partition='row'",
+        "muonsn8", "muonsn8:per_head=True", "muonsn4", "muonsn4:per_head=True",
+        "muonsn4:momentum=0.8", "muonsn4:momentum=0.95", "muonsn0", "muonsn0:per_head=True",
+        "muonsn0:ns_steps=3", "muonsn0:ns_steps=2", "muonsn0:momentum_bits=8",
+    ),
+}  # fmt: skip
 
 PACKAGES = {
     "torchao_adamw8bit": "torchao.optim", "torchao_adamw4bit": "torchao.optim",
@@ -37,9 +73,9 @@ PACKAGES = {
 
 def expand(variants):
     """'ours,adamsn:norm=sum' -> list of variant names. Raises UserError for an unknown one."""
-    lists = {"ours": OURS, "peers": tuple(PEERS), "ablation": ABLATION}
+    lists = {"ours": OURS, "peers": tuple(PEERS), **ABLATIONS}
     names = []
-    for name in variants.split(","):
+    for name in re.split(r",(?![^({\[]*[)}\]])", variants):  # not at commas inside brackets
         for variant in lists.get(name, (name,)):
             base = variant.partition(":")[0]
             if base not in VARIANTS and base not in PEERS:

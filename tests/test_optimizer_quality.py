@@ -1,6 +1,7 @@
 """The comparison of optimizers: what it runs, that runs do not mix, and its statistics."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from errors import UserError
 from experiments.many_runs import Run, Setup, Text, data_order, read_text, schedule, train_runs
 from experiments.optimizer_quality import Settings, next_runs, summarise
-from experiments.optimizer_variants import build, expand, parse_options, state_of_one
+from experiments.optimizer_variants import ABLATIONS, build, expand, parse_options, state_of_one
 from experiments.paired import mean_interval, paired_difference, t_distribution
 from model import GPT
 from optimizers import build_optimizer
@@ -86,6 +87,13 @@ def test_diverged_runs_never_win():
     assert {row["learning_rate"] for row in fresh} == {4e-3}
 
 
+def test_every_ablation_can_be_built(text):
+    for variant in expand(",".join(["ours", *ABLATIONS])):
+        run = Run(variant, 4e-3, 8e-3, 1)
+        row, = train_runs(replace(SETUP, iterations=1, warmup=1), [run], text, build)
+        assert math.isfinite(row["val_loss"]), variant
+
+
 def test_finished_runs_are_not_run_again():
     settings = Settings(linear_lrs="1e-3", embedding_lrs="1e-3", climb=False, grid_seeds=1,
                         confirm_seeds=2)
@@ -129,9 +137,10 @@ def test_variants_and_texts_that_do_not_exist(tmp_path):
         expand("adamsm")
     with pytest.raises(UserError, match="not key=value"):
         parse_options("adamsn:norm")
+    assert expand("adamsn:betas=(0.9,0.95),adam") == ["adamsn:betas=(0.9,0.95)", "adam"]
     assert parse_options("adamsn:norm=sum+momentum_bits=8") == (
         "adamsn", dict(norm="sum", momentum_bits=8))
-    with pytest.raises(UserError, match="no file"):
+    with pytest.raises(UserError, match="no file or folder"):
         read_text(tmp_path / "nothing.txt", 16)
     (tmp_path / "short.txt").write_text("to be")
     with pytest.raises(UserError, match="too short"):
