@@ -1,5 +1,7 @@
 """Recipes for muonsn_search.py: what each changes of MuonSN's defaults, and why it might help."""
 
+import ast
+
 from errors import UserError
 
 BASE = dict(lr=6e-3)  # between the two best rates of the first grid
@@ -85,22 +87,22 @@ SMALL = {  # about 7% of Adam's state and less: few bits
 
 NONE = {  # about 1%: no momentum in full
     "0": dict(mu=0.0, embedding="row", embedding_beta1=0.0),
-    "0, embedding momentum": dict(mu=0.0, embedding="row"),
-    "0, lr4": dict(mu=0.0, lr=4e-3, embedding="row"),
-    "0, lr12": dict(mu=0.0, lr=1.2e-2, embedding="row"),
-    "0, steps 1": dict(mu=0.0, steps=1, embedding="row"),
-    "0, steps 2": dict(mu=0.0, steps=2, embedding="row"),
-    "0, steps 3": dict(mu=0.0, steps=3, embedding="row"),
-    "0, cubic 2": dict(mu=0.0, ns="cubic", steps=2, embedding="row"),
-    "0, cubic 4": dict(mu=0.0, ns="cubic", steps=4, embedding="row"),
-    "0, pre both": dict(mu=0.0, pre="both", embedding="row"),
-    "0, pre column": dict(mu=0.0, pre="column", embedding="row"),
-    "0, pre both, steps 2": dict(mu=0.0, pre="both", steps=2, embedding="row"),
-    "0, post both": dict(mu=0.0, post="both", embedding="row"),
-    "0, post beta 0.99": dict(mu=0.0, post_beta=0.99, embedding="row"),
-    "0, qk per head": dict(mu=0.0, per_head="qk", embedding="row"),
-    "0, wd 0.3": dict(mu=0.0, weight_decay=0.3, embedding="row"),
-    "0, emb12": dict(mu=0.0, embedding_lr=1.2e-2, embedding="row"),
+    "0 embedding momentum": dict(mu=0.0, embedding="row"),
+    "0 lr4": dict(mu=0.0, lr=4e-3, embedding="row"),
+    "0 lr12": dict(mu=0.0, lr=1.2e-2, embedding="row"),
+    "0 steps 1": dict(mu=0.0, steps=1, embedding="row"),
+    "0 steps 2": dict(mu=0.0, steps=2, embedding="row"),
+    "0 steps 3": dict(mu=0.0, steps=3, embedding="row"),
+    "0 cubic 2": dict(mu=0.0, ns="cubic", steps=2, embedding="row"),
+    "0 cubic 4": dict(mu=0.0, ns="cubic", steps=4, embedding="row"),
+    "0 pre both": dict(mu=0.0, pre="both", embedding="row"),
+    "0 pre column": dict(mu=0.0, pre="column", embedding="row"),
+    "0 pre both steps 2": dict(mu=0.0, pre="both", steps=2, embedding="row"),
+    "0 post both": dict(mu=0.0, post="both", embedding="row"),
+    "0 post beta 0.99": dict(mu=0.0, post_beta=0.99, embedding="row"),
+    "0 qk per head": dict(mu=0.0, per_head="qk", embedding="row"),
+    "0 wd 0.3": dict(mu=0.0, weight_decay=0.3, embedding="row"),
+    "0 emb12": dict(mu=0.0, embedding_lr=1.2e-2, embedding="row"),
     "rank 1": dict(mu=0.9, rank=1, embedding="row"),
     "rank 2": dict(mu=0.9, rank=2, embedding="row"),
     "rank 4": dict(mu=0.9, rank=4, embedding="row"),
@@ -116,7 +118,10 @@ FAMILIES = {"flagship": FLAGSHIP, "small": SMALL, "none": NONE}
 
 
 def recipes_named(names):
-    """'flagship,rank 1' or 'all' -> {name: overrides}. Raises UserError for an unknown name."""
+    """'flagship,rank 1,mu=0.9+ns=polar' or 'all' -> {name: overrides}; a recipe can be spelt out.
+
+    Raises UserError for an unknown name.
+    """
     every = FLAGSHIP | SMALL | NONE
     chosen = {}
     for name in names.split(","):
@@ -126,7 +131,17 @@ def recipes_named(names):
             chosen |= FAMILIES[name]
         elif name in every:
             chosen[name] = every[name]
+        elif "=" in name:
+            chosen[name] = {key: _value(value) for key, value in
+                            (item.split("=", 1) for item in name.split("+"))}
         else:
             known = ", ".join(["all", *FAMILIES, *every])
             raise UserError(f"unknown recipe {name!r}; known: {known}")
     return {name: BASE | overrides for name, overrides in chosen.items()}
+
+
+def _value(text):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text  # a word
