@@ -71,9 +71,11 @@ def adopt_model_args(settings, given, model):
     return replace(settings, **args)
 
 
-def check_vocabulary(dataset, model):
-    """Raise UserError where the data set's tokens cannot be the model's."""
+def check_dataset(dataset, model):
+    """Raise UserError where the data set cannot train the model: other tokens, or too few."""
     have, need = model.config.vocab_size, dataset.vocab_size
     if not need <= have < need + 1024:  # a model's table may be padded
         raise UserError(f"the data set has {need} different tokens, the model {have}: they do not "
                         "share a tokenizer; prepare the data with the model's")
+    for split in ("train", "val"):  # its first block, to be told if there is none
+        next(dataset.full_split_batches(split, model.config.block_size, 1))

@@ -33,7 +33,7 @@ from dataset import load_dataset
 from errors import UserError, exit_cleanly
 from optimizer_setup import lr_factor, make_optimizer
 from runtime import DATA_STREAM, StopSignal, iteration_seed, setup_runtime
-from starting_point import adopt_model_args, build_model, check_vocabulary, resumed_settings
+from starting_point import adopt_model_args, build_model, check_dataset, resumed_settings
 from training_log import StepClock, TrainingLog, startup_summary
 
 TRAIN_SAMPLE = 50  # batches that estimate the training loss where eval_iters=0
@@ -147,7 +147,7 @@ class Trainer:
         self.dataset = load_dataset(settings.dataset, settings.data_dir)
         self.raw_model = build_model(settings, given, self.dataset, checkpoint)
         self.settings = settings = adopt_model_args(settings, given, self.raw_model)
-        check_vocabulary(self.dataset, self.raw_model)
+        check_dataset(self.dataset, self.raw_model)
         self.raw_model.to(runtime.device).train()
         self.optimizer = make_optimizer(settings, self.raw_model, runtime)
         self.scaler = torch.amp.GradScaler(
