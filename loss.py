@@ -8,7 +8,7 @@ dloss/dweight (V, C) behind, and the backward pass only scales them.
 import torch
 
 IGNORE = -1  # targets that do not count, as in nanoGPT
-CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 29}  # of logits at once
+CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 30}  # of logits at once, at most
 
 
 def chunked_cross_entropy(hidden, weight, targets, norm=None):
@@ -23,7 +23,7 @@ def chunked_cross_entropy(hidden, weight, targets, norm=None):
     count = (targets != IGNORE).sum()
     if torch.is_grad_enabled():
         return _loss(norm(hidden) if norm else hidden, weight, targets, count)
-    rows = chunk_rows(weight.size(0), hidden.device.type)
+    rows = chunk_rows(len(hidden), weight.size(0), hidden.device.type)
     parts = zip(hidden.split(rows), targets.split(rows))  # nor is norm(hidden) ever whole
     return sum(_loss(norm(h) if norm else h, weight, t, count) for h, t in parts)
 
@@ -35,9 +35,11 @@ def _loss(hidden, weight, targets, count):
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, count)
 
 
-def chunk_rows(vocab_size, device_type, element_size=4):
-    """How many rows' logits are held at once."""
-    return max(16, CHUNK_BYTES.get(device_type, 1 << 24) // (element_size * vocab_size))
+def chunk_rows(rows, vocab_size, device_type, element_size=4):
+    """How many of `rows` rows have their logits held at once: even chunks, multiples of 64."""
+    most = max(64, CHUNK_BYTES.get(device_type, 1 << 24) // (element_size * vocab_size))
+    chunks = -(-rows // most)
+    return -(-rows // (64 * chunks)) * 64
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -46,7 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, count):
         device = hidden.device.type
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        rows = chunk_rows(weight.size(0), device, hidden.element_size())
+        rows = chunk_rows(len(hidden), weight.size(0), device, hidden.element_size())
         wide = torch.promote_types(hidden.dtype, torch.float32)
         head = weight.to(hidden.dtype)
         loss = torch.zeros((), dtype=wide, device=hidden.device)

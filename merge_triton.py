@@ -23,6 +23,7 @@ def _merge_kernel(out, lse, tile, tile_lse, H, T, so_b, so_h, so_t, sl_b, sl_h, 
     new = tl.load(tile_lse + b * sm_b + h * sm_h + t * sm_t, mask=inside, other=0.0)
     weight = tl.sigmoid(new - old)
     high = tl.maximum(old, new)
+    tl.debug_barrier()  # a row's lse is loaded by several threads: all of them before one stores
     tl.store(lse, high + tl.log(tl.exp(old - high) + tl.exp(new - high)), mask=inside)
     block = inside[:, None] & (d < D)[None, :]
     out += b * so_b + h * so_h + t[:, None] * so_t + d[None, :]

@@ -31,17 +31,22 @@ def tile_sizes(config, x):
     """(q_chunk, k_chunk) for a block over x (B, T, C), or None for the plain block.
 
     Recomputing K and V costs C / (g q_chunk) of attention's own arithmetic, g = H/G: q_chunk is
-    a few times C/g unless given. Short sequences need no tiles beyond their own length.
+    several times C/g unless given. Training sequences that fit such a tile run plain: there is
+    nothing to their left that could be recomputed.
     """
     training = torch.is_grad_enabled()
-    if config.attention_policy == "recompute" or (training and config.checkpoint_layers):
-        q_chunk = config.q_chunk or default_chunk(config, x.device.type)
+    chunk = default_chunk(config, x.device.type)
+    if training and config.checkpoint_layers:
+        q_chunk = config.q_chunk or chunk
+    elif config.attention_policy == "recompute":
+        if training and config.q_chunk is None and x.size(1) <= chunk:
+            return None
+        q_chunk = config.q_chunk or chunk
     elif config.q_chunk:
         q_chunk = config.q_chunk
     else:
         return None
-    k_chunk = config.k_chunk or min(q_chunk, 8192)
-    return q_chunk, k_chunk
+    return q_chunk, config.k_chunk or min(q_chunk, 16384)
 
 
 def default_chunk(config, device_type):
@@ -54,13 +59,15 @@ def default_chunk(config, device_type):
 class Tiles:
     """One block's row tiles over x (B, T, C): how each part of it is computed."""
 
-    def __init__(self, block, shape, device, sizes, seed=None):
+    def __init__(self, block, shape, device, sizes, seed=None, training=False):
         self.block, self.device, self.seed = block, device, seed
         self.batch, self.length, _ = shape
         self.q_chunk, self.k_chunk = sizes
         # rows of the batch at once: a tile holds about q_chunk rows in all
         self.b_chunk = max(1, self.q_chunk // min(self.length, self.q_chunk))
-        self.m_chunk = max(1, self.q_chunk // 4)  # rows through the MLP at once, in all
+        # rows through the MLP at once, in all: a CUDA device wants few launches while training
+        few = device.type == "cuda" and training
+        self.m_chunk = self.q_chunk if few else max(1, self.q_chunk // 4)
         # cuDNN builds a plan for each shape: worth it where all tiles but the last are alike
         self.fixed_shapes = self.q_chunk % self.k_chunk == 0 and (
             self.length > self.q_chunk or self.length % 128 == 0)
@@ -178,7 +185,7 @@ class _TiledBlock(torch.autograd.Function):
     def forward(ctx, x, block, sizes, dropping, *parameters):
         device = x.device
         seed = int(torch.randint(2**40, ())) if dropping else None
-        ctx.tiles = tiles = Tiles(block, x.shape, device, sizes, seed)
+        ctx.tiles = tiles = Tiles(block, x.shape, device, sizes, seed, training=True)
         ctx.autocast = _autocast_state(device.type)
         config = block.config
         B, T, C = x.shape

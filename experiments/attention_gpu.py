@@ -17,11 +17,9 @@ import importlib.util
 import statistics
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -171,7 +169,7 @@ def load_nanogpt(path):
     return module
 
 
-def trainer(kind, T, B, nanogpt=None, compiled=False, cudnn=False, **settings):
+def trainer(kind, T, B, nanogpt=None, compiled=False, **settings):
     """(step function, total bytes it stands on): forward, backward, AdamW, bf16 autocast."""
     torch.manual_seed(0)
     before = torch.cuda.memory_allocated()
@@ -183,16 +181,15 @@ def trainer(kind, T, B, nanogpt=None, compiled=False, cudnn=False, **settings):
         model = GPT(GPTConfig(block_size=T, **{**GPT2, **settings})).to(DEVICE)
         optimizer = build_optimizer(model, "adam", learning_rate=6e-4, device_type=DEVICE)
     run = torch.compile(model) if compiled else model
-    if settings.get("attention_policy") == "recompute":
+    tiled = settings.get("attention_policy") == "recompute" and not compiled
+    if tiled:
         model.compile_rows()
     idx = torch.randint(GPT2["vocab_size"], (B, T), device=DEVICE)
     targets = idx.roll(-1, 1)
 
-    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 
     def step():
-        with torch.autocast(DEVICE, torch.bfloat16), (
-                sdpa_kernel(order, set_priority=True) if cudnn else nullcontext()):
+        with torch.autocast(DEVICE, torch.bfloat16):
             _, loss = run(idx, targets)
         loss.backward()
         optimizer.step()
@@ -247,9 +244,11 @@ def short(row, quick, nanogpt=None):
     B = 2 if quick else 32
     cases = [("short nanoGPT", dict(kind="nanogpt", compiled=True)),
              ("short plain", dict(kind="ours", compiled=True)),
-             ("short plain cudnn", dict(kind="ours", compiled=True, cudnn=True)),
-             ("short recompute", dict(kind="ours", attention_policy="recompute"))]
-    train_rows(row, cases, 1024, B, 20, nanogpt)
+             ("short recompute", dict(kind="ours", attention_policy="recompute", compiled=True)),
+             ("short checkpoint", dict(kind="ours", attention_policy="recompute",
+                                       checkpoint_layers=True))]
+    for _ in range(1 if quick else 2):  # twice round: the machine may drift
+        train_rows(row, cases, 1024, B, 20, nanogpt)
 
 
 SECTIONS = {"check": check, "prefill": prefill, "short": short, "train": train,
