@@ -21,7 +21,7 @@ How the model uses it, in `prefill` (t > 1) and `decode_one_token` (t = 1) alike
 step need not compute k and v at all. `attn` is read by `recompute` only: `attn.project_kv(x
 (B, n, C), positions) -> k, v (B, G, n, D)` and `attn.c_attn`. A prefill of the empty cache may
 attend by itself, exactly as in training, and only append, also tile by tile in any order:
-`append(..., start=row)` for rows from `row` of the t.
+`append(..., start=row, batch=slice)`.
 
 Rows of unequal length are padded on the right: the padded prefill is the plain causal one, its
 logits are taken at each row's last token, and `set_lengths(lengths)` says how much of each row is
@@ -44,6 +44,7 @@ from errors import UserError
 
 RECENT = 16  # newest tokens that a quantised cache also keeps exactly
 TILE = 4096  # rows dequantised or recomputed at a time
+ALL = slice(None)
 SMALLEST_SPAN = 256  # fixed shapes start at this many slots and double
 
 
@@ -53,9 +54,9 @@ class Rows:
     def __init__(self, batch, heads, slots, width, device, dtype):
         self.data = torch.zeros(batch, heads, slots, width, device=device, dtype=dtype)
 
-    def write(self, slots, rows, newest):
-        """Put rows (B, G, t, D) at slots: a slice, or (B, 1, 1, 1) int64 with t = 1."""
-        put(self.data, slots, rows)
+    def write(self, slots, rows, newest, batch):
+        """Put rows (b, G, t, D) of batch, a slice, at slots: a slice, or (B, 1, 1, 1), t = 1."""
+        put(self.data, slots, rows, batch)
 
     def read(self, start, stop, exact=None):
         """Rows start:stop, (B, G, stop - start, D), as a view."""
@@ -82,18 +83,18 @@ class QuantizedRows:
         self.scale_zero = torch.zeros(*shape, 4, device=device, dtype=torch.float16)
         self.recent = torch.zeros(batch, heads, RECENT, width, device=device, dtype=dtype)
 
-    def write(self, slots, rows, newest):
+    def write(self, slots, rows, newest, batch):
         """As Rows.write; newest: the slot after the last of this step's, where slots is a slice."""
         codes, scale_zero = self.quantize(rows)
-        put(self.codes, slots, codes)
-        put(self.scale_zero, slots, scale_zero)
+        put(self.codes, slots, codes, batch)
+        put(self.scale_zero, slots, scale_zero, batch)
         if isinstance(slots, slice):
             first = max(slots.start, newest - RECENT)  # older ones would only be overwritten
             if first < slots.stop:
                 ring = torch.arange(first, slots.stop, device=rows.device) % RECENT
-                self.recent.index_copy_(2, ring, rows[:, :, first - slots.start:])
+                self.recent[batch].index_copy_(2, ring, rows[:, :, first - slots.start:])
         else:
-            put(self.recent, slots % RECENT, rows)
+            put(self.recent, slots % RECENT, rows, batch)
 
     def quantize(self, rows):
         """(B, G, t, D) -> codes (B, G, t, D or D/2) uint8, scale_zero (B, G, t, 4) float16."""
@@ -127,10 +128,10 @@ class QuantizedRows:
         return [self.codes, self.scale_zero]
 
 
-def put(buffer, slots, rows):
-    """buffer (B, G, S, D) gets rows (B, G, t, D) at a slice or at one slot a batch row."""
+def put(buffer, slots, rows, batch):
+    """buffer (B, G, S, D) gets rows (b, G, t, D) at a slice, or at one slot a batch row."""
     if isinstance(slots, slice):
-        buffer[:, :, slots] = rows
+        buffer[batch, :, slots] = rows
     else:
         slots = slots.expand(-1, buffer.size(1), -1, buffer.size(3))
         buffer.scatter_(2, slots, rows.to(buffer.dtype))
@@ -144,13 +145,13 @@ class KeysValues:
     def __init__(self, cache, keys, values):
         self.cache, self.keys, self.values = cache, keys, values
 
-    def append(self, k, v, x_norm=None, start=0):
-        """Store k, v (B, G, n, D): rows start.. of this step's t tokens."""
+    def append(self, k, v, x_norm=None, start=0, batch=ALL):
+        """Store k, v (b, G, n, D): rows start.. of this step's t tokens, of the slice `batch`."""
         if self.cache.fused:
             return kv_kernels.store_token(k, v, self.keys, self.values, self.cache)
         slots, newest = self.cache.slots_of(start, k.size(2))
-        self.keys.write(slots, k, newest)
-        self.values.write(slots, v, newest)
+        self.keys.write(slots, k, newest, batch)
+        self.values.write(slots, v, newest, batch)
 
     def attend(self, q, attn=None):
         """q (B, H, t, D), the queries of the tokens just appended -> (B, H, t, D)."""
@@ -176,11 +177,12 @@ class Inputs:
     def __init__(self, cache, rows):
         self.cache, self.rows = cache, rows
 
-    def append(self, k, v, x_norm, start=0):
-        """Store x_norm (B, n, C): rows start.. of this step's t tokens."""
+    def append(self, k, v, x_norm, start=0, batch=ALL):
+        """Store x_norm (b, n, C): rows start.. of this step's t tokens, of the slice `batch`."""
         slots, newest = self.cache.slots_of(start, x_norm.size(1))
         heads = self.rows.tensors()[0].size(1)
-        self.rows.write(slots, x_norm.unflatten(-1, (heads, -1)).transpose(1, 2), newest)
+        rows = x_norm.unflatten(-1, (heads, -1)).transpose(1, 2)  # (b, heads, n, C / heads)
+        self.rows.write(slots, rows, newest, batch)
 
     def attend(self, q, attn):
         """q (B, H, t, D) -> (B, H, t, D), with K and V from the stored inputs."""
