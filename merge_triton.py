@@ -4,7 +4,6 @@ Plain PyTorch widens the tile, then lerps: 18 bytes a number. This kernel reads 
 (float32) and the tile (bfloat16), writes the sum, and updates the logsumexp beside: 10 bytes.
 """
 
-import torch
 import triton
 import triton.language as tl
 

@@ -106,10 +106,12 @@ def test_policy_is_exact_forward_and_backward(policy, G, q_chunk, k_chunk, B, T,
 
 
 def test_gradcheck_of_the_tiled_block():
-    block, _ = block_pair(torch.float64, 5, attention_policy="recompute", n_kv_head=2, q_chunk=2,
+    """The output is a random projection, to keep the Jacobian small."""
+    block, _ = block_pair(torch.float64, 4, attention_policy="recompute", n_kv_head=2, q_chunk=2,
                           k_chunk=3)
-    x = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(block, (x,), eps=1e-6, atol=1e-7)
+    x = torch.randn(2, 4, 32, dtype=torch.float64, requires_grad=True)
+    sketch = torch.randn(3, x.numel(), dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: sketch @ block(x).flatten(), (x,), atol=1e-7)
 
 
 def test_frozen_weights_get_no_gradient():
@@ -152,7 +154,7 @@ def test_residual_dropout_is_replayed_exactly():
 
 
 def test_attention_dropout_under_tiles_is_refused():
-    block, _ = block_pair(torch.float32, 8, attention_policy="recompute", dropout=0.1)
+    block, _ = block_pair(torch.float32, 8, attention_policy="recompute", q_chunk=8, dropout=0.1)
     with pytest.raises(UserError, match="attention_dropout=0"):
         block(torch.randn(1, 8, 32))
     block.eval()(torch.randn(1, 8, 32))
