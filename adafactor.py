@@ -29,6 +29,7 @@ from optimizer_core import (
 )
 from quantized_state import new_momentum, update_momentum
 
+CACHED = 1 << 18  # numbers that fit in a CPU core's second-level cache: 1 MB
 HUGEST = 1e30  # gradients beyond 1e15 count as 1e15: R Cᵀ / mean(R) must not overflow to nan
 
 
@@ -84,40 +85,81 @@ class Adafactor(MemoryOptimizer):
     def spans_rows(self, name, tensor, group, shards):
         return name == "column_mean_square"
 
+    def schedule(self, group, step):
+        keep = min(group["beta2"], 1 - step ** -group["decay"])
+        return 1 - keep, min(1e-2, step**-0.5)
+
     def direction(self, batch):
         group, state, shards = batch.group, batch.state, batch.shards
-        keep, most = 1 - batch.step ** -group["decay"], group["beta2"]
-        keep = keep.clamp(max=most) if torch.is_tensor(keep) else min(keep, most)  # compiled or not
+        fresh, relative_rate = batch.schedule
         eps1, eps2 = group["eps"]
+        grad, scale = batch.grad, None
         if "mean_square" in state:
             second = state["mean_square"]
-            average_into(second, batch.grad.square(), keep, eps1)
-            update = batch.grad / second.sqrt()
+            average_into(second, grad.square(), fresh, eps1)
+            update = grad / second.sqrt()
+            if group["clip"] is not None:
+                update = clip_update(update, group["clip"], shards)
         else:
-            update = factored_update(batch.grad.flatten(2), state, keep, eps1, shards)
-            update = update.view(batch.grad.shape)
-        if group["clip"] is not None:
-            update = clip_update(update, group["clip"], shards)
-        update = update_momentum(state, update, group["momentum"], batch.generator)
+            grad = grad.flatten(2)  # (N, n, m)
+            update, scale = factored_update(grad, state, fresh, eps1, group["clip"], shards)
+        if group["momentum"] > 0:
+            update = update if scale is None else update * scale
+            update, scale = update.view(batch.grad.shape), None
+            update = update_momentum(state, update, group["momentum"], batch.generator)
         if group["relative_step"]:
             params = torch.stack([p.to(update.dtype) for p in batch.params])
-            rms = mean_square(params, tuple(range(1, params.ndim)), shards).sqrt_()
-            update = update * rms.clamp_min_(eps2) * min(1e-2, batch.step**-0.5)
-        return update
+            params = params.flatten(2) if params.ndim > 2 else params.view(len(params), -1, 1)
+            rms = mean_square(params, (1, 2), shards).sqrt_().clamp_min_(eps2).mul_(relative_rate)
+            rms = rms.view(-1, *[1] * (update.ndim - 1))
+            scale = rms if scale is None else scale * rms
+        return update, scale
 
 
-def factored_update(grad, state, keep, eps1, shards=None):
-    """g / sqrt(V), V = R Cᵀ / mean(R), without forming V. grad (N, n, m) -> (N, n, m)."""
+def factored_update(grad, state, fresh, eps1, clip, shards=None):
+    """U = g / sqrt(R Cᵀ / mean(R)), clipped, as (g scaled by columns, a scale a row).
+
+    grad (N, n, m) -> (N, n, m), (N, n, 1).
+    """
     row, column = state["row_mean_square"], state["column_mean_square"]  # (N, n, 1), (N, 1, m)
-    average_into(row, mean_square(grad, (2,)), keep, eps1)
-    average_into(column, mean_square(grad, (1,), shards), keep, eps1)
-    mean = row.mean(1, keepdim=True)
-    if shards:
-        mean = shards.sum(row.sum(1, keepdim=True)) / shards.rows
-    return (grad * (row / mean).rsqrt_()).mul_(column.rsqrt())
+    rows = shards.rows if shards else grad.shape[1]
+    by_row, by_column = row_and_column_sums(grad)
+    by_column = shards.sum(by_column) if shards else by_column
+    average_into(row, by_row.div_(grad.shape[2]), fresh, eps1)
+    average_into(column, by_column.div_(rows), fresh, eps1)
+    mean = sum_rows(row, shards) / rows
+    update, scale = grad * column.rsqrt(), (row / mean).rsqrt_()
+    if clip is not None:
+        rms = (sum_rows(mean_square(update, (2,)) * scale.square(), shards) / rows).sqrt_()
+        scale = scale / (rms / clip).clamp_min_(1)
+    return update, scale
 
 
-def average_into(mean, square, keep, eps1):
-    """mean <- keep * mean + (1 - keep) * (square + eps1), in place."""
+def row_and_column_sums(grad):
+    """Sums of g² over each row (N, n, 1) and over each column (N, 1, m) of grad (N, n, m)."""
+    if grad.is_cuda:  # reductions square on the way: no copy
+        norms = [torch.linalg.vector_norm(grad, dim=d, keepdim=True) for d in (2, 1)]
+        return [norm.square_() for norm in norms]
+    if torch.compiler.is_compiling():  # in two levels: a loop over short runs of rows vectorises
+        run = 64 if grad.shape[1] % 64 == 0 else grad.shape[1]
+        tiles = grad.unflatten(1, (-1, run)).square()  # (N, n / run, run, m)
+        return grad.square().sum(2, keepdim=True), tiles.sum(2).sum(1, keepdim=True)
+    by_row, by_column = [], 0
+    tile = max(1, CACHED // max(1, grad.shape[0] * grad.shape[2]))  # rows that stay in cache
+    for rows in grad.split(tile, dim=1):
+        squares = rows.square()
+        by_row.append(squares.sum(2, keepdim=True))
+        by_column = squares.sum(1, keepdim=True) + by_column
+    return torch.cat(by_row, dim=1), by_column
+
+
+def sum_rows(x, shards=None):
+    """(N, n, 1) -> (N, 1, 1), over the rows of every rank."""
+    total = x.sum(1, keepdim=True)
+    return shards.sum(total) if shards else total
+
+
+def average_into(mean, square, fresh, eps1):
+    """mean <- (1 - fresh) * mean + fresh * (square + eps1), in place; writes to both."""
     square = square.add_(eps1).clamp_(max=HUGEST)
-    mean.add_(square.sub_(mean).mul_(1 - keep))
+    mean.add_(square.sub_(mean).mul_(fresh))

@@ -24,6 +24,7 @@ from optimizer_core import (
     compute_dtype,
     mean_square,
     say_once,
+    shift,
 )
 from quantized_state import BLOCK, new_momentum, update_momentum
 
@@ -82,16 +83,19 @@ class AdamSN(MemoryOptimizer):
     def spans_rows(self, name, tensor, group, shards):
         return name == "second_moment" and 1 in subset_view(tensor.shape, group, shards)[1]
 
+    def schedule(self, group, step):
+        beta1, beta2 = group["betas"]
+        return 1 - beta1**step, 1 - beta2**step  # Adam's bias corrections
+
     def direction(self, batch):
         group, second = batch.group, batch.state["second_moment"]
-        beta1, beta2 = group["betas"]
+        (beta1, beta2), (correction1, correction2) = group["betas"], batch.schedule[:2]
         momentum = update_momentum(batch.state, batch.grad, beta1, batch.generator)
         view, dims = subset_view(batch.grad.shape[1:], group, batch.shards)
         grad = batch.grad.reshape(len(batch.grad), *view)
         second.lerp_(subset_norm(grad, dims, group["norm"], batch.shards), 1 - beta2)
-        denominator = (second / (1 - beta2**batch.step)).sqrt_().add_(group["eps"])
-        denominator.mul_(1 - beta1**batch.step)
-        return (momentum.reshape(grad.shape) / denominator).view(batch.grad.shape)
+        denominator = (second / correction2).sqrt_().add_(group["eps"]).mul_(correction1)
+        return momentum.reshape(grad.shape), denominator.reciprocal_()
 
     def update(self, items):
         """Large plain float32 tensors by the multi-tensor kernels below, the rest as any."""
@@ -165,30 +169,26 @@ def update_elements(items):
 
 
 def update_subsets(items):
-    """AdamSN on large float32 items of any shapes: four passes over the weights.
+    """AdamSN on large float32 items of any shapes, in few launches and passes over the weights.
 
-    Only the small second moments take more; they go through multi-tensor kernels, a launch each.
+    First every momentum and subset norm, which read the same gradient; then all the small second
+    moments at once, by multi-tensor kernels; then every weight.
     """
     (beta1, beta2), step = items[0].group["betas"], items[0].step
-    grads, momenta = [i.grad for i in items], [i.state["momentum"] for i in items]
+    views = [subset_view(i.param.shape, i.group) for i in items]
+    norms = []
+    for i, (view, dims) in zip(items, views):
+        i.state["momentum"].lerp_(i.grad, 1 - beta1)
+        norms.append(subset_norm(i.grad.view(1, *view), dims, i.group["norm"])[0])
     seconds = [i.state["second_moment"] for i in items]
-    params = [i.param for i in items]
-    views = [subset_view(p.shape, i.group) for p, i in zip(params, items)]
-    torch._foreach_lerp_(momenta, grads, 1 - beta1)
-    norms = [
-        subset_norm(g.reshape(1, *view), dims, i.group["norm"])[0]
-        for g, i, (view, dims) in zip(grads, items, views)
-    ]
     torch._foreach_lerp_(seconds, norms, 1 - beta2)
-    denominators = torch._foreach_div(seconds, 1 - beta2**step)
-    torch._foreach_sqrt_(denominators)
-    torch._foreach_add_(denominators, items[0].group["eps"])
-    rates = [-i.group["lr"] / (1 - beta1**step) for i in items]
-    decays = [1 - i.group["lr"] * i.group["weight_decay"] for i in items]
-    if any(decay != 1 for decay in decays):
-        torch._foreach_mul_(params, decays)
-    for p, m, d, rate, (view, _) in zip(params, momenta, denominators, rates, views):
-        p.view(view).addcdiv_(m.view(view), d, value=rate)
+    scales = torch._foreach_div(seconds, 1 - beta2**step)
+    torch._foreach_sqrt_(scales)
+    torch._foreach_add_(scales, items[0].group["eps"])
+    torch._foreach_reciprocal_(scales)
+    for i, scale, (view, _) in zip(items, scales, views):
+        rate, decay = i.group["lr"] / (1 - beta1**step), 1 - i.group["lr"] * i.group["weight_decay"]
+        shift(i.param, i.state["momentum"].view(view), scale, decay, rate)
 
 
 def subset_norm(grad, dims, norm, shards=None):
@@ -202,7 +202,7 @@ def subset_norm(grad, dims, norm, shards=None):
     squares = mean_square(grad, dims, shards if 1 in dims else None)
     if norm == "sum":
         rows = shards.rows if shards else grad.shape[1]
-        squares.mul_(math.prod(rows if d == 1 else grad.shape[d] for d in dims))
+        squares.mul_(math.prod([rows if d == 1 else grad.shape[d] for d in dims]))
     return squares.clamp_(max=most)
 
 

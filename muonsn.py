@@ -97,6 +97,9 @@ class MuonSN(AdamSN):
             self.update_batch(batch)
         super().update([i for i in items if not is_orthogonalized(i.param, i.group)])
 
+    def schedule(self, group, step):
+        return *super().schedule(group, step), 1 - group["row_beta2"] ** step
+
     def direction(self, batch):
         group, grad, shards = batch.group, batch.grad, batch.shards
         if "row_mean_square" not in batch.state:
@@ -111,14 +114,14 @@ class MuonSN(AdamSN):
             update = orthogonalize_blocks(ahead, group)
         row_square = mean_square(update, (2,))  # (N, n, 1)
         second = batch.state["row_mean_square"].lerp_(row_square, 1 - group["row_beta2"])
-        second = second / (1 - group["row_beta2"] ** batch.step)
+        second = second / batch.schedule[2]
         scale = second.sqrt_().add_(group["eps"]).reciprocal_()  # (N, n, 1)
         total = (scale.square() * row_square).sum(1, keepdim=True)  # (N, 1, 1)
         rows = grad.shape[1]
         if shards:
             total, rows = shards.sum(total), shards.rows
         rms = (total / rows).sqrt_().clamp_min_(torch.finfo(total.dtype).tiny ** 0.5)
-        return (update * scale.mul_(group["update_rms"] / rms)).view(grad.shape)
+        return update, scale.mul_(group["update_rms"] / rms)
 
 
 def is_orthogonalized(tensor, group):

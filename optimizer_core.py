@@ -45,7 +45,7 @@ class Batch:
     grad: torch.Tensor  # (N, *shape) float32 or float64; not to be written to
     state: dict  # name -> (N, ...) tensors, to be updated in place
     group: dict  # the hyperparameters that all N share
-    step: int  # 1 at the first update; a 0-dim float64 tensor in compiled code
+    schedule: tuple  # the subclass's numbers of this step: floats; 0-dim tensors when compiled
     params: list  # the N parameters themselves
     shards: RowShards | None = None
     generator: object = None  # () -> torch.Generator of this step's rounding
@@ -74,8 +74,17 @@ class MemoryOptimizer(torch.optim.Optimizer):
         """Is state `name` a statistic over all rows, so that every rank holds it whole?"""
         return False
 
+    def schedule(self, group, step):
+        """The numbers that depend on the step count (1 at the first update) alone: a tuple."""
+        raise NotImplementedError
+
     def direction(self, batch):
-        """The update of a Batch, to be multiplied by -lr: (N, *shape)."""
+        """The update of a Batch, before lr, in two factors: (update, scale).
+
+        update: N tensors' numbers as (N, *view), not to be written to by the caller; scale: None or
+        broadcasting against it, such as one number a row. The product is never formed if it need
+        not be.
+        """
         raise NotImplementedError
 
     def check_group(self, group):
@@ -184,9 +193,9 @@ class MemoryOptimizer(torch.optim.Optimizer):
             self.update_batch(batch)
 
     def is_plain(self, item):
-        """float32 parameter, gradient and state, on one rank, with a Python learning rate?"""
+        """float32, contiguous and whole (parameter, gradient, state); lr a Python number?"""
         tensors = (item.param, item.grad, *item.state.values())
-        plain = all(t.dtype == torch.float32 for t in tensors)
+        plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
         return plain and item.shards is None and not torch.is_tensor(item.group["lr"])
 
     def batches(self, items, each=STACK_EACH):
@@ -221,56 +230,65 @@ class MemoryOptimizer(torch.optim.Optimizer):
             grad=stack([i.grad for i in items]).to(compute_dtype(first.param)),
             state={name: stack([i.state[name] for i in items]) for name in first.state},
             group=first.group,
-            step=first.step,
+            schedule=self.schedule(first.group, first.step),
             params=[i.param for i in items],
             shards=first.shards,
             generator=lambda: self.generator(first),
         )
-        update = self.direction(batch)
+        update, scale = self.direction(batch)
         if len(items) > 1:  # a stack is a copy; a single tensor was updated in place
             for name, value in batch.state.items():
                 torch._foreach_copy_([i.state[name] for i in items], list(value.unbind(0)))
         if first.group["update_clip"] is not None:
-            update = clip_update(update, first.group["update_clip"], first.shards)
-        self.write(items, update)
+            update = update if scale is None else update * scale
+            update, scale = clip_update(update, first.group["update_clip"], first.shards), None
+        self.write(items, update, scale)
 
     def update_compiled(self, items):
         """The loop over `items` as one graph: torch.compile fuses each tensor's passes."""
         if self._compiled is None:
-            self._compiled = torch.compile(self.plain_loop, dynamic=False)
-        scalar = {}  # number -> 0-dim tensor, so that a new rate or step is no new graph
+            self._compiled = torch.compile(self.plain_loop, dynamic=False, fullgraph=True)
+        scalars = {}  # number -> 0-dim tensor, so that a new rate or step is no new graph
 
         def tensor(number):
-            if number not in scalar:
-                scalar[number] = torch.tensor(number, dtype=torch.float64)
-            return scalar[number]
+            if number not in scalars:
+                scalars[number] = torch.tensor(number, dtype=torch.float32)
+            return scalars[number]
 
         self._compiled(
             [i.param for i in items],
             [i.grad for i in items],
             [i.state for i in items],
             [{k: v for k, v in i.group.items() if k not in VARYING} for i in items],
-            [tensor(float(i.step)) for i in items],
+            [tuple(map(tensor, self.schedule(i.group, i.step))) for i in items],
             [tensor(i.group["lr"]) for i in items],
             [tensor(1 - i.group["lr"] * i.group["weight_decay"]) for i in items],
         )
 
-    def plain_loop(self, params, grads, states, groups, steps, rates, decays):
+    def plain_loop(self, params, grads, states, groups, schedules, rates, decays):
         """What a step does to plain float32 tensors, one after the other."""
-        columns = zip(params, grads, states, groups, steps, rates, decays)
-        for param, grad, state, group, step, rate, decay in columns:
+        columns = zip(params, grads, states, groups, schedules, rates, decays)
+        for param, grad, state, group, schedule, rate, decay in columns:
             state = {name: value.unsqueeze(0) for name, value in state.items()}
-            update = self.direction(Batch(grad.unsqueeze(0), state, group, step, [param]))
+            batch = Batch(grad.unsqueeze(0), state, group, schedule, [param])
+            update, scale = self.direction(batch)
+            update = update if scale is None else update * scale
             if group["update_clip"] is not None:
                 update = clip_update(update, group["update_clip"])
-            param.copy_(param * decay - update[0] * rate)
+            param.copy_(param * decay - update.view(param.shape) * rate)
 
-    def write(self, items, update):
-        """p <- (1 - lr * weight_decay) * p - lr * update for every item. update (N, *shape)."""
+    def write(self, items, update, scale):
+        """p <- (1 - lr * weight_decay) p - lr * scale * update for every item: see `direction`."""
         params = [i.param for i in items]
         rates = [i.group["lr"] for i in items]
         decays = [1 - i.group["lr"] * i.group["weight_decay"] for i in items]
         target, dtype = params, params[0].dtype
+        simple = dtype in (torch.float32, torch.float64) and not torch.is_tensor(rates[0])
+        if len(items) == 1 and simple and params[0].is_contiguous():
+            scale = None if scale is None else scale[0]
+            return shift(params[0], update[0], scale, decays[0], rates[0])
+        update = update if scale is None else update * scale
+        update = update.view(len(items), *params[0].shape)
         if dtype not in (torch.float32, torch.float64):
             target = [p.to(torch.float32) for p in params]
         updates = list(update.unbind(0))
@@ -332,15 +350,35 @@ def stack(tensors):
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
+def shift(param, update, scale, decay, rate):
+    """param <- decay * param - rate * scale * update, in as few passes as the device allows.
+
+    update: param's numbers in any shape; scale: None, or broadcasting against update.
+    """
+    param = param.view(update.shape)
+    if scale is None:
+        param.mul_(decay).add_(update, alpha=-rate)
+    elif param.device.type == "cpu" and param.ndim == 2 and scale.shape == (len(param), 1):
+        # row i: (1, 1) @ (1, m); a matrix product takes the decay along in the same pass
+        param.unsqueeze(1).baddbmm_(
+            scale.unsqueeze(1), update.unsqueeze(1), beta=decay, alpha=-rate
+        )
+    else:
+        param.mul_(decay).addcmul_(update, scale, value=-rate)
+
+
 def mean_square(x, dims, shards=None):
     """Mean of x² over `dims`, kept as size 1. With `shards`, dim 1 is the rows of every rank."""
     sizes = list(x.shape)
     if shards is not None:
         sizes[1] = shards.rows
-    total = torch.linalg.vector_norm(x, dim=dims, keepdim=True).square_()
+    if x.is_cuda or dims[-1] == x.ndim - 1:
+        total = torch.linalg.vector_norm(x, dim=dims, keepdim=True).square_()
+    else:  # on the CPU ten times faster than a norm over rows, for a copy's memory
+        total = x.square().sum(dims, keepdim=True)
     if shards is not None:
         shards.sum(total)
-    return total.div_(math.prod(sizes[d] for d in dims))
+    return total.div_(math.prod([sizes[d] for d in dims]))
 
 
 def clip_update(update, limit, shards=None):

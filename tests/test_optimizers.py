@@ -17,6 +17,7 @@ CLASSES = [
     (AdamSN, dict(partition="column", momentum_bits=8)),
     (Adafactor, dict()),
     (Adafactor, dict(momentum=0.9, momentum_bits=16)),
+    (Adafactor, dict(relative_step=True)),
     (MuonSN, dict()),
     (MuonSN, dict(momentum_bits=4)),
     (MuonSN, dict(momentum=0.0)),
