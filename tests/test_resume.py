@@ -57,6 +57,19 @@ def test_after_a_signal(tmp_path, monkeypatch, capsys, variant, number, iteratio
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+def test_the_best_loss_so_far_is_remembered(tmp_path, monkeypatch):
+    """A learning rate that rises until it does harm; the best evaluation is before the stop."""
+    flags = ["--max_iters=10", "--eval_interval=2", "--warmup_iters=0", "--min_lr=1"]
+    train.main(arguments(tmp_path, "whole", *flags))
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            train.main(arguments(tmp_path, "cut", *flags))
+    train.main(arguments(tmp_path, "cut", *flags, "--init_from=resume"))
+    assert load_checkpoint(tmp_path / "whole" / BEST)["iter_num"] < 8
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_a_signal_during_evaluation(tmp_path, monkeypatch):
     flags = [*SCHEDULE, "--optimizer_variant=adamsn"]
     train.main(arguments(tmp_path, "whole", *flags))
