@@ -311,9 +311,9 @@ class KVCache:
                 "do not fit: shorten the prompt or build a longer cache"
             )
         self._mask = self._age = None
-        if self.fixed_shapes or self.ragged:
-            if t != 1:
-                raise ValueError("fixed shapes and rows of unequal length take one token at a time")
+        if t > 1 and self.ragged:
+            raise ValueError("rows of unequal length take one token at a time")
+        if t == 1 and (self.fixed_shapes or self.ragged):
             self.fused = self.suits_kernels
             self.step = self.positions[:, None].clone()  # (B, 1); advance() changes positions
             self.slots = (self.step % self.slot_count)[:, :, None, None]
