@@ -1,0 +1,180 @@
+"""Predicting memory: the peak of a forward pass or a training step by formula, before it is run.
+
+Unit: one residual stream, T rows of C numbers for each of B sequences. H/G = g, inner/C = r.
+
+                     without gradients            saved for backward, each layer
+  plain              x and 4 + 2/g + 2 r          6 + 2/g + 2 r
+  tiled              x; cache, grouped: + 2/g     x, attention's output
+  checkpoint_layers                               x
+  offload                                         (x on the host; two of them on their way)
+
+and the logsumexp, B H T float32 numbers a layer. On top of the streams come one tile's scratch,
+the gradients, and one chunk of logits. tests/test_memory_plan.py holds the formulas against
+measured peaks. What a formula leaves out (kernels' workspaces, allocator rounding) is why
+`advise_oom` keeps a tenth in reserve.
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import torch
+
+from loss import chunk_rows
+from tiled import default_chunk, tile_sizes
+
+RESERVE = 0.1  # of the memory at hand, left free in advice
+
+
+def predict_forward_peak(config, B, T, element_size=4, device_type="cpu"):
+    """Bytes beyond weights of GPT(config) over (B, T) tokens without gradients, no logits of them.
+
+    element_size: bytes a number of the residual stream (4 float32, 2 bfloat16).
+    """
+    g, r = _ratios(config)
+    sizes = _tiles(config, B, T, device_type, training=False)
+    if sizes is None:
+        inside = 4 * r if config.mlp == "swiglu" else 2 * r
+        numbers = (5 + 2 / g + inside) * B * T * config.n_embd
+        return int(numbers * element_size + _workspace(config, T, device_type))
+    b, q, k = sizes
+    rows = B * T + b * _forward_scratch(config, q, k)
+    if config.attention_policy != "recompute":
+        rows += 2 / g * T * min(B, 2 * b)  # the next sequences' begin before the last's end
+    return int(rows * config.n_embd * element_size + _workspace(config, q, device_type))
+
+
+def predict_training_peak(config, B, T, element_size=4, device_type="cpu"):
+    """Bytes beyond weights of one forward and backward of GPT(config) over (B, T) tokens.
+
+    Parameter gradients (float32) are included; weights and optimizer state are not.
+    """
+    C, L, V = config.n_embd, config.n_layer, config.vocab_size
+    g, r = _ratios(config)
+    sizes = _tiles(config, B, T, device_type, training=True)
+    layer_weights = _layer_weights(config)
+    row = C * element_size  # bytes of a stream, each token
+    lse = 4 * config.n_head
+    if sizes is None:
+        inside = 5 * r if config.mlp == "swiglu" else 2 * r
+        saved = (6 + 2 / g + inside) * row + lse
+        # backward of the MLP: the stream's gradient and one as wide as its inside
+        working, scratch = (1 + r) * row * B * T, layer_weights * 4
+    else:
+        b, q, k = sizes
+        saved = lse + (0 if config.offload else row if config.checkpoint_layers else 2 * row)
+        # gradients of output and input, dk and dv in float32 (at g = 1 dk lies in the input's)
+        kv_gradients = row if g == 1 and element_size == 4 else 2 / g * C * 4
+        kept = 0 if config.attention_policy == "recompute" else 2 / g * row
+        working = ((2 + 2 * config.offload) * B * row
+                   + b * kv_gradients + min(B, 2 * b) * kept) * T
+        scratch = (b * _backward_scratch(config, q, k, device_type) * row
+                   + layer_weights * 4 * 5 / 3)  # sums, and the MLP's share of one tile's
+    workspace = _workspace(config, sizes[1] if sizes else T, device_type)
+    head = V * C * 4  # float32 gradient of the tied head
+    copies = 1 if device_type == "cuda" else 3  # logits, softmax and their temporaries
+    logits = copies * chunk_rows(B * T, V, device_type, element_size) * V * element_size
+    all_saved = L * saved * B * T
+    in_loss = all_saved + 3 * row * B * T + head + max(logits, head)
+    first_backward = all_saved + working + scratch + head
+    last_backward = saved * B * T + working + scratch + head + (L - 1) * layer_weights * 4
+    return int(max(in_loss, first_backward, last_backward) + workspace)
+
+
+def advise_oom(config, B, T, bytes_available, element_size=4, device_type="cpu"):
+    """One sentence: which policy and tile would have trained (B, T) tokens in that much memory.
+
+    bytes_available: what there is beyond weights and optimizer state. Candidates are tried from
+    the cheapest in time to the dearest; where none fits, the longest T that would is named.
+    """
+    def needs(candidate, length=T):
+        return predict_training_peak(candidate, B, length, element_size, device_type)
+
+    budget = bytes_available * (1 - RESERVE)
+    said = (f"{B} x {T:,} tokens under {_describe(config)} need about {_size(needs(config))} "
+            f"beyond weights and optimizer state, of {_size(bytes_available)} at hand")
+    candidates = _cheapest_first(config, T, device_type)
+    for candidate in candidates:
+        if needs(candidate) <= budget:
+            return f"{said}; {_describe(candidate)} would need {_size(needs(candidate))}"
+    length = T
+    while length > 1 and needs(candidates[-1], length) > budget:
+        length //= 2
+    if needs(candidates[-1], length) > budget:
+        return f"{said}; no policy fits even one token: the model itself is too large"
+    return (f"{said}; no policy fits. {_describe(candidates[-1])} would fit "
+            f"{B} x {length:,} tokens")
+
+
+def _cheapest_first(config, T, device_type):
+    """Configurations worth trying instead, each slower and smaller than the one before."""
+    whole = replace(config, checkpoint_layers=False, offload=False)
+    tile = default_chunk(config, device_type)
+    rows = [tile] + [n for n in (4096, 1024, 512) if n < tile]
+    found = [replace(whole, q_chunk=tile, k_chunk=None)]
+    recompute = replace(whole, attention_policy="recompute", k_chunk=None)
+    found += [replace(recompute, q_chunk=n) for n in rows]
+    found += [replace(recompute, q_chunk=n, checkpoint_layers=True) for n in rows]
+    if device_type == "cuda":
+        found += [replace(recompute, q_chunk=n, checkpoint_layers=True, offload=True)
+                  for n in rows]
+    return [candidate for candidate in found if candidate != config]
+
+
+def _describe(config):
+    """The settings that decide the memory, as they are written on the command line."""
+    words = [f"--attention_policy={config.attention_policy}"]
+    for name in ("q_chunk", "k_chunk"):
+        if getattr(config, name):
+            words.append(f"--{name}={getattr(config, name)}")
+    words += [f"--{name}=True" for name in ("checkpoint_layers", "offload")
+              if getattr(config, name)]
+    return " ".join(words)
+
+
+def _size(n):
+    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
+
+
+def _ratios(config):
+    return config.n_head / config.kv_heads, config.inner / config.n_embd
+
+
+def _layer_weights(config):
+    """Parameters of the linear layers of one block."""
+    C, (g, r) = config.n_embd, _ratios(config)
+    return (2 + 2 / g + (3 if config.mlp == "swiglu" else 2) * r) * C * C
+
+
+def _tiles(config, B, T, device_type, training):
+    """(b, q, k): sequences and rows a tile really has, key rows a tile; None: the plain block."""
+    x = SimpleNamespace(device=torch.device(device_type), size=lambda axis: (B, T)[axis])
+    with torch.set_grad_enabled(training):
+        sizes = tile_sizes(config, x)
+    if sizes is None:
+        return None
+    q_chunk, k_chunk = sizes
+    return min(B, max(1, q_chunk // min(T, q_chunk))), min(q_chunk, T), min(k_chunk, T)
+
+
+def _forward_scratch(config, q, k):
+    """Rows of C numbers that a tile of one sequence holds at once: its worst phase."""
+    g, r = _ratios(config)
+    attending = 3 * q + (1 + 2 / g) * k
+    inside_mlp = (3 + 0.5 * r) * q
+    filling = (1 + 4 / g) * k if config.attention_policy != "recompute" else 0
+    return max(attending, inside_mlp, filling)
+
+
+def _backward_scratch(config, q, k, device_type):
+    """The same for a tile's backward; on CUDA its MLP is not cut further."""
+    g, r = _ratios(config)
+    inside_mlp = (8 + 2 / g) * q + (0.75 * (3 + 3 * r) * q if device_type == "cuda" else 0)
+    return max(inside_mlp, 9 * q + (1 + 4 / g) * k)
+
+
+def _workspace(config, rows, device_type):
+    """Bytes of the fused CPU kernel over `rows` queries: each thread's scores and a few vectors."""
+    if device_type != "cpu":
+        return 0
+    queries = 256 if rows >= 768 else 64 if rows >= 192 else 32  # as the kernel splits them
+    return torch.get_num_threads() * 4 * queries * (512 + 2 + config.head_dim)
