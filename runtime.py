@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -129,8 +130,11 @@ def setup_runtime(device="auto", dtype="auto", seed=1337, backend="auto"):
 class StopSignal:
     """`with StopSignal() as stop:` remembers a SIGINT or SIGTERM, so a loop can end where it likes.
 
-    Its number is in `stop.received`, None before. A second signal has its usual effect at once.
+    Its number is in `stop.received`, None before. Another one has its usual effect, unless it comes
+    within `patience` seconds: a Ctrl-C reaches the processes of torchrun twice.
     """
+
+    patience = 1.0
 
     def __enter__(self):
         self.received = None
@@ -139,13 +143,13 @@ class StopSignal:
         return self
 
     def _receive(self, number, frame):
-        self.received = number
-        self._restore()
+        if self.received is None:
+            self.received, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since >= self.patience:
+            self.__exit__()
+            os.kill(os.getpid(), number)
 
     def __exit__(self, *exception):
-        self._restore()
-
-    def _restore(self):
         for number, handler in self.usual.items():
             signal.signal(number, handler)
 

@@ -71,8 +71,13 @@ def adopt_model_args(settings, given, model):
     return replace(settings, **args)
 
 
-def check_dataset(dataset, model):
+def check_dataset(dataset, model, checkpoint=None):
     """Raise UserError where the data set cannot train the model: other tokens, or too few."""
+    saved = (checkpoint or {}).get("dataset", {})
+    for key in ("tokenizer", "characters"):
+        if key in saved and saved[key] != dataset.meta.get(key):
+            raise UserError(f"the data set {dataset.name} has another vocabulary than "
+                            f"{saved['name']}, which the checkpoint was trained on")
     have, need = model.config.vocab_size, dataset.vocab_size
     if not need <= have < need + 1024:  # a model's table may be padded
         raise UserError(f"the data set has {need} different tokens, the model {have}: they do not "

@@ -121,7 +121,9 @@ def main(argv=None):
         settings = resumed_settings(settings, given, checkpoint)
     runtime = setup_runtime(settings.device, settings.dtype, settings.seed, settings.backend)
     try:
-        Trainer(settings, given, runtime, checkpoint).run()
+        trainer = Trainer(settings, given, runtime, checkpoint)
+        checkpoint = None  # its memory is the run's from here on
+        trainer.run()
     except TrainingStopped as reason:
         if runtime.is_main:  # every process meets it
             print(f"error: {reason}", file=sys.stderr)
@@ -147,7 +149,7 @@ class Trainer:
         self.dataset = load_dataset(settings.dataset, settings.data_dir)
         self.raw_model = build_model(settings, given, self.dataset, checkpoint)
         self.settings = settings = adopt_model_args(settings, given, self.raw_model)
-        check_dataset(self.dataset, self.raw_model)
+        check_dataset(self.dataset, self.raw_model, checkpoint)
         self.raw_model.to(runtime.device).train()
         self.optimizer = make_optimizer(settings, self.raw_model, runtime)
         self.scaler = torch.amp.GradScaler(
@@ -226,8 +228,9 @@ class Trainer:
             self.evaluate_and_save()
         if self.stopping():
             self._save_and_exit()
-        self.log.close(f"done: {self.iteration} iterations, {self.clock.total:.1f} s of training, "
-                       f"best val loss {self.best_val_loss:.4f} ({self.out_dir / BEST})")
+        best = f"best val loss {self.best_val_loss:.4f}, in {self.out_dir / BEST}"
+        self.log.close(f"done: {self.iteration} iterations, {self.clock.total:.1f} s of training; "
+                       + (best if math.isfinite(self.best_val_loss) else "nothing to keep"))
 
     def step(self):
         """One iteration: gradients of its whole batch, clipped, and an update -> its loss."""
@@ -324,7 +327,7 @@ class Trainer:
             yield from self.dataset.full_split_batches(
                 split, settings.block_size, settings.batch_size, device)
             return
-        generator = torch.Generator().manual_seed(settings.seed)
+        generator = torch.Generator().manual_seed(0)  # of no run: all runs see the same sample
         for _ in range(settings.eval_iters or TRAIN_SAMPLE):
             yield self.dataset.batch(
                 split, settings.batch_size, settings.block_size, generator, device)

@@ -269,13 +269,15 @@ def test_published_weights_are_finetuned(tmp_path):
 # ------------------------------------------------------------------ what goes wrong
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, capsys):
+@pytest.mark.parametrize("interval, what", [(100, "the loss"), (1, "the validation loss")])
+def test_what_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, capsys, interval, what):
     with pytest.raises(SystemExit) as stopped:
-        train.main(arguments(tmp_path, "run", "--max_iters=50", "--eval_interval=5",
+        train.main(arguments(tmp_path, "run", "--max_iters=50", f"--eval_interval={interval}",
                              "--warmup_iters=0", "--learning_rate=1e20"))
     assert stopped.value.code == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "is not finite at iteration" in error and LAST in error
+    assert error.startswith(f"error: {what} is not finite at iteration ") and LAST in error
+    assert error.count("\n") == 1 and int(error.split("iteration ")[1].split(";")[0]) < 20
     kept = load_checkpoint(tmp_path / "run" / LAST)
     assert f"(iteration {kept['iter_num']})" in error
     assert all(tensor.isfinite().all() for tensor in kept["model"].values())
@@ -290,6 +292,22 @@ def test_out_of_memory_names_what_would_help(tmp_path, capsys):
     assert error.count("\n") == 1 and "out of memory with attention_policy='cache'" in error
     assert "--attention_policy=recompute" in error and "--batch_size=2" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_gradients_that_never_stand_together_cannot_be_clipped(tmp_path):
+    fused = ["--optimizer_variant=adamsn", "--optimizer_options=fused_backward=True"]
+    with pytest.raises(UserError, match="needs grad_clip=0"):
+        train.main(arguments(tmp_path, "run", *SHORT, *fused))
+    with pytest.raises(UserError, match="needs gradient_accumulation_steps=1"):
+        train.main(arguments(tmp_path, "run", *SHORT, *fused, "--grad_clip=0",
+                             "--gradient_accumulation_steps=2"))
+    with pytest.raises(UserError, match="use bfloat16"):
+        train.main(arguments(tmp_path, "run", *SHORT, *fused, "--grad_clip=0", "--dtype=float16"))
+    assert not (tmp_path / "run").exists()
+    train.main(arguments(tmp_path, "run", *SHORT, *fused, "--grad_clip=0"))
+    train.main(arguments(tmp_path, "plain", *SHORT, "--optimizer_variant=adamsn", "--grad_clip=0",
+                         "--optimizer_options=update_clip=1.0"))
+    assert column(tmp_path / "run", 2) == pytest.approx(column(tmp_path / "plain", 2))
 
 
 MISTAKES = [
@@ -353,6 +371,17 @@ def test_another_vocabulary_is_refused(tmp_path):
     flags = [flag for flag in arguments(tmp_path, "run") if not flag.startswith("--n_")]
     with pytest.raises(UserError, match="the model 2000: they do not share a tokenizer"):
         train.main([*flags, f"--init_from={folder}"])
+
+
+def test_another_text_of_the_same_vocabulary_size_is_refused(tmp_path):
+    train.main(arguments(tmp_path, "run", *SHORT))
+    for name in ("train.bin", "val.bin", "meta.json"):
+        other = tmp_path / "data" / "other"
+        other.mkdir(exist_ok=True)
+        content = (tmp_path / "data" / "tiny" / name).read_bytes()
+        (other / name).write_bytes(content.replace(b"ghi", b"GHI"))
+    with pytest.raises(UserError, match="other has another vocabulary than tiny"):
+        train.main(arguments(tmp_path, "run", "--init_from=resume", "--dataset=other"))
 
 
 @pytest.mark.parametrize("flag, package", [
