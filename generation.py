@@ -25,14 +25,16 @@ SHORTLIST = 1024  # most likely tokens sorted first for top_p
 
 
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_tokens=(),
-             generator=None, kv_bits=None, stream=None, lengths=None, slide=1, vocab_size=None):
+             generator=None, kv_bits=None, stream=None, lengths=None, slide=1, vocab_size=None,
+             compile=False):
     """Continue the prompts idx (B, T) int64 -> (B, T + max_new_tokens) int64.
 
     temperature: 0 takes the most likely token. top_k: only the k most likely; top_p: only the
     fewest that hold that probability. stop_tokens: ids after which a row only repeats that id.
     generator: of random numbers, on the model's device. kv_bits: 8 or 4 for a quantised cache.
     stream(tokens): called with each step's B tokens, a list of int. vocab_size: ids from there on
-    are never chosen (padding of the table). slide: see the top of the file.
+    are never chosen (padding of the table). slide: see the top of the file. compile: run the step
+    through torch.compile.
     lengths (B,): real tokens of each prompt where they are unequal, padded on the right; row b of
     the result has lengths[b] + max_new_tokens tokens, then zeros.
     Raises UserError for an empty prompt, one longer than block_size, or a setting out of range.
@@ -53,17 +55,17 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
                                 dtype, kv_bits)
             choice = Choice(temperature, top_k, top_p, generator, vocab_size)
             text = Text(idx, lengths, max_new_tokens, stop_tokens)
-            write(model, cache, choice, text, max_new_tokens, stream, slide)
+            steps = Steps(model, cache, choice, text, compile)
+            write(steps, max_new_tokens, stream, slide)
         return text.tokens.clone()  # an ordinary tensor, fit for training on
     finally:
         model.train(training)
 
 
-def write(model, cache, choice, text, max_new_tokens, stream, slide):
-    """Write max_new_tokens to each row of `text`, which holds the prompts alone."""
-    block_size = model.config.block_size
-    text.add(choice(model.prefill(text.tokens[:, :text.length], cache, text.lengths)))
-    steps = Steps(model, cache, choice, text)
+def write(steps, max_new_tokens, stream, slide):
+    """Write max_new_tokens to each row of the text, which holds the prompts alone."""
+    cache, text, block_size = steps.cache, steps.text, steps.model.config.block_size
+    steps.prefill(text.tokens[:, :text.length], text.lengths)
     for count in range(1, max_new_tokens + 1):
         if stream is not None:
             stream(text.token.flatten().tolist())
@@ -72,7 +74,7 @@ def write(model, cache, choice, text, max_new_tokens, stream, slide):
         if cache.length == block_size and not cache.rolling:
             cropped, lengths = text.newest(block_size, block_size + 1 - slide)
             cache.reset()
-            text.add(choice(model.prefill(cropped, cache, lengths)))
+            steps.prefill(cropped, lengths)
         else:
             steps.next()
     text.finish()
@@ -205,11 +207,19 @@ class Text:
 class Steps:
     """One decoding step after another: eager on the CPU, a replayed CUDA graph on CUDA."""
 
-    def __init__(self, model, cache, choice, text):
+    def __init__(self, model, cache, choice, text, compile=False):
         self.model, self.cache, self.choice, self.text = model, cache, choice, text
         self.captured = text.token.is_cuda
-        cache.fixed_shapes = self.captured
+        cache.fixed_shapes = self.captured or compile
+        self.decode = model.decode_one_token
+        if compile:
+            self.compiled = torch.compile(self.decode)
+            self.decode = self.decode_compiled
         self.graph = self.span = None
+
+    def prefill(self, idx, lengths):
+        """Read idx (B, T) into the empty cache, and add the tokens that follow."""
+        self.text.add(self.choice(self.model.prefill(idx, self.cache, lengths)))
 
     def next(self):
         """Decode the newest tokens and add the ones that follow."""
@@ -222,7 +232,17 @@ class Steps:
         self.text.length += 1
 
     def step(self):
-        self.text.add(self.choice(self.model.decode_one_token(self.text.token, self.cache)))
+        logits = self.decode(self.text.token, self.cache)
+        self.text.add(self.choice(logits))
+
+    def decode_compiled(self, token, cache):
+        """The compiled step, shown a count that changes with the shapes only: it would be
+        compiled again for each other value, and uses it for the shapes alone."""
+        length = cache.length
+        cache.length = min(cache.span, cache.max_length) - 1
+        logits = self.compiled(token, cache)
+        cache.length = length + 1
+        return logits
 
     def capture(self):
         """Record one step. Trying it first, outside, lets kernels compile and memory settle.
@@ -257,6 +277,17 @@ class Steps:
             self.step()
         cache.length, text.length = counts
         self.span = cache.span
+
+
+def bytes_read(model, length, kv_bits=None):
+    """Bytes that one decoding step must read: (all weights, the cache of one row of `length`)."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    tables.discard(id(getattr(model.lm_head, "weight", None)))  # a tied head reads its table
+    tensors = [*model.buffers(), *(p for p in model.parameters() if id(p) not in tables)]
+    weights = sum(t.numel() * t.element_size() for t in tensors)
+    cache = build_cache(model.config, 1, 16, dtype=model.transformer.wte.weight.dtype,
+                        kv_bits=kv_bits)
+    return weights, cache.bytes_per_token * min(length, model.config.block_size)
 
 
 def calibration(model, rows=64, tokens=64, seed=0):

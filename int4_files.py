@@ -46,15 +46,6 @@ def save_int4(model, path, notes=None):
         raise UserError(f"cannot write {path}: {error}") from error
 
 
-def is_int4_file(path):
-    """Whether `path` is a file that save_int4 wrote."""
-    try:
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("format") == FORMAT
-    except (OSError, SafetensorError):
-        return False
-
-
 def load_int4(path, device="cpu", dtype=torch.bfloat16, **overrides):
     """The model that save_int4 wrote -> (GPT in eval mode, notes).
 

@@ -1,0 +1,255 @@
+"""Write text with a trained or published model: `python sample.py --out_dir=out-shakespeare-char`.
+
+    python sample.py --init_from=gpt2 --start="What is the answer to life?" --top_p=0.9
+    python sample.py --init_from=gpt2-xl --int4=True --save_int4=gpt2-xl-int4.safetensors
+    python sample.py --init_from=gpt2-xl-int4.safetensors --stream=True --start=FILE:prompt.txt
+
+Every model decodes from a KV cache (kv_cache.py). All samples are written at once, as a batch;
+with --stream=True one after another, as they come. Ends with tokens a second beside the bytes of
+weights and cache that each step has to read, which is what limits it.
+"""
+
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from checkpoint import checkpoint_to_resume, load_checkpoint, model_from_checkpoint
+from configurator import parse_config
+from data.tokens import load_tokenizer
+from errors import UserError, exit_cleanly
+from generation import bytes_read, check_settings, generate
+from int4 import GROUP_SIZES, Int4Linear, quantize_, storage_bits
+from int4_files import load_int4, save_int4
+from pretrained import load_pretrained
+from pretrained_export import export_pretrained
+from pretrained_text import PretrainedText, load_pretrained_text
+from runtime import setup_runtime
+
+RULE = "-" * 15  # between samples, as nanoGPT prints it
+
+
+@dataclass
+class Settings:
+    # the model
+    init_from: str = "resume"  # resume | gpt2* | a hub id, folder, .gguf, 4-bit .safetensors
+    out_dir: str = "out"  # where ckpt.pt is, for init_from=resume
+    data_dir: str = "data"  # data sets, for a checkpoint that does not carry its tokenizer
+    attention_policy: str | None = None  # cache | grouped | recompute; None: as trained
+    int4: bool = False  # pack the linear layers' weights in 4 bits
+    group_size: int = 32  # weights that share a scale in 4 bits: 32 | 64 | 128
+    save_int4: str | None = None  # write the 4-bit model to this .safetensors file
+    export: str | None = None  # write the model to this folder for transformers, and stop
+    # the text
+    start: str = "\n"  # the prompt, or FILE:prompt.txt
+    chat: bool = False  # the prompt is a message, put into the model's own chat format
+    num_samples: int = 10  # texts to write
+    max_new_tokens: int = 500  # tokens in each
+    temperature: float = 0.8  # 1.0: the model's distribution; less is bolder; 0: most likely token
+    top_k: int | None = 200  # choose among the k most likely tokens; None: all
+    top_p: float | None = None  # choose among the fewest tokens of this probability; None: all
+    seed: int = 1337  # of the choices
+    stream: bool = False  # print tokens as they come
+    # how it runs
+    kv_bits: int | None = None  # 8 | 4: keys and values as integers; None: exact
+    slide: int = 1  # learned positions, past block_size: tokens to drop each time (1: nanoGPT's)
+    device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
+    dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    compile: bool = False  # torch.compile the decoding step (worth it for long texts)
+
+
+def main(argv=None):
+    settings, _ = parse_config(Settings, argv)
+    check(settings)
+    prompt = read_prompt(settings.start)
+    runtime = setup_runtime(settings.device, settings.dtype, settings.seed)
+    dtype = runtime.dtype
+    if settings.dtype == "auto" and runtime.device_type == "cpu" and is_4bit(settings):
+        dtype = torch.bfloat16  # what the 4-bit kernel reads
+    model, text, notes = load(settings, dtype)
+    if settings.export:
+        source = Path(settings.init_from)
+        folder = export_pretrained(model, settings.export, source if source.is_dir() else None)
+        return print(f"exported to {folder}")
+    if settings.attention_policy:
+        set_policy(model, settings.attention_policy)
+    ids = text.tokenizer.encode(text.chat(prompt) if settings.chat else prompt)
+    if not ids:
+        raise UserError("the prompt is empty: give --start at least one character")
+    if len(ids) > model.config.block_size:
+        raise UserError(f"the prompt has {len(ids)} tokens, the model reads at most "
+                        f"block_size={model.config.block_size}: shorten it")
+    model.to(runtime.device)
+    if settings.int4:
+        quantise(model, settings, notes)
+    model.to(dtype)
+    parameters = sum(p.numel() for p in model.parameters()) + sum(
+        m.in_features * m.out_features for m in model.modules() if isinstance(m, Int4Linear))
+    packed = f", 4-bit layers of {storage_bits(model):.3g} bits a weight" if (
+        is_4bit(settings)) else ""
+    print(f"model: {parameters / 1e6:.1f}M parameters in {str(dtype).removeprefix('torch.')}"
+          f"{packed}; {model.config.attention_policy} cache; {runtime.device} ({runtime.reason})")
+    write(model, text, ids, settings, runtime)
+
+
+def check(settings):
+    """Raise UserError for settings that no model could satisfy, before one is loaded."""
+    check_settings(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
+    if settings.num_samples <= 0:
+        raise UserError(f"num_samples must be positive, not {settings.num_samples}")
+    if settings.kv_bits not in (None, 8, 4):
+        raise UserError(f"kv_bits={settings.kv_bits}: use 8, 4, or None for an exact cache")
+    if settings.group_size not in GROUP_SIZES:
+        raise UserError(f"group_size={settings.group_size}: use 32, 64 or 128")
+    if settings.save_int4 and not settings.int4:
+        raise UserError("save_int4 needs --int4=True")
+    if settings.export and settings.int4:
+        raise UserError("export writes float weights; leave out int4")
+
+
+def is_4bit(settings):
+    return settings.int4 or settings.init_from.endswith(".safetensors")
+
+
+def read_prompt(start):
+    """The prompt's text: `start` itself, or the content of the file it names."""
+    if not start.startswith("FILE:"):
+        return start
+    path = start.removeprefix("FILE:")
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read the prompt {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"the prompt {path} is not UTF-8 text") from None
+
+
+def load(settings, dtype):
+    """What init_from names -> (model on the CPU, PretrainedText, notes for save_int4)."""
+    source = settings.init_from
+    if source == "resume":
+        path = Path(settings.out_dir) / "ckpt.pt"
+        checkpoint = load_checkpoint(path if path.exists() else checkpoint_to_resume(path.parent))
+        meta = checkpoint.get("dataset")
+        if meta is None:  # nanoGPT's own checkpoints name the data set only
+            name = checkpoint.get("config", {}).get("dataset")
+            meta = {"folder": str(Path(settings.data_dir) / name)} if name else {
+                "tokenizer": "gpt2"}
+        notes = {"dataset": meta}
+        return model_from_checkpoint(checkpoint).eval(), text_of(notes), notes
+    if source.endswith(".safetensors"):
+        if settings.int4:
+            raise UserError(f"{source} is in 4 bits already; leave out int4")
+        model, notes = load_int4(source, dtype=dtype)
+        return model, text_of(notes), notes
+    notes = {"init_from": source}
+    exact = torch.float32 if settings.int4 else dtype  # round once, from the best there is
+    return load_pretrained(source, dtype=exact), text_of(notes), notes
+
+
+def text_of(notes):
+    """The tokenizer that a checkpoint's data set, or a published model, came with."""
+    if "init_from" in notes:
+        return load_pretrained_text(notes["init_from"])
+    meta = notes.get("dataset", {})
+    if "folder" in meta:
+        return PretrainedText(load_tokenizer(meta["folder"]))
+    return PretrainedText(load_tokenizer(meta))
+
+
+def set_policy(model, policy):
+    """Run the model's weights under another attention policy."""
+    kv_heads = model.config.kv_heads
+    if policy == "grouped" and kv_heads == model.config.n_head:
+        raise UserError("attention_policy='grouped' needs weights trained with fewer key/value "
+                        "heads than heads; these have as many: use cache or recompute")
+    replace(model.config, attention_policy=policy)  # which checks it
+    model.config.attention_policy = policy
+
+
+def quantise(model, settings, notes):
+    """Pack the model in 4 bits, rounded on a text of its own; save it if asked to."""
+    began = time.perf_counter()
+    quantize_(model, settings.group_size)
+    print(f"rounded to {storage_bits(model):.3g} bits a weight in "
+          f"{time.perf_counter() - began:.1f} s")
+    if settings.save_int4:
+        save_int4(model, settings.save_int4, notes)
+        size = Path(settings.save_int4).stat().st_size
+        print(f"saved {settings.save_int4} ({size / 1e6:.1f} MB); next time give it as init_from")
+
+
+def write(model, text, ids, settings, runtime):
+    """Print num_samples continuations of ids, then how fast they came."""
+    generator = torch.Generator(runtime.device).manual_seed(settings.seed)
+    at_once = 1 if settings.stream else settings.num_samples
+    steps, seconds = 0, 0.0
+    for _ in range(0, settings.num_samples, at_once):
+        idx = torch.tensor([ids] * at_once, device=runtime.device)
+        printer = Printer(text, ids, settings.chat) if settings.stream else None
+        runtime.synchronize()
+        began = time.perf_counter()
+        out = generate(
+            model, idx, settings.max_new_tokens, settings.temperature, settings.top_k,
+            settings.top_p, text.stop_tokens, generator, settings.kv_bits, printer,
+            slide=settings.slide, compile=settings.compile,
+            vocab_size=min(text.tokenizer.vocab_size, model.config.vocab_size))
+        runtime.synchronize()
+        seconds += time.perf_counter() - began
+        rows = [until_stop(row, len(ids), text.stop_tokens) for row in out.tolist()]
+        steps += max(len(row) for row in rows) - len(ids)
+        for row in rows:
+            if printer is None:
+                print(text.tokenizer.decode(row[len(ids):] if settings.chat else row))
+            else:
+                printer.end()
+            print(RULE)
+    mean_length = len(ids) + steps / max(1, settings.num_samples // at_once) / 2
+    weights, cache = bytes_read(model, mean_length, settings.kv_bits)
+    read = (weights + at_once * cache) * steps / seconds
+    print(f"{steps * at_once / seconds:,.1f} tokens/s, prompts included "
+          f"({at_once} at once, {seconds:.2f} s); a step reads {weights / 1e6:,.1f} MB of weights "
+          f"and {at_once * cache / 1e6:,.1f} MB of cache: {read / 1e9:,.1f} GB/s")
+
+
+def until_stop(row, start, stop_tokens):
+    """row without what follows its first stop token, nor that token."""
+    for i, token in enumerate(row[start:], start):
+        if token in stop_tokens:
+            return row[:i]
+    return row
+
+
+class Printer:
+    """Prints a text as its tokens come, holding back a character until all its bytes are there."""
+
+    def __init__(self, text, ids, chat):
+        self.text, self.ids, self.chat = text, list(ids), chat
+        self.since = self.done = len(ids)  # a few tokens of context, then what is not yet printed
+        if not chat:
+            self.show(text.tokenizer.decode(ids))
+
+    def __call__(self, tokens):
+        if tokens[0] in self.text.stop_tokens:
+            return
+        self.ids.append(tokens[0])
+        decode = self.text.tokenizer.decode
+        before, now = decode(self.ids[self.since:self.done]), decode(self.ids[self.since:])
+        if not now.endswith("\ufffd"):
+            self.show(now[len(before):])
+            self.since, self.done = self.done, len(self.ids)
+
+    def show(self, text):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def end(self):
+        decode = self.text.tokenizer.decode
+        before, now = decode(self.ids[self.since:self.done]), decode(self.ids[self.since:])
+        self.show(now[len(before):] + "\n")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
