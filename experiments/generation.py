@@ -1,0 +1,313 @@
+"""Decoding speed: tokens a second, beside the bytes that a step reads and what memory can deliver.
+
+    python experiments/generation.py --part=cpu       2 threads, batch 1, contexts 64, 512, 1000
+    python experiments/generation.py --part=gpu       batch 1 and 64, and a context of 131,072
+    python experiments/generation.py --part=longest   the longest context in 80 GB, each cache
+
+A GPT-2 124M with random weights (speed does not depend on their values). At a context of n, the
+prompt of n tokens is read first, then `tokens` more are written and timed; every contestant has a
+turn in each of `rounds` rounds, and its median is reported.
+
+    recompute all   nanoGPT's loop: a whole forward over the text for every token, last logits only
+    transformers    its generate with its own KV cache (optional package)
+    ours            prefill, then decode_one_token from the KV cache; on CUDA a captured graph
+
+Writes results/generation.csv; rows of the other parts stay.
+"""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from configurator import parse_config
+from errors import UserError, exit_cleanly
+from experiments.common import RESULTS, provenance, read_csv, write_csv
+from generation import Choice, Steps, Text, bytes_read
+from int4 import quantize_
+from kv_cache import build_cache
+from measure import is_out_of_memory, synchronize
+from model import GPT, GPTConfig
+
+SHAPES = {"124m": dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304),
+          "tiny": dict(n_layer=2, n_head=4, n_embd=128, vocab_size=512)}
+LONG = 131072
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class Settings:
+    part: str = "cpu"  # cpu | gpu | longest
+    shape: str = "124m"  # 124m | tiny
+    contexts: str = "64,512,1000"  # tokens before the timed ones
+    tokens: int = 16  # timed a round
+    rounds: int = 5  # turns of each contestant
+    long_context: int = LONG  # of part=gpu
+    gigabytes: float = 80.0  # of part=longest
+    out: str = str(RESULTS / "generation.csv")  # rows of this part are replaced
+
+
+def main(argv=None):
+    settings, _ = parse_config(Settings, argv)
+    if settings.part not in ("cpu", "gpu", "longest") or settings.shape not in SHAPES:
+        raise UserError("part must be cpu, gpu or longest, and shape 124m or tiny")
+    device = "cpu" if settings.part == "cpu" else "cuda"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"part={settings.part} needs CUDA")
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        rows = {"cpu": cpu_rows, "gpu": gpu_rows, "longest": longest_rows}[settings.part](settings)
+    origin = provenance(device)
+    rows = [dict(part=settings.part, **row, **origin) for row in rows]
+    path = Path(settings.out)
+    kept = read_csv(path) if path.exists() else []
+    write_csv(path, [row for row in kept if row["part"] != settings.part] + rows)
+    print(f"wrote {path}")
+
+
+def make_model(settings, dtype="float32", int4=False, device="cpu", **options):
+    """The shape's GPT in evaluation mode, random weights."""
+    shape = SHAPES[settings.shape] | {"block_size": 1024} | options
+    with torch.device(device):
+        model = GPT(GPTConfig(**shape)).eval()
+    if int4:
+        quantize_(model, 32, calibrate=False)
+    return model.to(DTYPES[dtype])
+
+
+class Ours:
+    """Decoding from a KV cache at a context that can be set back."""
+
+    def __init__(self, model, batch, context, tokens, kv_bits=None, compile=False, prefill=True):
+        self.model, self.batch, self.context, self.tokens = model, batch, context, tokens
+        self.kv_bits = kv_bits
+        weight = model.transformer.wte.weight
+        idx = torch.randint(model.config.vocab_size, (batch, context), device=weight.device)
+        self.cache = build_cache(model.config, batch, context + tokens + 1, weight.device,
+                                 weight.dtype, kv_bits)
+        self.text = Text(idx, None, tokens + 1, ())
+        self.steps = Steps(model, self.cache, Choice(top_k=200), self.text, compile)
+        if prefill:
+            self.steps.prefill(idx, None)
+        else:  # long contexts: what the cache holds makes no difference to its speed
+            self.text.add(idx[:, 0])
+        self.back()
+        self.steps.next()  # capture or compile
+
+    def back(self):
+        self.cache.length = self.context
+        self.cache.positions.fill_(self.context)
+        self.text.ends.fill_(self.context + 1)
+        self.text.length = self.context + 1
+
+    def __call__(self):
+        """Seconds a step."""
+        self.back()
+        device = self.text.token.device
+        synchronize(device.type)
+        began = time.perf_counter()
+        for _ in range(self.tokens):
+            self.steps.next()
+        synchronize(device.type)
+        return (time.perf_counter() - began) / self.tokens
+
+    def bytes_read(self):
+        weights, cache = bytes_read(self.model, self.context + self.tokens / 2, self.kv_bits)
+        return weights + self.batch * cache
+
+
+class RecomputeAll:
+    """nanoGPT's generate: the whole (cropped) text through the model for every token."""
+
+    def __init__(self, model, context, tokens):
+        self.model, self.tokens = model, max(1, tokens // 8)  # it is slow
+        self.idx = torch.randint(model.config.vocab_size, (1, context))
+
+    def __call__(self):
+        idx = self.idx
+        began = time.perf_counter()
+        for _ in range(self.tokens):
+            logits = self.model.last_logits(idx[:, -self.model.config.block_size:])
+            kept = logits.topk(200).values[:, -1:]
+            p = F.softmax(logits.masked_fill(logits < kept, -torch.inf), dim=-1)
+            idx = torch.cat([idx, torch.multinomial(p, 1)], dim=1)
+        return (time.perf_counter() - began) / self.tokens
+
+    def bytes_read(self):
+        return bytes_read(self.model, 0)[0]
+
+
+class Transformers:
+    """GPT2LMHeadModel.generate with its KV cache: n + tokens tokens less the first."""
+
+    def __init__(self, model, context, tokens):
+        self.model, self.tokens = model, tokens
+        self.idx = torch.randint(model.config.vocab_size, (1, context), device=model.device)
+
+    def __call__(self):
+        return (self.seconds(self.tokens + 1) - self.seconds(1)) / self.tokens
+
+    def seconds(self, count):
+        synchronize(self.model.device.type)
+        began = time.perf_counter()
+        self.model.generate(self.idx, max_new_tokens=count, min_new_tokens=count, do_sample=True,
+                            top_k=200, pad_token_id=0)
+        synchronize(self.model.device.type)
+        return time.perf_counter() - began
+
+    def bytes_read(self):
+        position = self.model.transformer.wpe.weight
+        size = sum(p.numel() for p in self.model.parameters()) - position.numel()
+        cache = 2 * self.idx.size(1) * self.model.config.n_embd * self.model.config.n_layer
+        return (size + cache) * position.element_size()
+
+
+def transformers_model(settings, dtype, device="cpu"):
+    """The same shape in transformers, or None where it is not installed."""
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        return None
+    shape = SHAPES[settings.shape]
+    config = GPT2Config(**shape, n_positions=1024, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config).eval().to(device, DTYPES[dtype])
+
+
+def bandwidth(device):
+    """GB/s of reading a large tensor."""
+    size = 2**28 if device == "cpu" else 2**31
+    x = torch.ones(size // 4, device=device)
+    best = 0.0
+    for _ in range(5):
+        synchronize(device)
+        began = time.perf_counter()
+        x.sum()
+        synchronize(device)
+        best = max(best, size / (time.perf_counter() - began) / 1e9)
+    return best
+
+
+def race(contestants, rounds, memory_speed):
+    """Rows for {(name, weights, kv, batch, context): contestant}, timed in turns."""
+    times = {key: [] for key in contestants}
+    for _ in range(rounds):
+        for key, contestant in contestants.items():
+            times[key].append(contestant())
+    return [row_of(key, median(times[key]), contestant.bytes_read(), memory_speed)
+            for key, contestant in contestants.items()]
+
+
+def row_of(key, seconds, bytes_of_step, memory_speed, peak=None):
+    name, weights, kv, batch, context = key
+    row = dict(contestant=name, weights=weights, kv=kv, batch=batch, context=context,
+               tokens_per_s=round(batch / seconds, 2), ms_per_step=round(1e3 * seconds, 4),
+               MB_per_step=round(bytes_of_step / 1e6, 2),
+               GB_per_s=round(bytes_of_step / seconds / 1e9, 2),
+               memory_GB_per_s=round(memory_speed, 1),
+               peak_MB="" if peak is None else round(peak / 1e6, 1), bytes_per_token="",
+               longest_context="")
+    print(f"{name:14} {weights:9} kv {kv:9} batch {batch:3} context {context:7}: "
+          f"{row['tokens_per_s']:10,.1f} tokens/s, {row['GB_per_s']:8,.1f} of "
+          f"{memory_speed:,.0f} GB/s", flush=True)
+    return row
+
+
+def cpu_rows(settings):
+    models = {"float32": make_model(settings), "bfloat16": make_model(settings, "bfloat16"),
+              "int4": make_model(settings, "bfloat16", int4=True)}
+    peers = {dtype: transformers_model(settings, dtype) for dtype in DTYPES}
+    memory_speed, rows, tokens = bandwidth("cpu"), [], settings.tokens
+    for context in map(int, settings.contexts.split(",")):
+        contestants = {("recompute all", "float32", "none", 1, context):
+                       RecomputeAll(models["float32"], context, tokens)}
+        for dtype, peer in peers.items():
+            if peer is not None:
+                contestants[("transformers", dtype, dtype, 1, context)] = Transformers(
+                    peer, context, tokens)
+        for weights, model in models.items():
+            kv = "float32" if weights == "float32" else "bfloat16"
+            contestants[("ours", weights, kv, 1, context)] = Ours(model, 1, context, tokens)
+        rows += race(contestants, settings.rounds, memory_speed)
+    return rows
+
+
+def gpu_rows(settings):
+    memory_speed, rows, tokens = bandwidth("cuda"), [], settings.tokens
+    plain = make_model(settings, "bfloat16", device="cuda")
+    packed = make_model(settings, "bfloat16", int4=True, device="cuda")
+    peer = transformers_model(settings, "bfloat16", "cuda")
+    contexts = list(map(int, settings.contexts.split(",")))
+    cases = [("ours", plain, "bfloat16", batch, context, None, False, True)
+             for batch in (1, 64) for context in contexts]
+    cases += [("ours", packed, "int4", 1, context, None, False, True) for context in contexts]
+    cases += [("ours, compiled", plain, "bfloat16", batch, contexts[1], None, True, True)
+              for batch in (1, 64)]
+    long = make_model(settings, "bfloat16", device="cuda", position="rope",
+                      block_size=settings.long_context + 4 * tokens)
+    cases += [("ours", long, "bfloat16", 1, settings.long_context, kv_bits, False, False)
+              for kv_bits in (None, 8, 4)]
+    if peer is not None:
+        for context in contexts:
+            contestant = Transformers(peer, context, tokens)
+            contestant()
+            key = ("transformers", "bfloat16", "bfloat16", 1, context)
+            rows.append(row_of(key, median(contestant() for _ in range(settings.rounds)),
+                               contestant.bytes_read(), memory_speed))
+    for name, model, weights, batch, context, kv_bits, compile, prefill in cases:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        contestant = Ours(model, batch, context, tokens, kv_bits, compile, prefill)
+        seconds = median(contestant() for _ in range(settings.rounds))
+        own = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+        peak = torch.cuda.max_memory_allocated() - before + own
+        kv = "bfloat16" if kv_bits is None else f"int{kv_bits}"
+        rows.append(row_of((name, weights, kv, batch, context), seconds, contestant.bytes_read(),
+                           memory_speed, peak))
+        del contestant
+    return rows
+
+
+def longest_rows(settings):
+    """The longest context of one sequence in so many gigabytes: computed, then decoded at."""
+    memory_speed, rows = bandwidth("cuda"), []
+    cases = [("cache", None, None), ("cache", None, 8), ("cache", None, 4), ("grouped", 3, None),
+             ("grouped", 3, 4), ("recompute", None, None), ("recompute", None, 4)]
+    for policy, n_kv_head, kv_bits in cases:
+        if n_kv_head and SHAPES[settings.shape]["n_head"] % n_kv_head:
+            n_kv_head = 1
+        options = dict(attention_policy=policy, n_kv_head=n_kv_head, position="none",
+                       block_size=2**31)
+        model = make_model(settings, "bfloat16", device="cuda", **options)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        small = build_cache(model.config, 1, 4096, "cuda", torch.bfloat16, kv_bits)
+        free, _ = torch.cuda.mem_get_info()
+        room = min(settings.gigabytes * 1e9 - weights, free * 0.97)
+        # the text itself and the cache's slot numbers are int64, 8 bytes a token each
+        longest = int(room / (small.bytes_per_token + 24)) // 4096 * 4096
+        kv = "bfloat16" if kv_bits is None else f"int{kv_bits}"
+        torch.cuda.reset_peak_memory_stats()
+        tried, seconds = longest - 64, None
+        while seconds is None and tried > 0:
+            try:
+                contestant = Ours(model, 1, tried, 2, kv_bits, prefill=False)
+                seconds = contestant()
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                tried = int(tried * 0.95)
+        row = row_of((policy, "bfloat16", kv, 1, tried), seconds, contestant.bytes_read(),
+                     memory_speed, torch.cuda.max_memory_allocated())
+        rows.append(row | dict(bytes_per_token=small.bytes_per_token, longest_context=longest))
+        del contestant, small, model
+        torch.cuda.empty_cache()
+    return rows
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
