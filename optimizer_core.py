@@ -142,8 +142,21 @@ class MemoryOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict):
         """As torch's, but state keeps the dtype it was saved in (torch casts it to the
-        parameter's, which would turn float32 statistics of bfloat16 weights into bfloat16)."""
-        super().load_state_dict(state_dict)
+        parameter's, which would turn float32 statistics of bfloat16 weights into bfloat16).
+
+        Raises UserError for the state of another optimizer or of another grouping.
+        """
+        for group in state_dict["param_groups"]:
+            missing = self.defaults.keys() - group.keys() - {"differentiable"}  # torch's own
+            if missing:
+                raise UserError(
+                    f"this optimizer state was not saved by {type(self).__name__} (it lacks "
+                    f"{', '.join(sorted(missing))}): resume with the optimizer it was saved by"
+                )
+        try:
+            super().load_state_dict(state_dict)
+        except ValueError as error:
+            raise UserError(f"this optimizer state does not fit the model: {error}") from None
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for saved_id, p in zip(saved_ids, params):
@@ -204,6 +217,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
         Tensors of more than `each` numbers stay alone.
         """
         stacks, keys = {}, {}
+        shared = [name for name in self.defaults if name not in VARYING]
         for item in items:
             group, shape = item.group, item.param.shape
             stackable = group["foreach"] and item.param.numel() <= each
@@ -211,8 +225,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
                 yield [item]  # sharded ones in the order of the parameters, alike on every rank
                 continue
             if id(group) not in keys:
-                fixed = [(k, v) for k, v in group.items() if k not in VARYING]
-                keys[id(group)] = repr(sorted(fixed))
+                keys[id(group)] = repr([group.get(name) for name in shared])
             p, g = item.param, item.grad
             key = (shape, p.dtype, g.dtype, p.device, item.step, keys[id(group)])
             stacks.setdefault(key, []).append(item)
