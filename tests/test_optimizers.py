@@ -186,12 +186,15 @@ def test_state_sizes_are_what_the_partition_says():
 
 
 def mixed_params():
-    """Vectors, matrices of two shapes, four dimensions, nothing, a scalar, bfloat16."""
+    """Vectors, matrices of two shapes, four dimensions, nothing, a scalar, other dtypes, strides."""
     generator = torch.Generator().manual_seed(1)
     shapes = [(6, 4), (6, 4), (5,), (4, 6), (3, 2, 2, 2), (0,), (0, 4), (4, 0), (), (2050, 128)]
     params = [nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
     params.append(nn.Parameter(torch.randn(6, 4, generator=generator).double()))
     params.append(nn.Parameter(torch.randn(6, 4, generator=generator).bfloat16()))
+    params.append(nn.Parameter(torch.randn(4, 6, generator=generator).t()))
+    image = torch.randn(3, 2, 2, 2, generator=generator)
+    params.append(nn.Parameter(image.to(memory_format=torch.channels_last)))
     return params
 
 
