@@ -59,7 +59,7 @@ WIDTHS = (8, 10, 8, 8, 9, 10, 10, 10, 11, 12, 8, 0)
 @dataclass
 class Settings:
     seq: tuple[int, ...] = (1024, 4096, 16384)  # sequence lengths T
-    policy: tuple[str, ...] = ("cache", "grouped", "recompute", "int4")  # and plain
+    policy: tuple[str, ...] = ("cache", "grouped", "recompute", "int4")  # or plain: no tiles
     runs: int = 5  # timed runs a cell, after one warm-up
     batch: int = 1  # sequences at once
     d_model: int = 256  # width of the residual stream

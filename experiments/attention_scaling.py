@@ -93,14 +93,15 @@ def race(settings, contestants):
         if contestants[0].policy == "plain":  # by round: what slowed a round slowed both sides
             ratio = round(quartiles([a / b for a, b in zip(times, seconds[0])])[0], 4)
         errors = each.errors(compare_gradients=each.T <= settings.gradients_up_to)
-        row = {"seq": each.T, "policy": each.policy, "mode": each.mode, **each.chunks(),
+        row = {"seq": each.T, "policy": each.policy, "mode": each.mode,
+               "q_chunk": each.q_chunk, "k_chunk": each.k_chunk,
                "kv_heads": each.config.kv_heads, "time_s": round(median, 6),
                "iqr_s": round(iqr, 6), "time_vs_plain": ratio, "runs": settings.runs,
                "peak_bytes": peak, "peak_MB": round(peak / MIB, 3), **errors, "batch": 1,
                "d_model": settings.d_model, "heads": settings.heads, "device": "cpu",
                "dtype": "float32", **provenance()}
         rows.append(row)
-        print(f"T={each.T:<7} {each.mode:<17} {each.policy:<10} {row['q_chunk']!s:<5} "
+        print(f"T={each.T:<7} {each.mode:<17} {each.policy:<10} {each.q_chunk!s:<5} "
               f"{median:9.3f} s ± {iqr:.3f} {row['peak_MB']:9.1f} MB  "
               f"error {errors['max_rel_err']}", flush=True)
     return rows
@@ -113,6 +114,8 @@ class Contestant:
         self.policy, self.config, self.T, self.mode = policy, config, T, mode
         self.block, _ = build_block(config)
         self.x = self.fresh_input()
+        with torch.set_grad_enabled(mode != "forward"):
+            self.q_chunk, self.k_chunk = tile_sizes(config, self.x) or ("", "")
 
     def fresh_input(self):
         x = random_input(self.config, 1, self.T)
@@ -130,11 +133,6 @@ class Contestant:
         self.x = None  # a pass may have written over it, and two of them need not exist
         self.x = self.fresh_input()
         return timed(self.run)
-
-    def chunks(self):
-        with torch.set_grad_enabled(self.mode != "forward"):
-            q_chunk, k_chunk = tile_sizes(self.config, self.x) or ("", "")
-        return {"q_chunk": q_chunk, "k_chunk": k_chunk}
 
     def errors(self, compare_gradients):
         """max_rel_err of the output, grad_rel_err of the worst gradient, '' where not compared."""
