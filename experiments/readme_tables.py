@@ -11,6 +11,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -116,6 +117,85 @@ def attention_chunks(rows):
         [[row["q_chunk"] or "plain, no tiles", seconds(row["time_s"]),
           f"{row['time_vs_plain']:.2f}×", megabytes(row["peak_MB"])] for row in rows]
     ) + made_on(rows[0])
+
+
+def gigabytes(value):
+    return f"{value:.2f} GB" if value < 10 else f"{value:.1f} GB"
+
+
+def of_gpu(rows, prefix):
+    """Rows of attention_gpu.csv whose name starts so, and a line on how they were made."""
+    rows = [row for row in rows if row["name"].startswith(prefix)]
+    return rows, made_on(rows[0])
+
+
+@table("gpu_prefill", "attention_gpu.csv")
+def gpu_prefill(rows):
+    """12 layers of GPT-2 124M over T tokens, no gradients; time against the plain stack's."""
+    rows, made = of_gpu(rows, "prefill")
+    plain = {row["T"]: row for row in rows if row["q_chunk"] is None}
+    return markdown(
+        ["T", "policy", "time", "of plain's", "peak beyond weights", "of plain's",
+         "error (bf16)"],
+        [[f"{row['T']:,}", row["policy"] + (
+            f", q={row['q_chunk']} k={row['k_chunk']}" if row["q_chunk"] else ", no tiles"),
+          f"{row['seconds']:.2f} s", f"{row['seconds'] / plain[row['T']]['seconds']:.2f}×",
+          gigabytes(row["peak_GB"]), f"{row['peak_GB'] / plain[row['T']]['peak_GB']:.0%}",
+          f"{row['out_error']:.0e}" if row["out_error"] else "–"] for row in rows]) + made
+
+
+@table("gpu_training", "attention_gpu.csv")
+def gpu_training(rows):
+    """Forward, backward and AdamW: everything counted, weights and optimizer state included."""
+    short, made = of_gpu(rows, "short")
+    long, made_long = of_gpu([row for row in rows if row["T"] == 65536], "train")
+    million, _ = of_gpu([row for row in rows if row["T"] == 1048576], "train")
+    lines = []
+    for group in (short, long, million):
+        medians = {name: median([row["seconds"] for row in group if row["name"] == name])
+                   for name in dict.fromkeys(row["name"] for row in group)}
+        peers = [row for row in group if row["name"].endswith("nanoGPT")]
+        for name, took in medians.items():
+            row = next(row for row in group if row["name"] == name)
+            lines.append([
+                f"{row['B']} × {row['T']:,}", name.split(" ", 1)[1], f"{took:.3g} s",
+                f"{row['B'] * row['T'] / took:,.0f}",
+                f"{took / medians[peers[0]['name']]:.2f}×" if peers else "–",
+                gigabytes(row["peak_GB"]),
+                f"{row['peak_GB'] / peers[0]['peak_GB']:.0%}" if peers else "–"])
+    return markdown(["B × T", "side", "step", "tokens/s", "of nanoGPT's time", "peak",
+                     "of nanoGPT's"], lines) + made.rstrip(".") + (
+        f" (T = 65,536: commit {long[0]['commit']}; 1,048,576: {million[0]['commit']}).")
+
+
+@table("gpu_errors", "attention_gpu.csv")
+def gpu_errors(rows):
+    """Worst relative errors of the fused bf16 paths against float32 plain PyTorch."""
+    rows, made = of_gpu(rows, "check")
+    kinds = {"tile kernels": ("check flash", "check cudnn"), "chunked loss": ("check loss",),
+             "3-layer GPT, T = 4,096, all policies": ("check gpt",)}
+    lines = []
+    for kind, prefixes in kinds.items():
+        found = [row for row in rows if row["name"].startswith(prefixes)]
+        lines.append([kind, f"{max(row['out_error'] for row in found):.1e}",
+                      f"{max(row['grad_error'] for row in found):.1e}"])
+    return markdown(["what", "output", "gradients"], lines) + made
+
+
+@table("optimizers", "optimizer_quality_summary.csv")
+def optimizers(rows):
+    """Each variant at the best of its own grid, five fresh seeds."""
+    rows = sorted((row for row in rows if row["setup"] == "seed"),
+                  key=lambda row: row["val_loss"])
+    return markdown(
+        ["optimizer", "validation loss", "against tuned AdamW", "p (paired)", "state, of Adam's",
+         "lr: linear / rest"],
+        [[f"`{row['variant']}`", f"{row['val_loss']:.4f} ± {row['interval']:.4f}",
+          f"{row['to_adamw']:+.4f} ± {row['to_adamw_interval']:.4f}"
+          if row["variant"] != "torch_adamw" else "–",
+          f"{row['p']:.1g}" if row["variant"] != "torch_adamw" else "–",
+          f"{row['state_percent']:.1f}%",
+          f"{row['learning_rate']:g} / {row['embedding_lr']:g}"] for row in rows])
 
 
 def rewrite(text, results):
