@@ -62,7 +62,7 @@ def chunk_figure(rows):
              ylabel="seconds a pass")
     _plain_numbers(axis.xaxis)
     _plain_numbers(axis.yaxis)
-    axis.margins(x=0.12)
+    axis.margins(0.12)
     axis.grid(alpha=0.3, which="both", linewidth=0.5)
     axis.legend(frameon=False)
     figure.suptitle(f"The trade at T = {rows[0]['seq']:,}: {_setup(rows[0])}")
