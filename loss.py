@@ -7,6 +7,9 @@ dloss/dweight (V, C) behind, and the backward pass only scales them.
 
 import torch
 
+# torch.compiler.disable, but torch._dynamo is imported at the first call: 2 s off every start
+from torch._compile import _disable_dynamo as graph_break
+
 IGNORE = -1  # targets that do not count, as in nanoGPT
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 30}  # of logits at once, at most
 
@@ -44,7 +47,7 @@ def chunk_rows(rows, vocab_size, device_type, element_size=4):
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    @torch.compiler.disable
+    @graph_break
     def forward(ctx, hidden, weight, targets, count):
         device = hidden.device.type
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
@@ -69,7 +72,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @torch.compiler.disable
+    @graph_break
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors

@@ -34,12 +34,12 @@ def predict_forward_peak(config, B, T, element_size=4, device_type="cpu"):
     sizes = _tiles(config, B, T, device_type, training=False)
     if sizes is None:
         inside = 4 * r if config.mlp == "swiglu" else 2 * r
-        numbers = (5 + 2 / g + inside) * B * T * config.n_embd
+        numbers = (2 + inside) * B * T * config.n_embd
         return int(numbers * element_size + _workspace(config, T, device_type))
     b, q, k = sizes
     rows = B * T + b * _forward_scratch(config, q, k)
     if config.attention_policy != "recompute":
-        rows += 2 / g * T * min(B, 2 * b)  # the next sequences' begin before the last's end
+        rows += 2 / g * T * b
     return int(rows * config.n_embd * element_size + _workspace(config, q, device_type))
 
 
@@ -66,7 +66,7 @@ def predict_training_peak(config, B, T, element_size=4, device_type="cpu"):
         kv_gradients = row if g == 1 and element_size == 4 else 2 / g * C * 4
         kept = 0 if config.attention_policy == "recompute" else 2 / g * row
         working = ((2 + 2 * config.offload) * B * row
-                   + b * kv_gradients + min(B, 2 * b) * kept) * T
+                   + b * (kv_gradients + kept)) * T
         scratch = (b * _backward_scratch(config, q, k, device_type) * row
                    + layer_weights * 4 * 5 / 3)  # sums, and the MLP's share of one tile's
     workspace = _workspace(config, sizes[1] if sizes else T, device_type)

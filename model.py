@@ -228,8 +228,8 @@ class Block(nn.Module):
     def plain(self, x):
         """The untiled block: K and V of all rows at once, whatever the policy."""
         positions = torch.arange(x.size(1), device=x.device)
-        q, k, v = self.norm_qkv(x, positions)
-        return self.finish(x, attend(q, k, v, self.attention_dropout))
+        # q, k and v end with this line: they are not held while the MLP runs
+        return self.finish(x, attend(*self.norm_qkv(x, positions), self.attention_dropout))
 
     def norm_qkv(self, x, positions):
         """What precedes attention, rows independent: x (B, t, C) -> q, k, v as project_qkv."""
@@ -251,7 +251,9 @@ class Block(nn.Module):
         x_norm = self.ln_1(x)
         q, k, v = self.attn.project_qkv(x_norm, positions)
         layer.append(k, v, x_norm)
-        return self.finish(x, attend(q, k, v))
+        y = attend(q, k, v)
+        del q, k, v, x_norm
+        return self.finish(x, y)
 
     def decode(self, x, positions, layer):
         """One token a row: x (B, 1, C) at positions (1,) or (B, 1), the past in a cache's layer."""
@@ -273,6 +275,7 @@ class Block(nn.Module):
     def finish(self, x, y):
         """What follows attention, rows independent: x (B, t, C), y (B, H, t, D) -> (B, t, C)."""
         x = x + self.attn.output(y)
+        del y
         return x + self.mlp(self.ln_2(x))
 
 

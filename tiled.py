@@ -21,6 +21,9 @@ from contextlib import nullcontext
 
 import torch
 
+# torch.compiler.disable, but torch._dynamo is imported at the first call: 2 s off every start
+from torch._compile import _disable_dynamo as graph_break
+
 from attention_kernels import match_layout, tile_backward
 from attention_policies import attend_rows, kv_source, left_tiles
 from errors import UserError
@@ -141,6 +144,7 @@ def forward_tiles(tiles, x, into, keep=None):
             for a, b in tiles.mlp_tiles(start, stop, len(xb)):
                 yb[:, a:b] = tiles.finish(xb[:, a:b], out[:, :, a - start:b - start], a,
                                           batch.start)
+        del source  # its K and V, before the next sequences' are made
 
 
 def fill_cache(block, x, layer):
@@ -181,7 +185,7 @@ class _TiledBlock(torch.autograd.Function):
     autograd.grad and gradient accumulation see them as they would in the plain block."""
 
     @staticmethod
-    @torch.compiler.disable
+    @graph_break
     def forward(ctx, x, block, sizes, dropping, *parameters):
         device = x.device
         seed = int(torch.randint(2**40, ())) if dropping else None
@@ -208,7 +212,7 @@ class _TiledBlock(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.compiler.disable
+    @graph_break
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         x, lse, out, *parameters = ctx.saved_tensors
@@ -314,4 +318,5 @@ def _backward_tiles(tiles, x, lse, out, grad, parameters, ctx):
                 [q, k, v], [xt],
                 [dq.to(q.dtype), dk[:, :, rows].to(k.dtype), dv[:, :, rows].to(v.dtype)])
             grad_x[batch, rows] = grad_tile + grad_norm
+        del source, dk, dv  # before the next sequences' are made
     return (grad_x, None, None, None, *(weights.total(p) for p in parameters))
