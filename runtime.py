@@ -164,6 +164,11 @@ def iteration_seed(seed, iteration, stream):
     return (seed * 1_000_003 + stream * 0x9E3779B1 + iteration) % 2**32
 
 
+def is_out_of_memory(error):
+    """Did an allocation fail, on the GPU or the CPU?"""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def _environment_int(name, default):
     value = os.environ.get(name, str(default))
     if not value.isdigit():

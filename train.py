@@ -32,9 +32,9 @@ from configurator import config_dict, parse_config, save_config
 from dataset import load_dataset
 from errors import UserError, exit_cleanly
 from optimizer_setup import lr_factor, make_optimizer
-from runtime import DATA_STREAM, StopSignal, iteration_seed, setup_runtime
+from runtime import DATA_STREAM, StopSignal, is_out_of_memory, iteration_seed, setup_runtime
 from starting_point import adopt_model_args, build_model, check_dataset, resumed_settings
-from training_log import StepClock, TrainingLog, startup_summary
+from training_log import StepClock, TrainingLog, advise_oom, startup_summary
 
 TRAIN_SAMPLE = 50  # batches that estimate the training loss where eval_iters=0
 
@@ -95,9 +95,8 @@ class Settings:
     backend: str = "auto"  # of several processes: auto | nccl | gloo
 
     def __post_init__(self):
-        positive = ("eval_interval", "log_interval", "gradient_accumulation_steps", "batch_size",
-                    "block_size")
-        for name in positive:
+        for name in ("eval_interval", "log_interval", "gradient_accumulation_steps", "batch_size",
+                     "block_size"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, not {getattr(self, name)}")
         for name in ("seed", "max_iters", "eval_iters", "warmup_iters", "grad_clip", "min_lr",
@@ -160,9 +159,7 @@ class Trainer:
             self.iteration, self.best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
             seconds = checkpoint.get("train_seconds", 0.0)
             self._continue_optimizer(checkpoint)
-        compiled = settings.compile
-        if compiled is None:
-            compiled = runtime.device_type == "cuda"
+        compiled = runtime.device_type == "cuda" if settings.compile is None else settings.compile
         self.model = torch.compile(self.raw_model) if compiled else self.raw_model
         self.parallel = self.model  # what a training step calls
         if runtime.world_size > 1:
@@ -203,8 +200,7 @@ class Trainer:
     def _evaluate_only(self):
         log = TrainingLog(self.runtime)
         log.say(startup_summary(self))
-        losses = self.evaluate()
-        if losses is None:
+        if (losses := self.evaluate()) is None:
             sys.exit(128 + self.stop_signal.received)
         log.say(f"step {self.iteration}: train loss {losses['train']:.4f}, "
                 f"val loss {losses['val']:.4f}")
@@ -242,8 +238,7 @@ class Trainer:
             if runtime.world_size > 1:  # gradients are averaged once, after the last one
                 self.parallel.require_backward_grad_sync = index == count - 1
             with runtime.autocast():
-                _, loss = self.parallel(x, y)
-                loss = loss / count
+                loss = self.parallel(x, y)[1] / count
             self.scaler.scale(loss).backward()
             total = total + loss.detach()
         if settings.grad_clip > 0:
@@ -337,8 +332,7 @@ class Trainer:
         self.clock.stop()
         self.read_losses()
         began = time.perf_counter()
-        losses = self.evaluate()
-        if losses is None:
+        if (losses := self.evaluate()) is None:
             return False
         if not math.isfinite(losses["val"]):
             raise self._not_finite("the validation loss", self.iteration)
@@ -388,9 +382,9 @@ class Trainer:
         self.log.say(startup_summary(self))
         if self.runtime.is_main:
             save_config(self.settings, self.out_dir / "config.json")
+        self.saved_iteration = self.iteration
         if self.iteration == 0:
             self.save(LAST)
-        self.saved_iteration = self.iteration
         self.reported = self.iteration, self.clock.total
 
     def _save_and_exit(self):
@@ -450,29 +444,6 @@ class Trainer:
         """Cells of metrics.csv that every row has."""
         return {"iter": self.iteration, "tokens": self.iteration * self.tokens_per_iteration,
                 "seconds": round(self.clock.total, 6)}
-
-
-def is_out_of_memory(error):
-    """Did an allocation fail, on the GPU or the CPU?"""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def advise_oom(settings):
-    """One line: what did not fit, and the settings that lower it and are not used yet."""
-    advice = []
-    if settings.attention_policy != "recompute":
-        advice.append("--attention_policy=recompute")
-    if not settings.checkpoint_layers:
-        advice.append("--checkpoint_layers=True")
-    if settings.batch_size > 1:
-        advice.append(f"--batch_size={settings.batch_size // 2} --gradient_accumulation_steps="
-                      f"{settings.gradient_accumulation_steps * 2}")
-    if settings.optimizer_variant == "adam":
-        advice.append("--optimizer_variant=adamsn")
-    return (f"out of memory with attention_policy={settings.attention_policy!r} "
-            f"(q_chunk={settings.q_chunk}, k_chunk={settings.k_chunk}) and {settings.batch_size} x "
-            f"{settings.block_size} tokens a micro-batch; try "
-            f"{' or '.join(advice) or 'a smaller model or a smaller q_chunk'}")
 
 
 if __name__ == "__main__":

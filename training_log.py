@@ -196,6 +196,24 @@ def startup_summary(trainer):
     return "\n".join(text + [f"note: {notice}" for notice in trainer.notices])
 
 
+def advise_oom(settings):
+    """One line: what did not fit, and the settings that lower it and are not used yet."""
+    advice = []
+    if settings.attention_policy != "recompute":
+        advice.append("--attention_policy=recompute")
+    if not settings.checkpoint_layers:
+        advice.append("--checkpoint_layers=True")
+    if settings.batch_size > 1:
+        advice.append(f"--batch_size={settings.batch_size // 2} --gradient_accumulation_steps="
+                      f"{settings.gradient_accumulation_steps * 2}")
+    if settings.optimizer_variant == "adam":
+        advice.append("--optimizer_variant=adamsn")
+    return (f"out of memory with attention_policy={settings.attention_policy!r} "
+            f"(q_chunk={settings.q_chunk}, k_chunk={settings.k_chunk}) and {settings.batch_size} x "
+            f"{settings.block_size} tokens a micro-batch; try "
+            f"{' or '.join(advice) or 'a smaller model or a smaller q_chunk'}")
+
+
 def clock_time(seconds):
     """Seconds as h:mm:ss."""
     return str(timedelta(seconds=round(seconds)))
