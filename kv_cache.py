@@ -102,7 +102,7 @@ class QuantizedRows:
         low, high = x.aminmax(dim=-1, keepdim=True)
         zero = low.half()
         scale = ((high - zero) / self.levels).clamp_(min=1e-7).half()
-        codes = ((x - zero) / scale).round_().clamp_(0, self.levels).to(torch.uint8)
+        codes = ((x - zero) / scale + 0.5).floor_().clamp_(0, self.levels).to(torch.uint8)
         if self.bits == 4:
             codes = codes[..., 0, :] | (codes[..., 1, :] << 4)
         else:
@@ -411,9 +411,8 @@ def build_cache(config, batch_size, max_length, device="cpu", dtype=torch.float3
     recompute = config.attention_policy == "recompute"
     if kv_bits is not None or (recompute and cache.rotates):
         cache.tile = config.k_chunk or TILE
-    cache.suits_kernels = (
-        cache.counter.is_cuda and not recompute and kv_kernels.fits(config.head_dim, dtype)
-    )
+    cache.suits_kernels = not recompute and kv_kernels.fits(
+        cache.counter.device, config.head_dim, dtype)
 
     def rows(heads, width):
         shape = (batch_size, heads, cache.slot_count, width)

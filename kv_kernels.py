@@ -9,16 +9,20 @@ context length, and both read and write quantised rows as they are (kv_cache.Qua
 
 The context is split over many programs and their partial results merged by logsumexp
 ("Flash-Decoding", Dao, Haziza, Massa, Sizov 2023). Where AVAILABLE is false or `fits` says no,
-kv_cache.py does the same in plain PyTorch.
+kv_cache.py does the same in plain PyTorch. TRITON_INTERPRET=1 runs the kernels on a CPU, slowly,
+for tests.
 """
+
+import os
 
 import torch
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 try:
     import triton
     import triton.language as tl
 
-    AVAILABLE = torch.cuda.is_available()
+    AVAILABLE = INTERPRETED or torch.cuda.is_available()
 except ImportError:
     AVAILABLE = False
 
@@ -26,10 +30,11 @@ BLOCK = 128  # slots a program looks at in one go
 PROGRAMS = 528  # four for each of an H100's 132 processors
 
 
-def fits(width, dtype):
-    """Whether rows of `width` numbers and queries of `dtype` suit the kernels."""
+def fits(device, width, dtype):
+    """Whether rows of `width` numbers and queries of `dtype` on a device suit the kernels."""
     half = width // 2
-    return (AVAILABLE and dtype in (torch.bfloat16, torch.float16)
+    here = AVAILABLE and (device.type == "cuda" or INTERPRETED)
+    return (here and dtype in (torch.bfloat16, torch.float16)
             and half >= 16 and half & (half - 1) == 0)
 
 
@@ -81,7 +86,8 @@ if AVAILABLE:
                 tl.store(codes + HALF + columns, high_codes)
 
     @triton.jit
-    def load_halves(rows, at, mask, columns, HALF: tl.constexpr, BITS: tl.constexpr, dtype):
+    def load_halves(rows, at, mask, columns, HALF: tl.constexpr, BITS: tl.constexpr,
+                    dtype: tl.constexpr):
         """Two (N, HALF) tiles of rows or codes, as the queries' dtype (codes fit exactly)."""
         if BITS == 4:
             packed = tl.load(rows + at[:, None] * HALF + columns[None, :], mask[:, None], 0)
@@ -104,7 +110,7 @@ if AVAILABLE:
         """
         row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
         b, g = row // G, row % G
-        dtype = q.dtype.element_ty
+        dtype: tl.constexpr = q.dtype.element_ty
         position = tl.load(positions + b)
         columns = tl.arange(0, HALF)
         heads = tl.arange(0, PADDED)  # a tensor core tile has at least 16 rows
@@ -120,7 +126,7 @@ if AVAILABLE:
 
         if split == SPLITS:
             ring = tl.arange(0, R)
-            age = (position - ring) % R
+            age = (position % R - ring + R) % R  # % of a negative number is negative here
             mask = age <= position
             k_low, k_high = load_halves(recent_k, row * R + ring, mask, columns, HALF, 16, dtype)
             score = tl.dot(q_low, tl.trans(k_low)) + tl.dot(q_high, tl.trans(k_high))

@@ -120,6 +120,24 @@ def test_stream_gets_every_token_once(count):
     assert torch.tensor(streamed).T.tolist() == got[:, 5:].tolist()
 
 
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_the_compiled_step_sees_one_count_a_shape(position, monkeypatch):
+    """What torch.compile would specialise on stays the same from token to token."""
+    counts = set()
+
+    def compile(function):
+        def compiled(token, cache):
+            counts.add(cache.length)
+            return function(token, cache)
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    model = make(position=position)
+    want = generate(model, prompt(), 40, temperature=0, slide=8)
+    assert torch.equal(generate(model, prompt(), 40, temperature=0, slide=8, compile=True), want)
+    assert counts == {23}
+
+
 def test_quantised_cache_writes_nearly_the_same_logits():
     model = make(position="rope", block_size=64)
     exact = generate(model, prompt(8), 30, temperature=0)

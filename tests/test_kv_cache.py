@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import kv_kernels
 from errors import UserError
 from kv_cache import RECENT, build_cache
 from model import GPT, GPTConfig
@@ -220,6 +221,39 @@ def test_a_fixed_step_needs_no_host_value():
         cache.length = 4  # the host's count stands still, as in a replayed CUDA graph
         got = model.decode_one_token(idx[:, step:step + 1], cache)
         torch.testing.assert_close(got, want[:, step - 3], atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not kv_kernels.AVAILABLE, reason="needs CUDA, or Triton and TRITON_INTERPRET=1")
+@pytest.mark.parametrize("bits,limit", [(None, 2e-3), (8, 4e-3), (4, 4e-2)])
+@pytest.mark.parametrize("H,G,D", [(4, 4, 64), (6, 2, 32), (2, 1, 128)])
+@pytest.mark.parametrize("slots,steps", [(300, 150), (40, 90)])
+def test_kernels_agree_with_plain_pytorch(H, G, D, bits, limit, slots, steps):
+    """One token at a time into two caches, rows of unequal length, rolling too."""
+    device = "cpu" if kv_kernels.INTERPRETED else "cuda"
+    config = GPTConfig(n_layer=1, n_head=H, n_kv_head=G, n_embd=H * D, position="rope")
+    caches = [build_cache(config, 2, slots, device, torch.float16, bits) for _ in range(2)]
+    assert caches[0].suits_kernels
+    caches[1].suits_kernels = False
+    for cache in caches:
+        cache.fixed_shapes = True
+        cache.positions[1] = 3
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        q, k, v = (torch.randn(2, n, 1, D, generator=generator).to(device, torch.float16)
+                   for n in (H, G, G))
+        outs = []
+        for cache in caches:
+            cache.begin(1)
+            cache.layers[0].append(k, v, None)
+            if step in (0, 1, 16, 17, steps - 2, steps - 1):
+                outs.append(cache.layers[0].attend(q).float())
+            cache.advance(1)
+        if outs:
+            assert (outs[0] - outs[1]).abs().max() < limit, step
+    if bits is None:
+        for a, b in zip(*(cache.layers[0].tensors() for cache in caches)):
+            assert torch.equal(a, b)
 
 
 def test_errors():
