@@ -196,7 +196,7 @@ def measure_cell(cell, device, dtype):
     error = forward_error(block, exact, random_input(config, B, T, device, dtype, seed))
     median, iqr = quartiles(seconds)
     with torch.inference_mode():
-        q_chunk, k_chunk = tile_sizes(config, x) or ("", "")
+        q_chunk, k_chunk = tile_sizes(config, x.size(1), x.device.type) or ("", "")
     row = failed_row(cell, "ok", "")
     row.update(k_chunk=k_chunk, q_chunk=q_chunk, time_s=round(median, 6), iqr_s=round(iqr, 6),
                peak_cuda_MB=round(peak / MIB, 3) if device != "cpu" else "",

@@ -20,8 +20,8 @@ from model import GPT, config_from_dict
 BEST, LAST = "ckpt.pt", "ckpt_last.pt"
 REQUIRED = ("model", "model_args", "iter_num")
 # Settings a run may change freely: no parameter's shape or meaning depends on them.
-FREE_MODEL_ARGS = ("dropout", "attention_policy", "q_chunk", "k_chunk", "checkpoint_layers",
-                   "offload")
+FREE_MODEL_ARGS = ("dropout", "attention_dropout", "attention_policy", "q_chunk", "k_chunk",
+                   "checkpoint_layers", "offload")
 
 
 def save_checkpoint(path, checkpoint):

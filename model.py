@@ -221,9 +221,13 @@ class Block(nn.Module):
         inplace=True lets a tiled policy overwrite x while no gradient is recorded, so that a
         stack of layers needs one residual stream in all.
         """
-        if tile_sizes(self.config, x) is None:
+        if not self.tiled(x):
             return self.plain(x)
         return run_block(self, x, inplace)
+
+    def tiled(self, x):
+        """Does the block go tile by tile over x (B, T, C), as things are now?"""
+        return tile_sizes(self.config, x.size(1), x.device.type) is not None
 
     def plain(self, x):
         """The untiled block: K and V of all rows at once, whatever the policy."""
@@ -244,7 +248,7 @@ class Block(nn.Module):
     def prefill(self, x, layer):
         """forward over a prompt x (B, T, C), overwritten if tiled, that also fills a cache's
         layer (kv_cache.py)."""
-        if tile_sizes(self.config, x) is not None:
+        if self.tiled(x):
             fill_cache(self, x, layer)
             return run_block(self, x, inplace=True)
         positions = torch.arange(x.size(1), device=x.device)
@@ -349,11 +353,16 @@ class GPT(nn.Module):
         loss = chunked_cross_entropy(x, self.lm_head.weight, targets, self.transformer.ln_f)
         return None, loss
 
-    def compile_rows(self):
-        """Compile what the blocks do row by row; the loops over tiles stay plain Python.
+    def compiled(self, T, device_type):
+        """This model compiled for training on T tokens: whole, or, where its blocks are tiled,
+        what they do row by row; the loops over tiles stay plain Python."""
+        if tile_sizes(self.config, T, device_type, training=True) is None:
+            return torch.compile(self)
+        self.compile_rows()
+        return self
 
-        For a tiled policy, instead of torch.compile(model), which would break at every block.
-        """
+    def compile_rows(self):
+        """Compile the parts of the blocks that treat rows alike, one graph for all layers."""
         for block in self.transformer.h:
             for name in ("norm_qkv", "norm_q", "norm_kv", "finish"):
                 setattr(block, name, torch.compile(getattr(block, name)))

@@ -30,19 +30,19 @@ from errors import UserError
 from offload import fetch, stash
 
 
-def tile_sizes(config, x):
-    """(q_chunk, k_chunk) for a block over x (B, T, C), or None for the plain block.
+def tile_sizes(config, T, device_type, training=None):
+    """(q_chunk, k_chunk) for a block over T tokens, or None for the plain block.
 
     Recomputing K and V costs C / (g q_chunk) of attention's own arithmetic, g = H/G: q_chunk is
     several times C/g unless given. Training sequences that fit such a tile run plain: there is
     nothing to their left that could be recomputed.
     """
-    training = torch.is_grad_enabled()
-    chunk = default_chunk(config, x.device.type)
+    training = torch.is_grad_enabled() if training is None else training
+    chunk = default_chunk(config, device_type)
     if training and config.checkpoint_layers:
         q_chunk = config.q_chunk or chunk
     elif config.attention_policy == "recompute":
-        if training and config.q_chunk is None and x.size(1) <= chunk:
+        if training and config.q_chunk is None and T <= chunk:
             return None
         q_chunk = config.q_chunk or chunk
     elif config.q_chunk:
@@ -149,7 +149,7 @@ def forward_tiles(tiles, x, into, keep=None):
 
 def fill_cache(block, x, layer):
     """Store what one layer of a KV cache needs of a prompt's input x (B, T, C), by tiles."""
-    sizes = tile_sizes(block.config, x)
+    sizes = tile_sizes(block.config, x.size(1), x.device.type)
     tiles = Tiles(block, x.shape, x.device, sizes)
     for batch in tiles.batches():
         for start in range(0, x.size(1), tiles.k_chunk):
@@ -167,7 +167,7 @@ def run_block(block, x, inplace=False):
     dropout, which tiles cannot replay.
     """
     config = block.config
-    sizes = tile_sizes(config, x)
+    sizes = tile_sizes(config, x.size(1), x.device.type)
     dropping = block.training and config.dropout > 0
     if block.attention_dropout > 0:
         raise UserError("attention dropout cannot be replayed tile by tile: set "

@@ -66,6 +66,7 @@ class Settings:
     n_head: int = 12  # query heads
     n_embd: int = 768  # width
     dropout: float = 0.0  # 0 for pretraining, 0.1 and more for finetuning
+    attention_dropout: float | None = None  # on attention weights; None: as dropout
     bias: bool = False  # in linear and norm layers
     position: str = "learned"  # learned | rope | none
     n_kv_head: int | None = None  # key/value heads; None: n_head, or n_head/4 for `grouped`
@@ -119,6 +120,7 @@ def main(argv=None):
         checkpoint = load_checkpoint(checkpoint_to_resume(settings.out_dir))
         settings = resumed_settings(settings, given, checkpoint)
     runtime = setup_runtime(settings.device, settings.dtype, settings.seed, settings.backend)
+    trainer = None
     try:
         trainer = Trainer(settings, given, runtime, checkpoint)
         checkpoint = None  # its memory is the run's from here on
@@ -130,7 +132,7 @@ def main(argv=None):
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        print(f"error: {advise_oom(settings)}", file=sys.stderr)
+        print(f"error: {advise_oom(settings, trainer)}", file=sys.stderr)
         sys.exit(1)
     finally:
         runtime.close()
@@ -159,8 +161,11 @@ class Trainer:
             self.iteration, self.best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
             seconds = checkpoint.get("train_seconds", 0.0)
             self._continue_optimizer(checkpoint)
-        compiled = runtime.device_type == "cuda" if settings.compile is None else settings.compile
-        self.model = torch.compile(self.raw_model) if compiled else self.raw_model
+        self.compiled = runtime.device_type == "cuda" if settings.compile is None \
+            else settings.compile
+        self.model = self.raw_model
+        if self.compiled:
+            self.model = self.raw_model.compiled(settings.block_size, runtime.device_type)
         self.parallel = self.model  # what a training step calls
         if runtime.world_size > 1:
             self.parallel = DistributedDataParallel(self.model)

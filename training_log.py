@@ -12,6 +12,9 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import torch
+
+import memory_plan
 from configurator import describe_changes
 from dataset import describe
 from errors import UserError
@@ -171,10 +174,9 @@ def startup_summary(trainer):
     """What a Trainer is about to run, as lines of text."""
     settings, model, runtime = trainer.settings, trainer.raw_model, trainer.runtime
     parameters = list(model.parameters())
-    state = sum(planned_bytes(trainer.optimizer, p, group)
-                for group in trainer.optimizer.param_groups for p in group["params"])
+    state = optimizer_bytes(trainer.optimizer)
     weights = tensor_bytes(parameters)
-    compiled = "" if trainer.model is model else ", compiled (the first step takes a while)"
+    compiled = ", compiled (the first step takes a while)" if trainer.compiled else ""
     lines = {
         "device": runtime.describe() + compiled,
         "data": describe(trainer.dataset),
@@ -196,8 +198,22 @@ def startup_summary(trainer):
     return "\n".join(text + [f"note: {notice}" for notice in trainer.notices])
 
 
-def advise_oom(settings):
-    """One line: what did not fit, and the settings that lower it and are not used yet."""
+def optimizer_bytes(optimizer):
+    """Bytes of state the optimizer has, or will have after its first step."""
+    return sum(planned_bytes(optimizer, p, group)
+               for group in optimizer.param_groups for p in group["params"])
+
+
+def advise_oom(settings, trainer=None):
+    """One line: what did not fit, and what would: by memory_plan's formulas where the GPU's size
+    and the model are known, else the settings that lower it and are not used yet."""
+    if trainer is not None and trainer.runtime.device_type == "cuda":
+        model, device = trainer.raw_model, trainer.runtime.device
+        room = torch.cuda.get_device_properties(device).total_memory - tensor_bytes(model) \
+            - optimizer_bytes(trainer.optimizer)
+        element_size = 4 if trainer.runtime.dtype == torch.float32 else 2
+        return "out of memory: " + memory_plan.advise_oom(
+            model.config, settings.batch_size, settings.block_size, room, element_size, "cuda")
     advice = []
     if settings.attention_policy != "recompute":
         advice.append("--attention_policy=recompute")

@@ -115,7 +115,7 @@ class Contestant:
         self.block, _ = build_block(config)
         self.x = self.fresh_input()
         with torch.set_grad_enabled(mode != "forward"):
-            self.q_chunk, self.k_chunk = tile_sizes(config, self.x) or ("", "")
+            self.q_chunk, self.k_chunk = tile_sizes(config, T, "cpu") or ("", "")
 
     def fresh_input(self):
         x = random_input(self.config, 1, self.T)

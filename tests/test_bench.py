@@ -167,7 +167,7 @@ def test_recompute_needs_no_more_memory_for_a_longer_sequence():
         return block_peak(lambda: forward(block, x), block, x)
 
     assert peak("recompute", 2048) < 1.05 * peak("recompute", 1024)
-    assert peak("recompute", 2048) < 0.02 * peak("plain", 2048)
+    assert peak("recompute", 2048) < 0.03 * peak("plain", 2048)
     stream = 1024 * 64 * 4
     assert abs(peak("cache", 2048) - peak("cache", 1024) - 2 * stream) < 0.02 * stream  # K and V
     assert abs(peak("grouped", 2048) - peak("grouped", 1024) - stream) < 0.02 * stream

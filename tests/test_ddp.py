@@ -30,9 +30,11 @@ def numbers(out_dir):
     return [[float(value or 0) for value in row[:3] + row[4:]] for row in determined(out_dir)]
 
 
-def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
+@pytest.mark.parametrize("policy", (["--attention_policy=cache"],
+                                    ["--attention_policy=recompute", "--q_chunk=8"]))
+def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, policy):
     schedule = ["--max_iters=8", "--eval_interval=3", "--optimizer_variant=adamsn",
-                "--eval_iters=0"]
+                "--eval_iters=0", *policy]
     train.main(arguments(tmp_path, "one", *schedule, "--batch_size=8",
                          "--gradient_accumulation_steps=2"))
     result = run_script(*torchrun(*arguments(
