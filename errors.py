@@ -1,5 +1,6 @@
 """What a user did wrong, said in one line. Everything else is a bug and keeps its traceback."""
 
+import os
 import sys
 
 
@@ -8,9 +9,18 @@ class UserError(ValueError):
 
 
 def exit_cleanly(main):
-    """Run `main()`; on a UserError print `error: ...` on stderr and exit with status 2."""
+    """Run `main()`; on a UserError print `error: ...` on stderr and exit with status 2.
+
+    Ctrl-C ends with 130, and a reader that went away (`| head`) with 141, as in a shell.
+    """
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing left to flush
+        sys.exit(141)
