@@ -20,7 +20,7 @@ from checkpoint import checkpoint_to_resume, load_checkpoint, model_from_checkpo
 from configurator import parse_config
 from data.tokens import load_tokenizer
 from errors import UserError, exit_cleanly
-from generation import bytes_read, check_settings, generate
+from generation import bytes_read, calibration, check_settings, generate
 from int4 import GROUP_SIZES, Int4Linear, quantize_, storage_bits
 from int4_files import load_int4, save_int4
 from pretrained import load_pretrained
@@ -172,7 +172,7 @@ def set_policy(model, policy):
 def quantise(model, settings, notes):
     """Pack the model in 4 bits, rounded on a text of its own; save it if asked to."""
     began = time.perf_counter()
-    quantize_(model, settings.group_size)
+    quantize_(model, settings.group_size, calibration(model))
     print(f"rounded to {storage_bits(model):.3g} bits a weight in "
           f"{time.perf_counter() - began:.1f} s")
     if settings.save_int4:
