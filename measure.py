@@ -22,7 +22,8 @@ from memory import measure_peak
 from model import Block, GPTConfig
 
 MIB = 1 << 20
-POLICIES = ("plain", "cache", "grouped", "recompute", "int4")  # int4: `cache`, packed weights
+# checkpoint: `recompute` with checkpoint_layers; int4: `cache`, packed weights
+POLICIES = ("plain", "cache", "grouped", "recompute", "checkpoint", "int4")
 REFERENCE_BYTES = 2 << 30  # past this the float64 reference is left out
 REFERENCE_ROWS = 512  # rows compared in a long sequence; up to 4096 rows, all of them
 
@@ -39,12 +40,14 @@ def block_config(policy, T, n_embd, n_head, n_kv_head=None, q_chunk=None, k_chun
         n_kv_head = n_kv_head or 2
     if policy == "plain":
         q_chunk = k_chunk = None
-    attention_policy = {"plain": "cache", "int4": "cache"}.get(policy, policy)
+    attention_policy = {"plain": "cache", "int4": "cache", "checkpoint": "recompute"}.get(
+        policy, policy)
     if attention_policy != "recompute" and q_chunk is None:
         k_chunk = None  # no tiles, nothing to chunk
     return GPTConfig(block_size=T, vocab_size=1, n_layer=1, n_head=n_head, n_embd=n_embd,
                      n_kv_head=n_kv_head, attention_policy=attention_policy, q_chunk=q_chunk,
-                     k_chunk=k_chunk, position="none")
+                     k_chunk=k_chunk, position="none",
+                     checkpoint_layers=policy == "checkpoint")
 
 
 def build_block(config, device="cpu", dtype=torch.float32, int4=False, seed=1337):

@@ -47,11 +47,12 @@ class Settings:
     seq: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)  # lengths for every policy
     long_seq: tuple[int, ...] = (131072,)  # lengths for recompute alone, forward
     policy: tuple[str, ...] = ("plain", "cache", "grouped", "recompute")  # contestants
-    q_chunk: int = 1024  # rows a tile, for every policy but plain
+    q_chunk: int = 2048  # rows a tile without gradients, for every policy but plain
     k_chunk: int = 1024  # key/value rows a tile
+    backward_chunk: int = 1024  # rows of both while training
     d_model: int = 256  # width of the residual stream, C
     heads: int = 8  # attention heads, H
-    runs: int = 5  # interleaved rounds
+    runs: int = 3  # interleaved rounds
     sweep_seq: int = 16384  # length at which recompute's tile size is swept
     sweep_chunk: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192)  # q_chunk = k_chunk
     backward_up_to: int = 16384  # longest length of forward+backward
@@ -66,7 +67,10 @@ def main():
         policies = settings.policy if T in settings.seq else ("recompute",)
         for mode in MODES:
             if mode == "forward" or (T <= settings.backward_up_to and T in settings.seq):
-                contestants = [contestant(settings, policy, T, mode) for policy in policies]
+                chunk = None if mode == "forward" else settings.backward_chunk
+                contestants = [contestant(settings, policy, T, mode, chunk) for policy in policies]
+                if chunk:  # keeping a layer's input alone is a matter of training only
+                    contestants.append(contestant(settings, "checkpoint", T, mode, chunk))
                 rows += race(settings, contestants)
                 write_csv(out_dir / "attention_scaling.csv", rows)  # a run cut short keeps its rows
     write_csv(out_dir / "attention_scaling_fit.csv", fit_peaks(rows))

@@ -11,6 +11,7 @@ STYLE = {  # policy -> colour (Okabe and Ito's palette), marker
     "cache": ("#0072B2", "o"),
     "grouped": ("#009E73", "^"),
     "recompute": ("#D55E00", "D"),
+    "checkpoint": ("#E69F00", "P"),
     "int4": ("#CC79A7", "v"),
 }
 
