@@ -71,26 +71,38 @@ def kv_source(policy, project, x, k_chunk):
     return (RecomputedKV if policy == "recompute" else StoredKV)(project, x, k_chunk)
 
 
-def left_tiles(start, k_chunk):
-    """Row ranges that cover [0, start), k_chunk rows each, the last one ragged if need be."""
-    return [(a, min(a + k_chunk, start)) for a in range(0, start, k_chunk)]
+def key_tiles(start, stop, k_chunk):
+    """Row ranges that cover [start, stop), k_chunk rows each, the last one ragged if need be."""
+    return [(a, min(a + k_chunk, stop)) for a in range(start, stop, k_chunk)]
 
 
 def attend_rows(q, source, start, stop, fixed_shapes):
     """Causal attention of rows [start, stop) over all rows up to each: q (B, H, t, D).
 
-    Returns out (B, H, t, D) in q's dtype, and lse (B, H, t).
+    Returns out (B, H, t, D) in q's dtype, and lse (B, H, t). No more than k_chunk rows of K and
+    V are asked for at once, on the diagonal neither.
     """
-    out, lse = tile_forward(q, *source.rows(start, stop), causal=True, fixed_shapes=fixed_shapes)
-    tiles = left_tiles(start, source.k_chunk)
-    if not tiles:
-        return out, lse
-    merged = out.to(torch.promote_types(out.dtype, torch.float32))
-    lse = lse.clone(memory_format=torch.contiguous_format)
-    del out
-    for a, b in tiles:
-        tile_out, tile_lse = tile_forward(q, *source.rows(a, b), causal=False,
-                                          fixed_shapes=fixed_shapes)
-        merge_(merged, lse, tile_out, tile_lse)
-        del tile_out, tile_lse  # before the next tile's are made
+    diagonal = key_tiles(start, stop, source.k_chunk)
+    if len(diagonal) == 1:
+        out, lse = tile_forward(q, *source.rows(start, stop), True, fixed_shapes)
+        if start == 0:
+            return out, lse
+        merged = out.to(torch.promote_types(out.dtype, torch.float32))
+        lse = lse.clone(memory_format=torch.contiguous_format)
+        del out
+    else:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        merged = torch.zeros_like(q, dtype=wide)  # nothing seen yet: a weight of exp(-inf)
+        lse = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
+        for a, b in diagonal:
+            k, v = source.rows(a, b)
+            here, below = slice(a - start, b - start), slice(b - start, None)
+            merge_(merged[:, :, here], lse[:, :, here],
+                   *tile_forward(q[:, :, here], k, v, True, fixed_shapes))
+            if b < stop:
+                merge_(merged[:, :, below], lse[:, :, below],
+                       *tile_forward(q[:, :, below], k, v, False, fixed_shapes))
+            del k, v
+    for a, b in key_tiles(0, start, source.k_chunk):
+        merge_(merged, lse, *tile_forward(q, *source.rows(a, b), False, fixed_shapes))
     return merged.to(q.dtype), lse

@@ -25,7 +25,7 @@ import torch
 from torch._compile import _disable_dynamo as graph_break
 
 from attention_kernels import match_layout, tile_backward
-from attention_policies import attend_rows, kv_source, left_tiles
+from attention_policies import attend_rows, key_tiles, kv_source
 from errors import UserError
 from offload import fetch, stash
 
@@ -144,6 +144,7 @@ def forward_tiles(tiles, x, into, keep=None):
             for a, b in tiles.mlp_tiles(start, stop, len(xb)):
                 yb[:, a:b] = tiles.finish(xb[:, a:b], out[:, :, a - start:b - start], a,
                                           batch.start)
+            del out, lse  # before the next tile's are made
         del source  # its K and V, before the next sequences' are made
 
 
@@ -300,7 +301,7 @@ def _backward_tiles(tiles, x, lse, out, grad, parameters, ctx):
             dk[:, :, rows] += dk_tile
             dv[:, :, rows] += dv_tile
             del dk_tile, dv_tile
-            left = left_tiles(start, tiles.k_chunk)
+            left = key_tiles(0, start, tiles.k_chunk)
             dq = dq.to(wide) if left else dq
             for a, b in left:
                 k_left, v_left = source.rows(a, b)

@@ -45,10 +45,10 @@ MODES = ("forward", "forward+backward")
 @dataclass
 class Settings:
     seq: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)  # lengths for every policy
-    long_seq: tuple[int, ...] = (131072,)  # lengths for recompute alone, forward
+    long_seq: tuple[int, ...] = (131072,)  # lengths for recompute alone, forward, one round
     policy: tuple[str, ...] = ("plain", "cache", "grouped", "recompute")  # contestants
-    q_chunk: int = 2048  # rows a tile without gradients, for every policy but plain
-    k_chunk: int = 1024  # key/value rows a tile
+    q_chunk: int = 4096  # rows a tile without gradients, for every policy but plain
+    k_chunk: int = 2048  # key/value rows a tile
     backward_chunk: int = 1024  # rows of both while training
     d_model: int = 256  # width of the residual stream, C
     heads: int = 8  # attention heads, H
@@ -89,7 +89,8 @@ def contestant(settings, policy, T, mode, chunk=None):
 def race(settings, contestants):
     """Rows of some contestants of one length and mode; times are compared to a first `plain`."""
     peaks = [each.peak() for each in contestants]  # and the warm-up
-    seconds = interleaved([each.seconds for each in contestants], settings.runs)
+    runs = 1 if contestants[0].T in settings.long_seq else settings.runs
+    seconds = interleaved([each.seconds for each in contestants], runs)
     rows = []
     for each, peak, times in zip(contestants, peaks, seconds):
         median, iqr = quartiles(times)
@@ -100,7 +101,7 @@ def race(settings, contestants):
         row = {"seq": each.T, "policy": each.policy, "mode": each.mode,
                "q_chunk": each.q_chunk, "k_chunk": each.k_chunk,
                "kv_heads": each.config.kv_heads, "time_s": round(median, 6),
-               "iqr_s": round(iqr, 6), "time_vs_plain": ratio, "runs": settings.runs,
+               "iqr_s": round(iqr, 6), "time_vs_plain": ratio, "runs": runs,
                "peak_bytes": peak, "peak_MB": round(peak / MIB, 3), **errors, "batch": 1,
                "d_model": settings.d_model, "heads": settings.heads, "device": "cpu",
                "dtype": "float32", **provenance()}

@@ -198,6 +198,40 @@ def optimizers(rows):
           f"{row['learning_rate']:g} / {row['embedding_lr']:g}"] for row in rows])
 
 
+@table("generation", "generation.csv")
+def generation(rows):
+    """Tokens a second, one column a context length."""
+    rows = [row for row in rows if row["part"] == "cpu"]
+    contexts = sorted({row["context"] for row in rows})
+    kinds = list(dict.fromkeys((row["contestant"], row["weights"], row["kv"]) for row in rows))
+    found = {(row["contestant"], row["weights"], row["kv"], row["context"]): row for row in rows}
+    return markdown(
+        ["who", "weights", "K and V", *(f"context {context:,}" for context in contexts),
+         "read, of the memory's speed"],
+        [[who, weights, kv or "–",
+          *(f"{found[who, weights, kv, context]['tokens_per_s']:.1f}" for context in contexts),
+          f"{found[who, weights, kv, contexts[0]]['GB_per_s']:.1f} of "
+          f"{found[who, weights, kv, contexts[0]]['memory_GB_per_s']:.0f} GB/s"]
+         for who, weights, kv in kinds]) + made_on(rows[0])
+
+
+@table("generation_quality", "generation_quality.csv")
+def generation_quality(rows):
+    """Loss change of 4-bit weights and quantised K and V on a trained model."""
+    return markdown(["what", "rounded by", "group", "bits", "validation loss", "change"],
+                    [[row["what"], row["rule"], row["group"] or "–", f"{row['bits']:.2f}",
+                      f"{row['loss']:.4f}", f"{row['change']:+.4f}"] for row in rows]
+                    ) + made_on(rows[0])
+
+
+@table("long_training", "long_training.csv")
+def long_training(rows):
+    """One step over a long sequence on the CPU, everything counted."""
+    return markdown(["T", "policy", "step", "peak, everything counted"],
+                    [[f"{row['T']:,}", row["name"], f"{row['step_s']:.0f} s",
+                      gigabytes(row["peak_GB"])] for row in rows]) + made_on(rows[0])
+
+
 def rewrite(text, results):
     """README text with every block made anew. Raises UserError for what cannot be made."""
     def replacement(match):
