@@ -156,8 +156,8 @@ def _tiles(config, B, T, device_type, training):
 def _forward_scratch(config, q, k):
     """Rows of C numbers that a tile of one sequence holds at once: its worst phase."""
     g, r = _ratios(config)
-    attending = 3 * q + (1 + 2 / g) * k
-    inside_mlp = (3 + 0.5 * r) * q
+    attending = max(2 * q + (1 + 2 / g) * k, 3 * q + 2 / g * k)
+    inside_mlp = (1.6 + 0.5 * r) * q
     filling = (1 + 4 / g) * k if config.attention_policy != "recompute" else 0
     return max(attending, inside_mlp, filling)
 

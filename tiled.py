@@ -67,10 +67,11 @@ class Tiles:
         self.batch, self.length, _ = shape
         self.q_chunk, self.k_chunk = sizes
         # rows of the batch at once: a tile holds about q_chunk rows in all
-        self.b_chunk = max(1, self.q_chunk // min(self.length, self.q_chunk))
+        tile = min(self.length, self.q_chunk)
+        self.b_chunk = min(self.batch, max(1, self.q_chunk // tile))
         # rows through the MLP at once, in all: a CUDA device wants few launches while training
         few = device.type == "cuda" and training
-        self.m_chunk = self.q_chunk if few else max(1, self.q_chunk // 4)
+        self.m_chunk = self.q_chunk if few else max(1, self.b_chunk * tile // 4)
         # cuDNN builds a plan for each shape: worth it where all tiles but the last are alike
         self.fixed_shapes = self.q_chunk % self.k_chunk == 0 and (
             self.length > self.q_chunk or self.length % 128 == 0)
