@@ -177,8 +177,8 @@ def test_attention_scaling_writes_its_three_files(tmp_path):
     done = subprocess.run(
         [sys.executable, "experiments/attention_scaling.py", "--seq=128,256", "--long_seq=512",
          "--q_chunk=32", "--k_chunk=32", "--backward_chunk=32", "--d_model=32",
-         "--heads=4", "--runs=2", "--sweep_seq=128", "--sweep_chunk=16,64", f"--out_dir={tmp_path}"],
-        cwd=ROOT, text=True, capture_output=True, timeout=120)
+         "--heads=4", "--runs=2", "--sweep_seq=128", "--sweep_chunk=16,64",
+         f"--out_dir={tmp_path}"], cwd=ROOT, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = read_csv(tmp_path / "attention_scaling.csv")
     assert len(rows) == 2 * (4 + 5) + 1  # checkpoint joins for backward
