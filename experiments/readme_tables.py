@@ -232,6 +232,15 @@ def long_training(rows):
                       gigabytes(row["peak_GB"])] for row in rows]) + made_on(rows[0])
 
 
+@table("time_to_loss", "time_to_loss.csv")
+def time_to_loss(rows):
+    """Seconds of training until nanoGPT's final loss."""
+    return markdown(["recipe", "seed", "reached", "iterations", "training time"],
+                    [[row["side"], row["seed"], "yes" if row["reached"] == "True" else "no",
+                      row["iterations"], f"{row['seconds']:.1f} s"] for row in rows]
+                    ) + made_on(rows[0])
+
+
 def rewrite(text, results):
     """README text with every block made anew. Raises UserError for what cannot be made."""
     def replacement(match):
