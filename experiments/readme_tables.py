@@ -26,7 +26,7 @@ TABLES = {}  # name -> (function of the CSV's rows, file under results/)
 @dataclass
 class Settings:
     check: bool = False  # only say whether README.md agrees with results/
-    readme: str = str(ROOT / "README.md")  # the file whose blocks are rewritten
+    readme: tuple[str, ...] = (str(ROOT / "README.md"), str(ROOT / "docs/RESULTS.md"))  # the files
     results: str = str(RESULTS)  # folder of the CSV files
 
 
@@ -263,16 +263,22 @@ def rewrite(text, results):
 
 def main():
     settings, _ = parse_config(Settings)
-    readme = Path(settings.readme)
+    for readme in settings.readme:
+        refresh(Path(readme), settings)
+
+
+def refresh(readme, settings):
+    """Rewrite one file, or with --check exit 1 where it is stale."""
     if not readme.exists():
         raise UserError(f"{readme} does not exist")
     text = readme.read_text()
     new = rewrite(text, settings.results)
     if settings.check:
         if new != text:
-            print("README.md is stale: run python experiments/readme_tables.py", file=sys.stderr)
+            print(f"{readme.name} is stale: run python experiments/readme_tables.py",
+                  file=sys.stderr)
             sys.exit(1)
-        print("README.md agrees with results/")
+        print(f"{readme.name} agrees with results/")
     elif new != text:
         temporary = readme.with_suffix(".tmp")
         temporary.write_text(new)

@@ -72,9 +72,8 @@ def test_every_registered_table_can_be_made_from_the_committed_results():
             assert made.count("\n|") >= 3, name  # heading, rule, a row at least
 
 
-def test_the_readme_agrees_with_the_committed_results():
-    readme = ROOT / "README.md"
-    if not readme.exists():
-        pytest.skip("no README.md yet")
-    text = readme.read_text()
+@pytest.mark.parametrize("name", ("README.md", "docs/RESULTS.md"))
+def test_the_pages_agree_with_the_committed_results(name):
+    text = (ROOT / name).read_text()
+    assert "<!-- table:" in text
     assert readme_tables.rewrite(text, ROOT / "results") == text
