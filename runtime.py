@@ -5,6 +5,7 @@ WORLD_SIZE. Everything random in training is a function of (seed, iteration, pro
 `iteration_seed`, never of what ran before: that is what makes an interrupted run continue exactly.
 """
 
+import gc
 import os
 import resource
 import signal
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from errors import UserError
+from errors import UserError, exit_cleanly
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BACKENDS = ("auto", "nccl", "gloo")
@@ -96,7 +97,26 @@ class Runtime:
     def close(self):
         """Leave the process group, if there is one."""
         if dist.is_initialized():
+            gc.collect()  # what still holds the group (DDP's buckets) goes first
             dist.destroy_process_group()
+
+
+def run_script(main):
+    """errors.exit_cleanly, and one of several processes then leaves without Python's teardown.
+
+    A thread of the process group that still wants the interpreter while it is taken down aborts
+    the process, and torchrun would report a finished run as failed.
+    """
+    status = 0
+    try:
+        exit_cleanly(main)
+    except SystemExit as leaving:
+        status = leaving.code or 0
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def setup_runtime(device="auto", dtype="auto", seed=1337, backend="auto"):

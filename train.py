@@ -30,9 +30,16 @@ from checkpoint import (
 )
 from configurator import config_dict, parse_config, save_config
 from dataset import load_dataset
-from errors import UserError, exit_cleanly
+from errors import UserError
 from optimizer_setup import lr_factor, make_optimizer
-from runtime import DATA_STREAM, StopSignal, is_out_of_memory, iteration_seed, setup_runtime
+from runtime import (
+    DATA_STREAM,
+    StopSignal,
+    is_out_of_memory,
+    iteration_seed,
+    run_script,
+    setup_runtime,
+)
 from starting_point import adopt_model_args, build_model, check_dataset, resumed_settings
 from training_log import StepClock, TrainingLog, advise_oom, startup_summary
 
@@ -135,6 +142,7 @@ def main(argv=None):
         print(f"error: {advise_oom(settings, trainer)}", file=sys.stderr)
         sys.exit(1)
     finally:
+        trainer = None
         runtime.close()
 
 
@@ -452,4 +460,4 @@ class Trainer:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    run_script(main)
