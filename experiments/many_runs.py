@@ -35,7 +35,8 @@ class Setup:
     weight_decay: float = 0.1
     betas: tuple = (0.9, 0.99)
     eval_interval: int | None = None  # None: the validation loss is taken once, at the end
-    dtype: torch.dtype = torch.float32  # of the matrix products; weights and state are float32
+    dtype: torch.dtype = torch.float32  # of the matrix products
+    weights: torch.dtype = torch.float32  # bfloat16 ones are rounded stochastically
     compile: bool = False  # torch.compile the forward and backward
 
     def config(self, vocab_size):
@@ -43,9 +44,15 @@ class Setup:
         return GPTConfig(vocab_size=vocab_size, **self.model)
 
 
+SEED = dict(block_size=64, n_layer=4, n_head=4, n_embd=128)
+
 SETUPS = {
     # 0.8M parameters: the model of a CPU's few minutes
-    "seed": Setup("seed", dict(block_size=64, n_layer=4, n_head=4, n_embd=128), 12, 2000),
+    "seed": Setup("seed", SEED, 12, 2000),
+    # the same with weights, gradients and products in bfloat16; then also without the global clip,
+    # as an update inside backward has it
+    "seed_bf16": Setup("seed_bf16", SEED, 12, 2000, weights=torch.bfloat16),
+    "seed_fused": Setup("seed_fused", SEED, 12, 2000, clip=0.0, weights=torch.bfloat16),
     # 10.7M: nanoGPT's config/train_shakespeare_char.py (published best validation loss 1.4697)
     "char384": Setup("char384", dict(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
                      64, 5000, eval_interval=250, dtype=torch.bfloat16, compile=True),
@@ -187,7 +194,8 @@ def train_runs(setup, runs, text, build, device="cpu", graph=None, report=None):
     """
     runs, device = sorted(runs), torch.device(device)
     graph = device.type == "cuda" if graph is None else graph
-    stack = StackedGPT(setup.config(text.vocab_size), [run.seed for run in runs], device)
+    stack = StackedGPT(setup.config(text.vocab_size), [run.seed for run in runs], device,
+                       setup.weights)
     optimizers = build(cohorts(stack, runs), setup)
     orders = {run.seed: data_order(setup, text, run.seed) for run in runs}
     offsets = torch.stack([orders[run.seed] for run in runs], 1).to(device)  # (iterations, M, B)

@@ -119,7 +119,77 @@ NONE = {  # about 1%: no momentum in full
     "momentum in p alone": dict(mu=0.9, momentum_roles="p", embedding="row"),
 }
 
-FAMILIES = {"flagship": FLAGSHIP, "small": SMALL, "none": NONE}
+SECOND = dict(mu=0.9, embedding_beta1=0.8, embedding_lr=1.2e-2)  # what helped in FLAGSHIP
+
+AFTER = {  # a second round from there
+    "2": {},
+    "2 emb8": dict(embedding_lr=8e-3),
+    "2 emb16": dict(embedding_lr=1.6e-2),
+    "2 lr4": dict(lr=4e-3),
+    "2 lr8": dict(lr=8e-3),
+    "2 mu 0.85": dict(mu=0.85),
+    "2 mu 0.95 look 0.8": dict(mu=0.95, look=0.8),
+    "2 look 0.8": dict(look=0.8),
+    "2 look 0.95": dict(look=0.95),
+    "2 mu to 0.8": dict(mu_end=0.8),
+    "2 embedding beta1 0.7": dict(embedding_beta1=0.7),
+    "2 embedding beta1 0.5": dict(embedding_beta1=0.5),
+    "2 qk per head": dict(per_head="qk"),
+    "2 pre column": dict(pre="column"),
+    "2 post column": dict(post="column"),
+    "2 mars 0.025": dict(mars=0.025),
+    "2 mars 0.05": dict(mars=0.05),
+    "2 mars 0.05 8 bits": dict(mars=0.05, bits=8, previous_bits=8),
+    "2 steps 7": dict(steps=7),
+    "2 wpe x3": dict(wpe_lr=3.0),
+    "2 gains /4": dict(vector_lr=3e-3),
+    "2 p x0.5": dict(roles="p0.5"),
+    "2 qk x2": dict(roles="q2 k2"),
+    "2 embedding beta2 0.95": dict(embedding_beta2=0.95),
+    "2 qk per head pre column": dict(per_head="qk", pre="column"),
+    "2 qk per head pre column mars": dict(per_head="qk", pre="column", mars=0.025),
+    "2 8 bits": dict(bits=8, embedding="row"),
+    "2 4 bits": dict(bits=4, embedding="row"),
+    "2 4 bits nearest": dict(bits=4, rounding="nearest", embedding="row"),
+    "2 4 bits lr8": dict(bits=4, lr=8e-3, embedding="row"),
+    "2 4 bits nearest lr8": dict(bits=4, rounding="nearest", lr=8e-3, embedding="row"),
+    "2 4 bits mu 0.8": dict(bits=4, mu=0.8, embedding="row"),
+    "2 4 bits nearest mu 0.8": dict(bits=4, mu=0.8, rounding="nearest", embedding="row"),
+    "2 4 bits nearest mu 0.8 look 0.7": dict(bits=4, mu=0.8, look=0.7, rounding="nearest",
+                                             embedding="row"),
+    "2 4 bits nearest qk per head pre column": dict(bits=4, rounding="nearest", embedding="row",
+                                                    per_head="qk", pre="column"),
+    "2 3 bits nearest mu 0.8": dict(bits=3, mu=0.8, rounding="nearest", embedding="row"),
+    "2 2 bits nearest mu 0.8": dict(bits=2, mu=0.8, rounding="nearest", embedding="row"),
+}
+AFTER = {name: SECOND | overrides for name, overrides in AFTER.items()}
+
+ZERO = dict(mu=0.0, embedding="row", lr=1.2e-2, embedding_lr=1.2e-2)
+
+NONE2 = {
+    "00": dict(embedding_beta1=0.0),
+    "00 embedding momentum": {},
+    "00 embedding momentum 0.8": dict(embedding_beta1=0.8),
+    "00 embedding momentum 0.5": dict(embedding_beta1=0.5),
+    "00 em lr16": dict(lr=1.6e-2),
+    "00 em emb20": dict(embedding_lr=2e-2),
+    "00 em pre column": dict(pre="column"),
+    "00 em pre both": dict(pre="both"),
+    "00 em steps 3": dict(steps=3),
+    "00 em cubic 4": dict(ns="cubic", steps=4),
+    "00 em cubic 8": dict(ns="cubic", steps=8),
+    "00 em qk per head": dict(per_head="qk"),
+    "00 em rank 1": dict(mu=0.9, rank=1),
+    "00 em rank 2": dict(mu=0.9, rank=2),
+    "00 em rank 2 mu 0.8": dict(mu=0.8, rank=2),
+    "00 em rank 4": dict(mu=0.9, rank=4),
+    "00 em rank 4 lr8": dict(mu=0.9, rank=4, lr=8e-3),
+    "00 em rank 8": dict(mu=0.9, rank=8),
+    "00 em element": dict(embedding="element"),
+}
+NONE2 = {name: ZERO | overrides for name, overrides in NONE2.items()}
+
+FAMILIES = {"flagship": FLAGSHIP, "small": SMALL, "none": NONE, "after": AFTER, "none2": NONE2}
 
 
 def recipes_named(names):
@@ -127,7 +197,7 @@ def recipes_named(names):
 
     Raises UserError for an unknown name.
     """
-    every = FLAGSHIP | SMALL | NONE
+    every = FLAGSHIP | SMALL | NONE | AFTER | NONE2
     chosen = {}
     for name in names.split(","):
         if name == "all":

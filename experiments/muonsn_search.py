@@ -49,9 +49,12 @@ class Recipe:
     mu_end: float = -1.0  # momentum at the last iteration; -1: constant
     mu_warmup: int = 0  # iterations over which momentum rises from 0.85
     nesterov: bool = True
+    look: float = -1.0  # weight of the momentum in the look-ahead; -1: mu
     momentum_roles: str = "qkvofp"  # roles that keep a momentum
     mars: float = 0.0  # variance reduction with the previous gradient (2411.10438)
     bits: int = 32  # of the momentum: 32, 8, 4, 2 or 1
+    rounding: str = "stochastic"  # stochastic | nearest
+    previous_bits: int = 32  # of the previous gradient (mars)
     rank: int = 0  # > 0: the momentum is kept as a product of this rank
     ns: str = "quintic"  # quintic | polar | cubic
     steps: int = 5
@@ -91,15 +94,16 @@ def orthogonalize(x, polynomials):
     return x.mT if tall else x
 
 
-def compress(x, bits):
-    """x (..., k) rounded stochastically to `bits` bits in blocks of 32 along the last dimension."""
+def compress(x, bits, rounding="stochastic"):
+    """x (..., k) rounded to `bits` bits in blocks of 32 along the last dimension."""
     if bits == 1:  # sign times the block's mean magnitude
         blocks = x.reshape(*x.shape[:-1], -1, 32)
         return (blocks.sign() * blocks.abs().mean(-1, keepdim=True)).view(x.shape)
     levels = 2 ** (bits - 1) - 1
     blocks = x.reshape(*x.shape[:-1], -1, 32)
     size = blocks.abs().amax(-1, keepdim=True).clamp_min(TINY) / levels
-    return ((blocks / size + torch.rand_like(blocks)).floor() * size).view(x.shape)
+    noise = torch.rand_like(blocks) if rounding == "stochastic" else 0.5
+    return ((blocks / size + noise).floor() * size).view(x.shape)
 
 
 class Matrices:
@@ -163,15 +167,17 @@ class Matrices:
         now = grad
         if recipe.mars:
             now = grad + recipe.mars * mu / (1 - mu) * (grad - self.previous)
-            self.previous.copy_(grad)
+            few = recipe.previous_bits < 32
+            self.previous.copy_(compress(grad, recipe.previous_bits, "nearest") if few else grad)
         value = now + mu * (self.momentum - now)
         if recipe.rank:
             value = self._low_rank(value)
         elif recipe.bits < 32:
-            self.momentum.copy_(compress(value, recipe.bits))
+            self.momentum.copy_(compress(value, recipe.bits, recipe.rounding))
         else:
             self.momentum.copy_(value)
-        return now + mu * (value - now) if recipe.nesterov else value
+        ahead = mu if recipe.look < 0 else recipe.look * self.kept
+        return now + ahead * (value - now) if recipe.nesterov else value
 
     def _low_rank(self, value):
         """Keep the best product of `rank` found by one subspace iteration; return what is kept

@@ -51,6 +51,13 @@ ABLATIONS = {
         "adafactor:weight_decay=0.02", "adafactor:momentum=0.9",
         "adafactor:momentum=0.9+momentum_bits=8", "adafactor:momentum=0.5",
     ),
+    "ablation_second": (  # what the first round suggests, together
+        "adafactor:decay=1.0+clip=2.0", "adafactor:decay=1.0+betas=(0.9,0.98)",
+        "adafactor:decay=1.0+betas=(0.9,0.995)", "adafactor:momentum=0.8",
+        "adafactor:momentum=0.8+decay=1.0", "adam:betas=(0.7,0.99)", "adam:betas=(0.8,0.95)",
+        "adamsn:betas=(0.8,0.99)+partition=8", "adamsn:betas=(0.7,0.99)",
+        "adamsn:betas=(0.8,0.99)+partition={'mlp_out':'element'}",
+    ),
     "ablation_muonsn": (
         "muonsn", "muonsn:momentum=0.8", "muonsn:momentum=0.9", "muonsn:momentum=0.98",
         "muonsn:nesterov=False", "muonsn:per_head=True", "muonsn:ns_steps=3", "muonsn:ns_steps=7",
@@ -153,7 +160,7 @@ def build_ours(run, cohort, setup):
 
 def state_of_one(variant, setup, text, device):
     """{'state_bytes', 'parameters'} of one model after one step: what a user would see."""
-    stack = StackedGPT(setup.config(text.vocab_size), [0], device)
+    stack = StackedGPT(setup.config(text.vocab_size), [0], device, setup.weights)
     run = Run(variant, 1e-3, 1e-3, 0)
     optimizers = build([(run, Cohort(stack, 0, 1))], setup)
     for weight in stack.weights.values():

@@ -24,12 +24,12 @@ ONE_HOT_VOCAB = 512  # up to here the embedding is a matrix product, whose gradi
 class StackedGPT:
     """M replicas of GPT(config), replica i initialised as `torch.manual_seed(seeds[i])` does.
 
-    weights: name -> (M, ...) float32 leaf with its gradient allocated.
+    weights: name -> (M, ...) leaf of `dtype` with its gradient allocated.
     replicas: the M GPTs viewing them.
     Raises UserError for what the stacked forward does not implement.
     """
 
-    def __init__(self, config, seeds, device="cpu"):
+    def __init__(self, config, seeds, device="cpu", dtype=torch.float32):
         plain = (config.position == "learned" and config.norm == "layernorm" and not config.bias
                  and config.mlp == "gelu" and config.kv_heads == config.n_head
                  and config.tie_embeddings)
@@ -45,7 +45,7 @@ class StackedGPT:
         states = [dict(replica.named_parameters()) for replica in self.replicas]
         self.weights = {}
         for name in states[0]:
-            stack = torch.stack([state[name].detach() for state in states]).to(device)
+            stack = torch.stack([state[name].detach() for state in states]).to(device, dtype)
             self.weights[name] = stack.requires_grad_()
             stack.grad = torch.zeros_like(stack)
         for i, replica in enumerate(self.replicas):
@@ -84,7 +84,7 @@ class StackedGPT:
             y = F.gelu(self._linear(self._norm(x, block + "ln_2"), block + "mlp.c_fc"))
             x = x + F.dropout(self._linear(y, block + "mlp.c_proj"), p)
         logits = self._linear(self._norm(x, "transformer.ln_f"), "transformer.wte")  # (M, N, V)
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
         return losses.view(M, -1).mean(1)
 
     def backward(self, losses, clip=1.0):
@@ -96,7 +96,7 @@ class StackedGPT:
         grads = torch.autograd.grad(losses.sum(), weights)
         scale = torch.ones_like(losses)
         if clip:  # as torch.nn.utils.clip_grad_norm_ does, for each replica
-            squares = torch.stack([grad.flatten(1).square().sum(1) for grad in grads])  # (n, M)
+            squares = torch.stack([g.flatten(1).float().square().sum(1) for g in grads])  # (n, M)
             scale = (clip / (squares.sum(0).sqrt() + 1e-6)).clamp(max=1.0)
         for weight, grad in zip(weights, grads):
             torch.mul(grad, scale.view(-1, *[1] * (grad.dim() - 1)), out=weight.grad)
@@ -113,8 +113,8 @@ class StackedGPT:
             first_row = torch.arange(0, M * V, V, device=idx.device).view(M, 1, 1)
             x = F.embedding(idx + first_row, wte.flatten(0, 1))
         x = x.float() + wpe[:, None, :T]
-        if torch.is_autocast_enabled(x.device.type):  # the model's own choice, see GPT.embed
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        autocast = torch.is_autocast_enabled(x.device.type)  # the model's own choice: GPT.embed
+        x = x.to(torch.get_autocast_dtype(x.device.type) if autocast else wte.dtype)
         return F.dropout(x.view(M, B * T, C), self.config.dropout if self.training else 0.0)
 
     def _norm(self, x, name):  # (M, N, C) -> (M, N, C)
