@@ -188,7 +188,12 @@ def describe_machine(device="cpu"):
 
 @functools.cache  # the commit the run began with
 def commit_id():
-    """Short id of the checked-out commit, with + where files differ from it; or ''."""
+    """Short id of the checked-out commit, with + where Python files differ from it.
+
+    Where git cannot tell (a machine that got a copy of the files), what the environment variable
+    LEANGPT_COMMIT says: set it to the output of this function on the machine that sent the copy.
+    '' where nothing is known.
+    """
     folder = Path(__file__).parent
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
 
@@ -201,5 +206,7 @@ def commit_id():
         commit = git("rev-parse", "--short", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
     except OSError:  # no git on this machine
-        return ""
+        commit = ""
+    if not commit:
+        return os.environ.get("LEANGPT_COMMIT", "")
     return commit + ("+" if changed else "")

@@ -28,7 +28,7 @@ DATA_STREAM = 0  # iteration_seed's stream for the data order; process r has str
 class Runtime:
     device: torch.device
     reason: str  # why this device
-    dtype: torch.dtype  # what autocast computes in; parameters stay float32
+    dtype: torch.dtype  # what autocast computes in
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import bench
+import measure
 from errors import UserError
 from experiments import attention_scaling
 from experiments.common import interleaved, read_csv, write_csv
@@ -200,6 +201,19 @@ def test_the_fit_recovers_a_line():
     (fit,) = attention_scaling.fit_peaks(rows)
     assert fit["slope_streams"] == 3 and fit["worst_residual"] == 0
     assert fit["intercept_MB"] == round(1000 / 2**20, 3)
+
+
+def test_the_commit_comes_from_git_or_else_from_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("LEANGPT_COMMIT", "1a2b3c4")
+    commit = measure.commit_id.__wrapped__  # what is cached for a run's sake must not be here
+    with_git = commit()
+    monkeypatch.setattr(measure, "__file__", str(tmp_path / "measure.py"))  # no repository there
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert commit() == "1a2b3c4" != with_git
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git either
+    assert commit() == "1a2b3c4"
+    monkeypatch.delenv("LEANGPT_COMMIT")
+    assert commit() == ""
 
 
 def test_small_helpers(tmp_path):
