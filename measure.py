@@ -18,6 +18,7 @@ import torch
 
 from errors import UserError
 from int4 import quantize_
+from memory import is_out_of_memory as is_out_of_memory  # for the scripts that measure
 from memory import measure_peak
 from model import Block, GPTConfig
 
@@ -164,13 +165,6 @@ def quartiles(values):
     values = torch.tensor(values, dtype=torch.float64)
     low, median, high = torch.quantile(values, torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
     return median, high - low
-
-
-def is_out_of_memory(error):
-    """True for CUDA's and for the CPU allocator's ways of saying that memory is exhausted."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(sign in str(error) for sign in ("DefaultCPUAllocator", "bad_alloc")))
 
 
 def describe_machine(device="cpu"):

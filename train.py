@@ -32,11 +32,11 @@ from configurator import config_dict, parse_config, save_config
 from dataset import load_dataset
 from errors import UserError
 from evaluation import evaluate
+from memory import is_out_of_memory
 from optimizer_setup import check_param_dtype, lr_factor, make_optimizer
 from runtime import (
     DATA_STREAM,
     StopSignal,
-    is_out_of_memory,
     iteration_seed,
     run_script,
     setup_runtime,
@@ -138,7 +138,7 @@ def main(argv=None):
         if runtime.is_main:  # every process meets it
             print(f"error: {reason}", file=sys.stderr)
         sys.exit(1)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         print(f"error: {advise_oom(settings, trainer)}", file=sys.stderr)

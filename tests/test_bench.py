@@ -203,15 +203,20 @@ def test_the_fit_recovers_a_line():
     assert fit["intercept_MB"] == round(1000 / 2**20, 3)
 
 
-def test_the_commit_comes_from_git_or_else_from_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("LEANGPT_COMMIT", "1a2b3c4")
-    commit = measure.commit_id.__wrapped__  # what is cached for a run's sake must not be here
-    with_git = commit()
-    monkeypatch.setattr(measure, "__file__", str(tmp_path / "measure.py"))  # no repository there
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert commit() == "1a2b3c4" != with_git
-    monkeypatch.setenv("PATH", str(tmp_path))  # no git either
-    assert commit() == "1a2b3c4"
+def test_the_commit_comes_from_git_or_else_from_the_environment(monkeypatch, tmp_path, repository):
+    monkeypatch.setenv("LEANGPT_COMMIT", "given")
+    commit = measure.commit_id.__wrapped__  # what a run's first call found is cached
+    monkeypatch.setattr(measure, "__file__", str(repository / "measure.py"))
+    clean = commit()
+    assert len(clean) >= 4 and int(clean, 16) >= 0
+    (repository / "code.py").write_text("edited\n")
+    assert commit() == clean + "+"
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    (tmp_path / "copy").mkdir()  # the files without their repository
+    monkeypatch.setattr(measure, "__file__", str(tmp_path / "copy" / "measure.py"))
+    assert commit() == "given"
+    monkeypatch.setenv("PATH", str(tmp_path))  # nor is there a git
+    assert commit() == "given"
     monkeypatch.delenv("LEANGPT_COMMIT")
     assert commit() == ""
 

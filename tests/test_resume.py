@@ -144,6 +144,7 @@ def test_a_fresh_run_replaces_an_older_runs_state(tmp_path):
 # and then resumes (or starts again, where not even a first checkpoint was written).
 DRIVER = """
 import os, signal, sys
+import torch._dynamo  # every optimizer step asks for it: imported once, not once a child
 import train
 from pathlib import Path
 
