@@ -98,7 +98,7 @@ class Settings:
     # machine
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     dtype: str = "auto"  # of products (autocast): auto | float32 | bfloat16 | float16
-    param_dtype: str = "float32"  # of weights and gradients: float32 | bfloat16, rounded at random
+    param_dtype: str = "float32"  # of weights and gradients: float32 | bfloat16 (see README)
     compile: bool | None = None  # torch.compile; None: on CUDA only
     backend: str = "auto"  # of several processes: auto | nccl | gloo
 
