@@ -257,7 +257,8 @@ def two_commands(rows):
         took = f"`make {row['command']}` took {minutes(row['seconds'])}"
         if training:
             took, how = f"{took}, {training:.0f} s of it training", "Shortened, it"
-        parts.append(f"{took} (`experiments/two_commands.py`). {how} printed:\n\n```\n{row['shown']}\n```{made_on(row)}")
+        parts.append(f"{took} (`experiments/two_commands.py`). {how} printed:\n\n"
+                     f"```\n{row['shown']}\n```{made_on(row)}")
     return "\n\n".join(parts)
 
 
