@@ -135,17 +135,17 @@ def run_in_process(cell, timeout):
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout,
                               env=environment)
     except subprocess.TimeoutExpired:
-        return failed_row(cell, "timeout", f"not finished after {timeout:g} s")
+        return row_of(cell, "timeout", f"not finished after {timeout:g} s")
     if done.returncode == 0:
         return json.loads(done.stdout)
     if done.returncode == -9:  # SIGKILL, which is how Linux takes memory back
-        return failed_row(cell, "oom", "killed by the operating system")
+        return row_of(cell, "oom", "killed by the operating system")
     lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-    return failed_row(cell, "error", lines[-1])
+    return row_of(cell, "error", lines[-1])
 
 
-def failed_row(cell, status, message):
-    """A row that says what happened; nothing was measured."""
+def row_of(cell, status, message):
+    """A row that says what was to be measured, with what, and what came of it; no measurements."""
     row = dict.fromkeys(COLUMNS, "")
     row.update({name: cell[name] for name in COLUMNS if cell.get(name) is not None})
     return row | {"kv_heads": cell_config(cell).kv_heads, "status": status, "message": message,
@@ -163,7 +163,7 @@ def run_cell(cell):
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        return failed_row(cell, "oom", str(error).split("DefaultCPUAllocator: ")[-1][:200])
+        return row_of(cell, "oom", str(error).split("DefaultCPUAllocator: ")[-1][:200])
 
 
 def limit_memory():
@@ -197,7 +197,7 @@ def measure_cell(cell, device, dtype):
     median, iqr = quartiles(seconds)
     with torch.inference_mode():
         q_chunk, k_chunk = tile_sizes(config, x.size(1), x.device.type) or ("", "")
-    row = failed_row(cell, "ok", "")
+    row = row_of(cell, "ok", "")
     row.update(k_chunk=k_chunk, q_chunk=q_chunk, time_s=round(median, 6), iqr_s=round(iqr, 6),
                peak_cuda_MB=round(peak / MIB, 3) if device != "cpu" else "",
                delta_rss_MB=round(delta_rss / MIB, 3), peak_MB=round(peak / MIB, 3),

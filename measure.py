@@ -18,6 +18,7 @@ import torch
 
 from errors import UserError
 from int4 import quantize_
+from memory import is_out_of_memory as is_out_of_memory  # for the scripts that measure
 from memory import measure_peak
 from model import Block, GPTConfig
 
@@ -166,13 +167,6 @@ def quartiles(values):
     return median, high - low
 
 
-def is_out_of_memory(error):
-    """True for CUDA's and for the CPU allocator's ways of saying that memory is exhausted."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(sign in str(error) for sign in ("DefaultCPUAllocator", "bad_alloc")))
-
-
 def describe_machine(device="cpu"):
     """Name of the device that computes: the GPU's, or the processor's with the thread count."""
     if torch.device(device).type == "cuda":
@@ -188,7 +182,12 @@ def describe_machine(device="cpu"):
 
 @functools.cache  # the commit the run began with
 def commit_id():
-    """Short id of the checked-out commit, with + where files differ from it; or ''."""
+    """Short id of the checked-out commit, with + where Python files differ from it.
+
+    Where git cannot tell (a machine that got a copy of the files), what the environment variable
+    LEANGPT_COMMIT says: set it to the output of this function on the machine that sent the copy.
+    '' where nothing is known.
+    """
     folder = Path(__file__).parent
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
 
@@ -201,5 +200,7 @@ def commit_id():
         commit = git("rev-parse", "--short", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
     except OSError:  # no git on this machine
-        return ""
+        commit = ""
+    if not commit:
+        return os.environ.get("LEANGPT_COMMIT", "")
     return commit + ("+" if changed else "")

@@ -30,16 +30,13 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Variant:
-    """A named optimizer with its tuned defaults. str() is its description."""
+    """A named optimizer with its tuned defaults."""
 
     description: str
     cls: type
     learning_rate: float  # of linear weights
     embedding_lr: float  # of embeddings, an untied head, norms and biases
     options: dict = field(default_factory=dict)
-
-    def __str__(self):
-        return self.description
 
 
 # Learning rates: the best of the grids in results/optimizer_quality.csv (seed setup: 4 layers, 128

@@ -28,9 +28,8 @@ DATA_STREAM = 0  # iteration_seed's stream for the data order; process r has str
 class Runtime:
     device: torch.device
     reason: str  # why this device
-    dtype: torch.dtype  # what autocast computes in; parameters stay float32
+    dtype: torch.dtype  # what autocast computes in
     rank: int = 0
-    local_rank: int = 0
     world_size: int = 1
 
     @property
@@ -71,11 +70,6 @@ class Runtime:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return (tensor / self.world_size).tolist()
-
-    def barrier(self):
-        """Wait for every process."""
-        if self.world_size > 1:
-            dist.barrier()
 
     def peak_memory(self):
         """(bytes, what): the device's allocator peak on CUDA, the process's resident set else."""
@@ -144,7 +138,7 @@ def setup_runtime(device="auto", dtype="auto", seed=1337, backend="auto"):
             backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend)
     torch.manual_seed(seed)
-    return Runtime(chosen, reason, chosen_dtype, rank, local_rank, world_size)
+    return Runtime(chosen, reason, chosen_dtype, rank, world_size)
 
 
 class StopSignal:
@@ -182,11 +176,6 @@ def iteration_seed(seed, iteration, stream):
     of neighbouring seeds lie a million iterations apart.
     """
     return (seed * 1_000_003 + stream * 0x9E3779B1 + iteration) % 2**32
-
-
-def is_out_of_memory(error):
-    """Did an allocation fail, on the GPU or the CPU?"""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _environment_int(name, default):

@@ -10,6 +10,7 @@ from dataclasses import asdict, fields, replace
 from checkpoint import FREE_MODEL_ARGS, model_from_checkpoint
 from errors import UserError
 from model import GPT, GPTConfig
+from runtime import DTYPES
 
 # A resumed run is this machine's and this command's in these, whatever was saved.
 PER_COMMAND = ("out_dir", "init_from", "data_dir", "device", "backend", "compile", "eval_only")
@@ -30,16 +31,17 @@ def resumed_settings(settings, given, checkpoint):
 
 
 def build_model(settings, given, dataset, checkpoint=None):
-    """The model a run starts with, float32 on the CPU -> GPT.
+    """The model a run starts with, on the CPU, its weights of `param_dtype` -> GPT.
 
+    Weights are drawn or read in float32 and rounded last, so one seed starts every dtype alike.
     Raises UserError where the settings contradict the weights they start from.
     """
     free = {name: getattr(settings, name) for name in FREE_MODEL_ARGS}
     if settings.init_from == "scratch":
         shape = {field.name: getattr(settings, field.name) for field in fields(GPTConfig)
                  if hasattr(settings, field.name)}
-        return GPT(GPTConfig(**shape, vocab_size=padded_vocabulary(dataset.vocab_size)))
-    if settings.init_from == "resume":
+        model = GPT(GPTConfig(**shape, vocab_size=padded_vocabulary(dataset.vocab_size)))
+    elif settings.init_from == "resume":
         model = model_from_checkpoint(checkpoint, **free)
     else:
         from pretrained import load_pretrained  # a large file, for this alone
@@ -47,7 +49,7 @@ def build_model(settings, given, dataset, checkpoint=None):
         model = load_pretrained(settings.init_from, **free)
     if "block_size" in given and settings.block_size < model.config.block_size:
         model.crop_block_size(settings.block_size)
-    return model
+    return model.to(DTYPES[settings.param_dtype])
 
 
 def padded_vocabulary(vocab_size):

@@ -31,19 +31,18 @@ from checkpoint import (
 from configurator import config_dict, parse_config, save_config
 from dataset import load_dataset
 from errors import UserError
-from optimizer_setup import lr_factor, make_optimizer
+from evaluation import evaluate
+from memory import is_out_of_memory
+from optimizer_setup import check_param_dtype, lr_factor, make_optimizer
 from runtime import (
     DATA_STREAM,
     StopSignal,
-    is_out_of_memory,
     iteration_seed,
     run_script,
     setup_runtime,
 )
 from starting_point import adopt_model_args, build_model, check_dataset, resumed_settings
 from training_log import StepClock, TrainingLog, advise_oom, startup_summary
-
-TRAIN_SAMPLE = 50  # batches that estimate the training loss where eval_iters=0
 
 
 @dataclass
@@ -98,7 +97,8 @@ class Settings:
     min_lr: float | None = None  # last learning rate; None: a tenth of learning_rate
     # machine
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
-    dtype: str = "auto"  # auto | float32 | bfloat16 | float16 (autocast; parameters are float32)
+    dtype: str = "auto"  # of products (autocast): auto | float32 | bfloat16 | float16
+    param_dtype: str = "float32"  # of weights and gradients: float32 | bfloat16 (see README)
     compile: bool | None = None  # torch.compile; None: on CUDA only
     backend: str = "auto"  # of several processes: auto | nccl | gloo
 
@@ -111,6 +111,7 @@ class Settings:
                      "weight_decay"):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"{name} must not be negative, but is {getattr(self, name)}")
+        check_param_dtype(self)
         if self.int4:
             raise UserError("int4=True packs weights for use, not for training: train without it, "
                             "then sample.py --int4=True")
@@ -126,7 +127,8 @@ def main(argv=None):
     if settings.init_from == "resume":
         checkpoint = load_checkpoint(checkpoint_to_resume(settings.out_dir))
         settings = resumed_settings(settings, given, checkpoint)
-    runtime = setup_runtime(settings.device, settings.dtype, settings.seed, settings.backend)
+    dtype = settings.dtype if settings.param_dtype == "float32" else settings.param_dtype
+    runtime = setup_runtime(settings.device, dtype, settings.seed, settings.backend)
     trainer = None
     try:
         trainer = Trainer(settings, given, runtime, checkpoint)
@@ -136,7 +138,7 @@ def main(argv=None):
         if runtime.is_main:  # every process meets it
             print(f"error: {reason}", file=sys.stderr)
         sys.exit(1)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         print(f"error: {advise_oom(settings, trainer)}", file=sys.stderr)
@@ -213,7 +215,7 @@ class Trainer:
     def _evaluate_only(self):
         log = TrainingLog(self.runtime)
         log.say(startup_summary(self))
-        if (losses := self.evaluate()) is None:
+        if (losses := evaluate(self)) is None:
             sys.exit(128 + self.stop_signal.received)
         log.say(f"step {self.iteration}: train loss {losses['train']:.4f}, "
                 f"val loss {losses['val']:.4f}")
@@ -299,53 +301,12 @@ class Trainer:
 
     # ------------------------------------------------------------------ evaluation and saving
 
-    @torch.no_grad()
-    def evaluate(self):
-        """Mean loss of both splits, or None if a signal came meanwhile -> {split: float}.
-
-        Always the same batches, drawn apart from training's: over the whole validation split
-        (eval_iters=0), or a fixed sample. The processes share the work.
-        """
-        settings, runtime = self.settings, self.runtime
-        shape = (settings.batch_size, settings.block_size)
-        self.raw_model.eval()
-        losses = {}
-        for split in ("train", "val"):
-            sums, tokens = [torch.zeros((), device=runtime.device)], 0
-            for index, (x, y) in enumerate(self.evaluation_batches(split)):
-                if runtime.world_size == 1 and self.stopping():
-                    self.raw_model.train()
-                    return None
-                if index % runtime.world_size != runtime.rank:
-                    continue
-                model = self.model if x.shape == shape else self.raw_model  # no second compile
-                with runtime.autocast():
-                    sums.append(model(x, y)[1] * y.numel())
-                tokens += y.numel()
-            total = math.fsum(torch.stack(sums).tolist())
-            total, count = runtime.mean([total, float(tokens)])
-            losses[split] = total / count
-        self.raw_model.train()
-        return losses
-
-    def evaluation_batches(self, split):
-        """Pairs of x, y (b, T) int64 on the device: the whole split, or its fixed sample."""
-        settings, device = self.settings, self.runtime.device
-        if split == "val" and settings.eval_iters == 0:
-            yield from self.dataset.full_split_batches(
-                split, settings.block_size, settings.batch_size, device)
-            return
-        generator = torch.Generator().manual_seed(0)  # of no run: all runs see the same sample
-        for _ in range(settings.eval_iters or TRAIN_SAMPLE):
-            yield self.dataset.batch(
-                split, settings.batch_size, settings.block_size, generator, device)
-
     def evaluate_and_save(self):
         """Evaluate, report, keep the best and the last checkpoint. False if a signal came first."""
         self.clock.stop()
         self.read_losses()
         began = time.perf_counter()
-        if (losses := self.evaluate()) is None:
+        if (losses := evaluate(self)) is None:
             return False
         if not math.isfinite(losses["val"]):
             raise self._not_finite("the validation loss", self.iteration)

@@ -176,6 +176,8 @@ def startup_summary(trainer):
     parameters = list(model.parameters())
     state = optimizer_bytes(trainer.optimizer)
     weights = tensor_bytes(parameters)
+    fused = getattr(trainer.optimizer, "fused", None) is not None  # low_byte.py
+    gradients = "freed one by one" if fused else megabytes(weights)
     compiled = ", compiled (the first step takes a while)" if trainer.compiled else ""
     lines = {
         "device": runtime.describe() + compiled,
@@ -185,7 +187,7 @@ def startup_summary(trainer):
                  f"values), {settings.n_embd} wide, block {settings.block_size}",
         "attention": f"{settings.attention_policy}, q_chunk {settings.q_chunk}, "
                      f"k_chunk {settings.k_chunk}",
-        "memory": f"parameters {megabytes(weights)}, gradients {megabytes(weights)}, "
+        "memory": f"parameters {megabytes(weights)}, gradients {gradients}, "
                   f"optimizer state {megabytes(state)} ({settings.optimizer_variant})",
         "batch": f"{trainer.tokens_per_iteration:,} tokens per iteration: "
                  f"{settings.gradient_accumulation_steps} x {settings.batch_size} sequences "

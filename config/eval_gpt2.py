@@ -8,4 +8,3 @@ dataset = "openwebtext"
 eval_only = True
 batch_size = 8
 eval_iters = 500
-wandb_log = False

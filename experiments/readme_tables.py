@@ -1,10 +1,11 @@
-"""Write README.md's tables from results/*.csv, so that no number in it is typed by hand.
+"""Write README.md's tables and figures from results/*.csv: no measured number is typed by hand.
 
-  python experiments/readme_tables.py            rewrite every block
+  python experiments/readme_tables.py            rewrite every block and figure
   python experiments/readme_tables.py --check    exit 1 if README.md is stale, change nothing
 
-A block in README.md is everything between `<!-- table: NAME -->` and `<!-- end table -->`. NAME
-is a function below, registered with the CSV it reads; to add a table, write one more function.
+A block in README.md is everything between `<!-- table: NAME -->` and `<!-- end table -->`; a
+figure in a sentence is `<!-- figure: NAME -->0.18<!-- end -->`. NAME is a function below,
+registered with the CSV it reads; to add one, write one more function.
 """
 
 import re
@@ -20,7 +21,8 @@ from errors import UserError, exit_cleanly
 from experiments.common import RESULTS, ROOT, read_csv
 
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end table -->)", re.DOTALL)
-TABLES = {}  # name -> (function of the CSV's rows, file under results/)
+FIGURE = re.compile(r"(<!-- figure: (\S+) -->).*?(<!-- end -->)", re.DOTALL)
+TABLES, FIGURES = {}, {}  # name -> (function of the CSV's rows, file under results/)
 
 
 @dataclass
@@ -30,12 +32,17 @@ class Settings:
     results: str = str(RESULTS)  # folder of the CSV files
 
 
-def table(name, file):
+def table(name, file, registry=TABLES):
     """Register a function: rows of results/`file` (list of dicts) -> Markdown."""
     def register(function):
-        TABLES[name] = (function, file)
+        registry[name] = (function, file)
         return function
     return register
+
+
+def figure(name, file):
+    """Register a function: rows of results/`file` -> a number in words, with its unit."""
+    return table(name, file, FIGURES)
 
 
 def markdown(header, rows):
@@ -241,24 +248,99 @@ def time_to_loss(rows):
                     ) + made_on(rows[0])
 
 
+@table("two_commands", "two_commands.csv")
+def two_commands(rows):
+    """How long the README's two commands take on a fresh copy, and what the demo prints."""
+    parts = []
+    for row in rows:
+        training, how = row["training_seconds"], "It"
+        took = f"`make {row['command']}` took {minutes(row['seconds'])}"
+        if training:
+            took, how = f"{took}, {training:.0f} s of it training", "Shortened, it"
+        parts.append(f"{took} (`experiments/two_commands.py`). {how} printed:\n\n"
+                     f"```\n{row['shown']}\n```{made_on(row)}")
+    return "\n\n".join(parts)
+
+
+# ---------------------------------------------------------------------- figures in sentences
+
+
+def minutes(value):
+    return f"{value // 60:.0f} min {value % 60:.0f} s"
+
+
+def of_variant(rows, variant):
+    """The row of one optimizer at the seed setup."""
+    return next(row for row in rows if (row["setup"], row["variant"]) == ("seed", variant))
+
+
+@figure("muonsn8_gain", "optimizer_quality_summary.csv")
+def muonsn8_gain(rows):
+    """Nats below tuned AdamW."""
+    return f"{-of_variant(rows, 'muonsn8')['to_adamw']:.2f} nats"
+
+
+@figure("muonsn8_state", "optimizer_quality_summary.csv")
+def muonsn8_state(rows):
+    """Of AdamW's bytes."""
+    return f"{of_variant(rows, 'muonsn8')['state_percent']:.0f}%"
+
+
+@figure("adamsn_loss", "optimizer_quality_summary.csv")
+def adamsn_loss(rows):
+    """Nats above tuned AdamW: the worse of adamsn and adafactor."""
+    return f"{max(of_variant(rows, name)['to_adamw'] for name in ('adamsn', 'adafactor')):.2f} nats"
+
+
+@figure("long_training_peak", "long_training.csv")
+def long_training_peak(rows):
+    """The least of the policies."""
+    return f"{min(row['peak_GB'] for row in rows):.1f} GB"
+
+
+@figure("gguf_error", "pretrained_check.csv")
+def gguf_error(rows):
+    """Largest difference of a logit."""
+    return f"{of_check(rows, 'gguf')['max_abs_error']:.0e}".replace("e-0", "e-")
+
+
+@figure("gguf_rms", "pretrained_check.csv")
+def gguf_rms(rows):
+    return f"{of_check(rows, 'gguf')['rms_logit']:.1f}"
+
+
+def of_check(rows, name):
+    return next(row for row in rows if row["check"] == name)
+
+
+# ---------------------------------------------------------------------- the pages
+
+
 def rewrite(text, results):
-    """README text with every block made anew. Raises UserError for what cannot be made."""
-    def replacement(match):
-        opening, name, closing = match.groups()
-        if name not in TABLES:
-            raise UserError(f"README.md asks for a table {name!r}; experiments/readme_tables.py "
-                            f"knows: {', '.join(sorted(TABLES))}")
-        function, file = TABLES[name]
+    """README text with all blocks and figures made anew. Raises UserError for what cannot be."""
+    def made(kind, registry, name):
+        if name not in registry:
+            raise UserError(f"README.md asks for a {kind} {name!r}; experiments/readme_tables.py "
+                            f"knows: {', '.join(sorted(registry))}")
+        function, file = registry[name]
         path = Path(results) / file
         if not path.exists():
-            raise UserError(f"table {name!r} needs {path}, which does not exist; run the script "
+            raise UserError(f"{kind} {name!r} needs {path}, which does not exist; run the script "
                             f"under experiments/ that writes {file}")
         rows = read_csv(path)
         if not rows:
-            raise UserError(f"table {name!r} needs {path}, which has no rows")
-        return f"{opening}\n{function(rows)}\n\n{closing}"
+            raise UserError(f"{kind} {name!r} needs {path}, which has no rows")
+        return function(rows)
 
-    return BLOCK.sub(replacement, text)
+    def block(match):
+        opening, name, closing = match.groups()
+        return f"{opening}\n{made('table', TABLES, name)}\n\n{closing}"
+
+    def inline(match):
+        opening, name, closing = match.groups()
+        return f"{opening}{made('figure', FIGURES, name)}{closing}"
+
+    return FIGURE.sub(inline, BLOCK.sub(block, text))
 
 
 def main():

@@ -49,8 +49,11 @@ def main():
     settings, _ = parse_config(Settings)
     text = stdlib_text(sysconfig.get_paths()["stdlib"])
     out = Path(settings.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
     digest = hashlib.sha256(text.encode()).hexdigest()
     print(f"{out}: {len(text):,} characters of CPython {platform.python_version()}'s library, "
           f"sha256 {digest}")

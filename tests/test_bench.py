@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import bench
+import measure
 from errors import UserError
 from experiments import attention_scaling
 from experiments.common import interleaved, read_csv, write_csv
@@ -200,6 +201,24 @@ def test_the_fit_recovers_a_line():
     (fit,) = attention_scaling.fit_peaks(rows)
     assert fit["slope_streams"] == 3 and fit["worst_residual"] == 0
     assert fit["intercept_MB"] == round(1000 / 2**20, 3)
+
+
+def test_the_commit_comes_from_git_or_else_from_the_environment(monkeypatch, tmp_path, repository):
+    monkeypatch.setenv("LEANGPT_COMMIT", "given")
+    commit = measure.commit_id.__wrapped__  # what a run's first call found is cached
+    monkeypatch.setattr(measure, "__file__", str(repository / "measure.py"))
+    clean = commit()
+    assert len(clean) >= 4 and int(clean, 16) >= 0
+    (repository / "code.py").write_text("edited\n")
+    assert commit() == clean + "+"
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    (tmp_path / "copy").mkdir()  # the files without their repository
+    monkeypatch.setattr(measure, "__file__", str(tmp_path / "copy" / "measure.py"))
+    assert commit() == "given"
+    monkeypatch.setenv("PATH", str(tmp_path))  # nor is there a git
+    assert commit() == "given"
+    monkeypatch.delenv("LEANGPT_COMMIT")
+    assert commit() == ""
 
 
 def test_small_helpers(tmp_path):

@@ -7,9 +7,10 @@ import pytest
 from conftest import ROOT
 
 from errors import UserError
-from experiments import readme_tables
+from experiments import readme_tables, two_commands
 from experiments.common import write_csv
 
+PAGES = ("README.md", "docs/RESULTS.md")
 ROW = {"seq": 2048, "policy": "plain", "mode": "forward", "q_chunk": "", "k_chunk": "",
        "time_s": 1.5, "time_vs_plain": 1.0, "peak_MB": 416.0, "max_rel_err": 2e-7,
        "grad_rel_err": "", "machine": "a machine", "torch": "2.13", "commit": "abc"}
@@ -54,6 +55,74 @@ def test_blocks_are_rewritten_and_then_agree(folder):
     assert run(folder, "--check").returncode == 1
 
 
+def test_figures_in_a_sentence_follow_the_results(folder):
+    row = {"name": "recompute", "T": 16384, "peak_GB": 3.2003}
+    write_csv(folder / "results" / "long_training.csv", [row, row | {"peak_GB": 2.94}])
+    page = folder / "README.md"
+    page.write_text("in <!-- figure: long_training_peak -->2.9 GB<!-- end --> at most\n")
+    assert run(folder, "--check").returncode == 0
+    write_csv(folder / "results" / "long_training.csv", [row])
+    assert run(folder, "--check").returncode == 1  # the sentence still has the old number
+    assert run(folder).returncode == 0
+    assert page.read_text() == "in <!-- figure: long_training_peak -->3.2 GB<!-- end --> at most\n"
+    with pytest.raises(UserError, match="a figure 'nonsense'.*muonsn8_gain"):
+        readme_tables.rewrite("<!-- figure: nonsense --><!-- end -->", folder / "results")
+
+
+def test_every_registered_figure_is_in_a_page_and_says_a_number():
+    pages = "".join((ROOT / name).read_text() for name in PAGES)
+    for name, (_, file) in readme_tables.FIGURES.items():
+        text = f"<!-- figure: {name} --><!-- end -->"
+        made = readme_tables.rewrite(text, ROOT / "results")
+        assert any(character.isdigit() for character in made[len(text) - 12:]), (name, file)
+        assert f"<!-- figure: {name} -->" in pages, name
+
+
+DEMO = """\
+some package installed
+text: 10 characters from a file
+  because it is there
+already there
+device     cpu
+model      8 parameters
+batch      64 tokens
+step 0: train loss 4.1, val loss 4.2
+iter 90: loss 2.6
+iter 100: loss 2.5
+step 250: train loss 2.0, val loss 2.1
+step 500: train loss 1.9, val loss 2.0 (best)
+done: 500 iterations, 74.5 s of training; best val loss 2.0
+model: 0.0M parameters in float32
+
+HAMLET:
+To be,
+or not
+to be.
+---------------
+600.0 tokens/s, prompts included (1 at once)
+"""
+
+
+def test_the_demo_is_shortened_to_what_the_readme_shows():
+    shown, training = two_commands.shorten_demo(DEMO)
+    assert training == 74.5
+    assert shown.splitlines() == [
+        "text: 10 characters from a file", "  because it is there", "device     cpu",
+        "model      8 parameters", "step 0: train loss 4.1, val loss 4.2", "iter 100: loss 2.5",
+        "step 500: train loss 1.9, val loss 2.0 (best)", "HAMLET:", "To be,", "or not",
+        "600.0 tokens/s, prompts included (1 at once)"]
+
+
+def test_a_fresh_copy_has_what_git_tracks_and_nothing_else(tmp_path, repository, monkeypatch):
+    monkeypatch.setattr(two_commands, "ROOT", repository)
+    (repository / "code.py").write_text("edited\n")
+    (repository / "untracked").write_text("")
+    two_commands.fresh_copy(tmp_path / "copy")
+    files = [path for path in (tmp_path / "copy").rglob("*") if path.is_file()]
+    assert {path.name: path.read_text() for path in files} == {
+        "code.py": "edited\n", "notes.txt": "2\n"}
+
+
 def test_unknown_tables_and_missing_results_are_named(folder):
     with pytest.raises(UserError, match="a table 'nonsense'.*attention_forward"):
         readme_tables.rewrite("<!-- table: nonsense -->\n<!-- end table -->", folder / "results")
@@ -69,10 +138,11 @@ def test_every_registered_table_can_be_made_from_the_committed_results():
         if (ROOT / "results" / file).exists():
             text = f"<!-- table: {name} -->\n<!-- end table -->"
             made = readme_tables.rewrite(text, ROOT / "results")
-            assert made.count("\n|") >= 3, name  # heading, rule, a row at least
+            # heading, rule, a row at least; or what a command printed
+            assert made.count("\n|") >= 3 or made.count("\n```") >= 2, name
 
 
-@pytest.mark.parametrize("name", ("README.md", "docs/RESULTS.md"))
+@pytest.mark.parametrize("name", PAGES)
 def test_the_pages_agree_with_the_committed_results(name):
     text = (ROOT / name).read_text()
     assert "<!-- table:" in text

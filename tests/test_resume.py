@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_run import ROOT, arguments, determined, run_script
 
+import evaluation
 import train
 from checkpoint import BEST, LAST, load_checkpoint
 
@@ -39,12 +40,18 @@ def stop_at(monkeypatch, iteration, number):
     monkeypatch.setattr(train.Trainer, "step", step_and_signal)
 
 
+# bfloat16 weights, 8-bit momentum, each gradient applied and freed during the backward pass
+LOW_BYTE = ("muonsn8", "--param_dtype=bfloat16", "--optimizer_options=fused_backward=True",
+            "--grad_clip=0", "--gradient_accumulation_steps=1")
+
+
 @pytest.mark.parametrize("variant, number, iteration", [
-    ("adam", signal.SIGTERM, 4), ("adamsn", signal.SIGINT, 2), ("adafactor", signal.SIGTERM, 0),
-    ("muonsn8", signal.SIGTERM, 5),
-])
+    (("adam",), signal.SIGTERM, 4), (("adamsn",), signal.SIGINT, 2),
+    (("adafactor",), signal.SIGTERM, 0), (("muonsn8",), signal.SIGTERM, 5),
+    (LOW_BYTE, signal.SIGTERM, 4),
+], ids=lambda value: "+".join(value[:2]) if isinstance(value, tuple) else str(value))
 def test_after_a_signal(tmp_path, monkeypatch, capsys, variant, number, iteration):
-    flags = [*SCHEDULE, f"--optimizer_variant={variant}"]
+    flags = [*SCHEDULE, f"--optimizer_variant={variant[0]}", *variant[1:]]
     train.main(arguments(tmp_path, "whole", *flags))
     with monkeypatch.context() as patch:
         stop_at(patch, iteration, number)
@@ -73,16 +80,17 @@ def test_the_best_loss_so_far_is_remembered(tmp_path, monkeypatch):
 def test_a_signal_during_evaluation(tmp_path, monkeypatch):
     flags = [*SCHEDULE, "--optimizer_variant=adamsn"]
     train.main(arguments(tmp_path, "whole", *flags))
-    batches = train.Trainer.evaluation_batches
+    batches, calls = evaluation.evaluation_batches, []
 
-    def batches_and_signal(trainer, split):
-        for batch in batches(trainer, split):
-            if trainer.iteration == 3 and split == "val":
+    def batches_and_signal(dataset, split, *where):
+        calls.append(split)
+        for batch in batches(dataset, split, *where):
+            if calls == ["train", "val"] * 2:  # the evaluation before iteration 3
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Trainer, "evaluation_batches", batches_and_signal)
+        patch.setattr(evaluation, "evaluation_batches", batches_and_signal)
         with pytest.raises(SystemExit):
             train.main(arguments(tmp_path, "cut", *flags))
     assert [row[0] for row in determined(tmp_path / "cut")] == ["0", "0", "1", "2"]
@@ -136,6 +144,7 @@ def test_a_fresh_run_replaces_an_older_runs_state(tmp_path):
 # and then resumes (or starts again, where not even a first checkpoint was written).
 DRIVER = """
 import os, signal, sys
+import torch._dynamo  # every optimizer step asks for it: imported once, not once a child
 import train
 from pathlib import Path
 

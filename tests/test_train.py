@@ -92,13 +92,13 @@ def test_eval_only_writes_nothing(tmp_path, capsys):
 
 def test_seconds_of_training_exclude_the_rest(tmp_path, monkeypatch):
     """The clock stands still while evaluating: here an evaluation takes a tenth of a second."""
-    evaluate = train.Trainer.evaluate
+    evaluate = train.evaluate
 
     def slowly(trainer):
         time.sleep(0.1)
         return evaluate(trainer)
 
-    monkeypatch.setattr(train.Trainer, "evaluate", slowly)
+    monkeypatch.setattr(train, "evaluate", slowly)
     began = time.perf_counter()
     train.main(arguments(tmp_path, "run", "--max_iters=6", "--eval_interval=1"))
     elapsed = time.perf_counter() - began
@@ -337,6 +337,8 @@ MISTAKES = [
     ("--beta2=1.5", "betas|beta"),
     ("--device=gpu", "unknown device 'gpu'"),
     ("--dtype=int8", "unknown dtype 'int8'"),
+    ("--param_dtype=float16", "unknown param_dtype 'float16'"),
+    ("--param_dtype=bfloat16", "which adam does not"),
     ("--backend=mpi", "unknown backend 'mpi'"),
     ("--dataset=nothing", "prepare_text.py --input FILE --name nothing"),
     ("--block_size=100000", "too few for block_size=100000"),
