@@ -127,8 +127,8 @@ if AVAILABLE:
         width: tl.constexpr = BN // PARTS
         for tile in tl.range(tl.program_id(0), M // BM * across, PROGRAMS, flatten=True):
             row, column = tile // across * BM, tile % across * BN
-            if PREFETCH and COMPILED:  # bring h to the L2 cache while the product runs, line by line
-                lines = (row + tl.arange(0, BM))[:, None] * N + column
+            if PREFETCH and COMPILED:  # bring h to the L2 cache while the product runs
+                lines = (row + tl.arange(0, BM)).to(tl.int64)[:, None] * N + column
                 lines = lines + tl.arange(0, BN // 64)[None, :] * 64
                 tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
                                           [h_rows + lines], tl.int32, is_pure=False, pack=1)
