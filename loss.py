@@ -56,7 +56,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         head = weight.to(hidden.dtype)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_grad else None
+        grad_weight = torch.empty_like(weight, dtype=wide) if needs_grad else None
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden.size(0), rows):
                 h, target = hidden[start:start + rows], targets[start:start + rows]
@@ -65,8 +65,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 loss += share
                 if needs_grad:
                     torch.mm(grad, head, out=grad_hidden[start:start + rows])
-                    _add_product(grad_weight, grad, h)
+                    _add_product(grad_weight, grad, h, beta=float(start > 0))
         if needs_grad:
+            if not len(hidden):
+                grad_weight.zero_()
             ctx.save_for_backward(grad_hidden, grad_weight)
             ctx.weight_dtype = weight.dtype
         return loss
@@ -80,14 +82,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             ctx.weight_dtype), None, None
 
 
-def _add_product(total, grad_logits, h):
-    """total (V, C), float32, += grad_logitsᵀ h, summed in float32 where the device can."""
+def _add_product(total, grad_logits, h, beta):
+    """total (V, C), float32, = beta total + grad_logitsᵀ h, summed in float32 where it can be.
+
+    beta = 0 ignores what total holds, as BLAS does: the first chunk needs no zeros.
+    """
     if h.dtype == total.dtype:
-        total.addmm_(grad_logits.t(), h)
+        total.addmm_(grad_logits.t(), h, beta=beta)
     elif h.is_cuda:
-        torch.addmm(total, grad_logits.t(), h, out_dtype=total.dtype, out=total)
-    else:
+        torch.addmm(total, grad_logits.t(), h, beta=beta, out_dtype=total.dtype, out=total)
+    elif beta:
         total += grad_logits.t() @ h
+    else:
+        total.copy_(grad_logits.t() @ h)
 
 
 def _loss_and_grad(logits, target, count):

@@ -1,14 +1,18 @@
 """One pass over a chunk of logits on the GPU: the loss of each row, its gradient in place.
 
 Plain PyTorch would read and write the (rows, V) logits about eight times, in float32. Here each
-row is read twice (the running maximum and sum of the online softmax, Milakov & Gimelshein 2018,
-arXiv 1805.02867, then the gradient) and written once. A program takes a row with 32 warps, so
-few rows are under way at once and the second read finds them in the L2 cache.
+row is read once, held by 32 warps in registers as it came (16 bits a logit), and written once.
+Rows too long for that, or of float32, are read twice: the running maximum and sum of the online
+softmax (Milakov & Gimelshein 2018, arXiv 1805.02867), then the gradient. Few rows are under way
+at once, so the second read finds most of them in the L2 cache.
 """
 
 import torch
 import triton
 import triton.language as tl
+
+EACH = 8  # neighbouring logits a lane takes at once
+MOST_IN_REGISTERS = 65536  # logits a row, 16 bits each: half of a processor's registers
 
 
 @triton.jit
@@ -43,6 +47,50 @@ def _row_kernel(logits, stride, targets, losses, count, V, IGNORE: tl.constexpr,
         tl.store(logits + start + columns, gradient * scale, mask=inside)
 
 
+@triton.jit
+def _whole_row_kernel(logits, stride, targets, losses, count, V: tl.constexpr,
+                      IGNORE: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr,
+                      TILES: tl.constexpr):
+    """As _row_kernel, the row read once and kept in registers as it came, TILES pieces."""
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * stride
+    target = tl.load(targets + row)
+    scale = tl.where(target == IGNORE, 0.0, 1.0 / tl.load(count).to(tl.float32))
+    at_target = logits + tl.where(target == IGNORE, 0, target)
+    picked = tl.load(at_target).to(tl.float32)
+    columns = tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+
+    tiles = ()
+    for i in tl.static_range(TILES):
+        at = i * LANES * EACH + columns
+        if (i + 1) * LANES * EACH <= V:
+            tiles += (tl.load(logits + at),)
+        else:
+            tiles += (tl.load(logits + at, mask=at < V, other=float("-inf")),)
+    highest = tiles[0]
+    for i in tl.static_range(1, TILES):
+        highest = tl.maximum(highest, tiles[i])
+    peak = tl.max(tl.max(highest, 1), 0).to(tl.float32) * 1.4426950408889634  # log2 e: exp2 below
+    total = tl.zeros((LANES, EACH), tl.float32)
+    for i in tl.static_range(TILES):
+        total += tl.exp2(tiles[i].to(tl.float32) * 1.4426950408889634 - peak)
+    lse = peak + tl.log2(tl.sum(tl.sum(total, 1), 0))
+    picked = picked * 1.4426950408889634 - lse
+    tl.store(losses + row, picked * -0.6931471805599453 * scale)
+
+    tl.debug_barrier()  # every lane has read `picked` before any overwrites it
+    shift = tl.log2(scale) - lse
+    for i in tl.static_range(TILES):
+        at = i * LANES * EACH + columns
+        gradient = tl.exp2(tiles[i].to(tl.float32) * 1.4426950408889634 + shift)
+        if (i + 1) * LANES * EACH <= V:
+            tl.store(logits + at, gradient)
+        else:
+            tl.store(logits + at, gradient, mask=at < V)
+    tl.debug_barrier()  # softmax is there: now the one place where the target is subtracted
+    tl.store(at_target, (tl.exp2(picked) - 1.0) * scale)
+
+
 def loss_and_grad(logits, targets, count, ignore):
     """logits (rows, V) on CUDA, row-contiguous; targets (rows,) int64; count: () int64 tensor.
 
@@ -50,6 +98,11 @@ def loss_and_grad(logits, targets, count, ignore):
     """
     rows, V = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    _row_kernel[(rows,)](logits, logits.stride(0), targets, losses, count, V, ignore,
-                         BLOCK=8192 if V > 8192 else 1024, num_warps=32 if V > 8192 else 8)
+    if logits.element_size() == 2 and 8192 < V <= MOST_IN_REGISTERS and V % EACH == 0:
+        _whole_row_kernel[(rows,)](logits, logits.stride(0), targets, losses, count, V, ignore,
+                                   LANES=1024, EACH=EACH, TILES=triton.cdiv(V, 1024 * EACH),
+                                   num_warps=32)
+    else:
+        _row_kernel[(rows,)](logits, logits.stride(0), targets, losses, count, V, ignore,
+                             BLOCK=8192 if V > 8192 else 1024, num_warps=32 if V > 8192 else 8)
     return losses.sum(), logits

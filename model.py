@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+import mlp_triton
 from attention_policies import POLICIES, attend
 from errors import UserError
 from loss import chunked_cross_entropy
@@ -185,6 +186,12 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
 
+def stream_dtype(x):
+    """dtype of the products of x under autocast, or else its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -195,6 +202,12 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):  # (B, t, C) -> (B, t, C)
+        dtype = stream_dtype(x)
+        if (self.kind != "swiglu" and torch.is_grad_enabled()
+                and mlp_triton.fits(x, dtype, self.c_fc, self.c_proj)):
+            w_fc, w_proj = self.c_fc.weight.to(dtype), self.c_proj.weight.to(dtype)
+            y = mlp_triton.gelu_mlp(x.to(dtype), w_fc, w_proj, self.kind == "gelu_tanh")
+            return self.dropout(y)
         x = self.c_fc(x)
         if self.kind == "swiglu":
             gate, up = x.chunk(2, dim=-1)
