@@ -164,6 +164,34 @@ AFTER = {  # a second round from there
 }
 AFTER = {name: SECOND | overrides for name, overrides in AFTER.items()}
 
+THIRD = dict(mu=0.9, embedding_beta1=0.5, embedding_lr=1.2e-2)
+FOUR = dict(bits=4, rounding="nearest", embedding="row")
+
+FINAL = {  # a third, from the best of the second
+    "3": {},
+    "3 now": dict(pre="now"),
+    "3 pre column": dict(pre="column"),
+    "3 qk per head": dict(per_head="qk"),
+    "3 qk per head now": dict(per_head="qk", pre="now"),
+    "3 qk per head pre column": dict(per_head="qk", pre="column"),
+    "3 qk per head pre column look": dict(per_head="qk", pre="column", mu=0.95, look=0.8),
+    "3 now look": dict(pre="now", mu=0.95, look=0.8),
+    "3 embedding beta1 0.3": dict(embedding_beta1=0.3),
+    "3 qk per head pre column mars": dict(per_head="qk", pre="column", mars=0.025),
+    "3 emb16": dict(embedding_lr=1.6e-2),
+    "3 now lr4": dict(pre="now", lr=4e-3),
+    "3 now lr8": dict(pre="now", lr=8e-3),
+    "3 4 bits": dict(FOUR),
+    "3 4 bits mu 0.8": dict(FOUR, mu=0.8),
+    "3 4 bits now": dict(FOUR, pre="now"),
+    "3 4 bits pre column": dict(FOUR, pre="column"),
+    "3 4 bits mu 0.85 qk per head now": dict(FOUR, pre="now", per_head="qk", mu=0.85),
+    "3 4 bits mu 0.85 qk per head pre column": dict(FOUR, pre="column", per_head="qk", mu=0.85),
+    "3 0 now": dict(mu=0.0, embedding="row", embedding_beta1=0.0, lr=1.2e-2, pre="now"),
+    "3 0 pre column": dict(mu=0.0, embedding="row", embedding_beta1=0.0, lr=1.2e-2, pre="column"),
+}
+FINAL = {name: THIRD | overrides for name, overrides in FINAL.items()}
+
 ZERO = dict(mu=0.0, embedding="row", lr=1.2e-2, embedding_lr=1.2e-2)
 
 NONE2 = {
@@ -189,7 +217,8 @@ NONE2 = {
 }
 NONE2 = {name: ZERO | overrides for name, overrides in NONE2.items()}
 
-FAMILIES = {"flagship": FLAGSHIP, "small": SMALL, "none": NONE, "after": AFTER, "none2": NONE2}
+FAMILIES = {"flagship": FLAGSHIP, "small": SMALL, "none": NONE, "after": AFTER,
+            "final": FINAL, "none2": NONE2}
 
 
 def recipes_named(names):
@@ -197,7 +226,7 @@ def recipes_named(names):
 
     Raises UserError for an unknown name.
     """
-    every = FLAGSHIP | SMALL | NONE | AFTER | NONE2
+    every = FLAGSHIP | SMALL | NONE | AFTER | FINAL | NONE2
     chosen = {}
     for name in names.split(","):
         if name == "all":

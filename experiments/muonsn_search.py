@@ -59,7 +59,8 @@ class Recipe:
     ns: str = "quintic"  # quintic | polar | cubic
     steps: int = 5
     per_head: str = ""  # roles among qkvo orthogonalised head by head
-    pre: str = ""  # before it, divide by root second moments: row | column | both
+    pre: str = ""  # before it, divide by root second moments: row | column | both; or by the
+    # columns' own norms of this step, with no state: now
     post: str = "row"  # after it: row | column | both | element | ""
     post_beta: float = 0.95
     scale: str = "rms"  # rms | spectral (sqrt(max(1, n/m)), the same mean over shapes)
@@ -194,6 +195,8 @@ class Matrices:
         """x over the root of row and/or column second moments of `source`, updated first."""
         if not what:
             return x
+        if what == "now":
+            return x / x.square().mean(2, keepdim=True).sqrt().clamp_min(TINY)
         square = source.square()
         row.lerp_(square.mean(3, keepdim=True), 1 - beta)
         column.lerp_(square.mean(2, keepdim=True), 1 - beta)
