@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-EACH = 8  # neighbouring logits a lane takes at once
+EACH = 4  # neighbouring logits a lane takes at once
 MOST_IN_REGISTERS = 65536  # logits a row, 16 bits each: half of a processor's registers
 
 

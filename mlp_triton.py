@@ -28,9 +28,9 @@ try:
 except ImportError:
     AVAILABLE = False
 
-# tile of the output, step along the inner dimension, parts of the epilogue
-FORWARD = dict(BM=128, BN=256, BK=64, PARTS=2, num_stages=4, num_warps=8)
-BACKWARD = dict(BM=128, BN=256, BK=64, PARTS=2, num_stages=3, num_warps=8, PREFETCH=True)
+# tile of the output, step along the inner dimension, parts of the epilogue: the fastest on an H100
+FORWARD = dict(BM=256, BN=128, BK=64, PARTS=4, num_stages=4, num_warps=8)
+BACKWARD = dict(BM=128, BN=256, BK=64, PARTS=2, num_stages=3, num_warps=8)
 LEAST_ROWS = 4096  # fewer do not fill the GPU, and cuBLAS chooses better
 
 
@@ -118,20 +118,15 @@ if AVAILABLE:
                 a.store([row, column + i * width], out.to(h.dtype))
 
     @triton.jit
-    def backward_kernel(dy, w, h, h_rows, dh, a, M, N: tl.constexpr, K: tl.constexpr,
+    def backward_kernel(dy, w, h, dh, a, M, N: tl.constexpr, K: tl.constexpr,
                         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                        PARTS: tl.constexpr, PREFETCH: tl.constexpr, TANH: tl.constexpr,
-                        COMPILED: tl.constexpr, PROGRAMS: tl.constexpr):
+                        PARTS: tl.constexpr, TANH: tl.constexpr, COMPILED: tl.constexpr,
+                        PROGRAMS: tl.constexpr):
         """dh = (dy w) gelu'(h), a = gelu(h): dy (M, K), w (K, N), h, dh, a (M, N)."""
         across: tl.constexpr = N // BN
         width: tl.constexpr = BN // PARTS
         for tile in tl.range(tl.program_id(0), M // BM * across, PROGRAMS, flatten=True):
             row, column = tile // across * BM, tile % across * BN
-            if PREFETCH and COMPILED:  # bring h to the L2 cache while the product runs
-                lines = (row + tl.arange(0, BM)).to(tl.int64)[:, None] * N + column
-                lines = lines + tl.arange(0, BN // 64)[None, :] * 64
-                tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l",
-                                          [h_rows + lines], tl.int32, is_pure=False, pack=1)
             total = tl.zeros((BM, BN), tl.float32)
             for k in range(K // BK):
                 total = tl.dot(dy.load([row, k * BK]), w.load([k * BK, column]), total)
@@ -171,7 +166,7 @@ def down_and_gelu_backward(dy, w_proj, h, tanh, settings=BACKWARD):
     part = [BM, BN // settings["PARTS"]]
     backward_kernel[(programs(h),)](
         TensorDescriptor.from_tensor(dy, [BM, BK]), TensorDescriptor.from_tensor(w_proj, [BK, BN]),
-        TensorDescriptor.from_tensor(h, part), h, TensorDescriptor.from_tensor(dh, part),
+        TensorDescriptor.from_tensor(h, part), TensorDescriptor.from_tensor(dh, part),
         TensorDescriptor.from_tensor(a, part), M, N, K, TANH=tanh, COMPILED=not INTERPRETED,
         PROGRAMS=programs(h), **settings)
     return dh, a
