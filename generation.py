@@ -6,7 +6,8 @@
 
 On CUDA a step (decode_one_token and pick) is captured once in a CUDA graph and replayed: no
 launches from Python, no allocation, no host synchronisation but for `stream` and a look every
-CHECK tokens whether all rows have stopped.
+CHECK tokens whether all rows have stopped. Texts long enough to be worth their compilation are
+written by Triton's kernels: kv_kernels.py, and decode_kernels.py for few rows.
 
 Past block_size: with rope or no positions the cache rolls, and each layer attends to the newest
 block_size tokens. Learned positions cannot roll, so the text is cropped to its newest
@@ -15,13 +16,17 @@ block_size + 1 - slide tokens and prefilled anew, each `slide` tokens. slide=1 i
 slide=block_size/4 costs little and sees at least three quarters of that.
 """
 
+from functools import partial
+
 import torch
 
+import decode_kernels
 from errors import UserError
 from kv_cache import build_cache
 
 CHECK = 32  # tokens between looks at whether every row has stopped
 SHORTLIST = 1024  # most likely tokens sorted first for top_p
+KERNELS_FROM = 1000  # tokens of work from which Triton's kernels are worth compiling, some seconds
 
 
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_tokens=(),
@@ -53,6 +58,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
         with torch.inference_mode():
             cache = build_cache(model.config, B, min(T + max_new_tokens, block_size), device,
                                 dtype, kv_bits)
+            if max_new_tokens * max(1, cache.slot_count / 4096) < KERNELS_FROM:
+                cache.suits_kernels = False  # PyTorch's own do as well, and are there
             choice = Choice(temperature, top_k, top_p, generator, vocab_size)
             text = Text(idx, lengths, max_new_tokens, stop_tokens)
             steps = Steps(model, cache, choice, text, compile)
@@ -212,6 +219,8 @@ class Steps:
         self.captured = text.token.is_cuda
         cache.fixed_shapes = self.captured or compile
         self.decode = model.decode_one_token
+        if self.captured and not compile and decode_kernels.suits(model, cache):
+            self.decode = partial(decode_kernels.decode_one_token, model)
         if compile:
             self.compiled = torch.compile(self.decode)
             self.decode = self.decode_compiled

@@ -148,7 +148,8 @@ class KeysValues:
     def append(self, k, v, x_norm=None, start=0, batch=ALL):
         """Store k, v (b, G, n, D): rows start.. of this step's t tokens, of the slice `batch`."""
         if self.cache.fused:
-            return kv_kernels.store_token(k, v, self.keys, self.values, self.cache)
+            self.new = k, v  # the kernel that attends stores them
+            return
         slots, newest = self.cache.slots_of(start, k.size(2))
         self.keys.write(slots, k, newest, batch)
         self.values.write(slots, v, newest, batch)
@@ -157,9 +158,9 @@ class KeysValues:
         """q (B, H, t, D), the queries of the tokens just appended -> (B, H, t, D)."""
         cache = self.cache
         if cache.fused:
-            return kv_kernels.attend_token(q, self.keys, self.values, cache)
+            return kv_kernels.attend_token(q, *self.new, self.keys, self.values, cache)
         out = attend_tiles(fold_groups(q, cache.kv_heads), cache, self.keys_values)
-        return out.view(q.shape)
+        return out.reshape(q.shape)
 
     def keys_values(self, start, stop):
         return (self.keys.read(start, stop, self.cache.exact),
@@ -193,7 +194,7 @@ class Inputs:
             return attn.project_kv(self.read(start, stop), self.cache.positions_of(start, stop))
 
         folded = fold_groups(q, self.cache.kv_heads)
-        return attend_tiles(folded, self.cache, keys_values).view(q.shape)
+        return attend_tiles(folded, self.cache, keys_values).reshape(q.shape)
 
     def attend_absorbed(self, q, attn):
         """Attention over x itself: q (W_k x) = (q W_k) x, and sum p (W_v x) = W_v sum p x.
@@ -210,10 +211,10 @@ class Inputs:
         mixed = attend_tiles(
             folded, self.cache, lambda i, j: (self.read(i, j)[:, None],) * 2, scale=D**-0.5
         )
-        out = mixed.view(B, G, -1, C) @ w_v.transpose(1, 2)  # (B, G, g t, D)
+        out = mixed.reshape(B, G, -1, C) @ w_v.transpose(1, 2)  # (B, G, g t, D)
         if attn.c_attn.bias is not None:
             out = out + attn.c_attn.bias[-G * D :].view(G, 1, D)
-        return out.view(q.shape)
+        return out.reshape(q.shape)
 
     def read(self, start, stop):
         """Stored inputs of slots start:stop, (B, n, C)."""
@@ -281,7 +282,8 @@ class KVCache:
         self.counter = torch.arange(self.slot_count, device=device)
         self.fixed_shapes = False  # set it before a step to be captured
         self.ragged = False  # rows have unequal lengths
-        self.suits_kernels = False  # may Triton's kernels take one-token steps?
+        self.suits_kernels = False  # may Triton's kernel take one-token steps?
+        self.arrived = None  # (B G,) int32 zeros, the kernel's own counts
         # of the step under way, from begin:
         self.fused = False  # the kernels take it
         self.slots = None  # where its tokens go: a slice, or (B, 1, 1, 1)
@@ -315,7 +317,10 @@ class KVCache:
             raise ValueError("rows of unequal length take one token at a time")
         if t == 1 and (self.fixed_shapes or self.ragged):
             self.fused = self.suits_kernels
-            self.step = self.positions[:, None].clone()  # (B, 1); advance() changes positions
+            self.step = self.positions[:, None]  # (B, 1)
+            if self.fused:  # the kernel finds its slots by itself
+                return self.step
+            self.step = self.step.clone()  # advance() changes positions
             self.slots = (self.step % self.slot_count)[:, :, None, None]
             self.visible = self.span if self.fixed_shapes else min(end, self.slot_count)
             return self.step
@@ -413,6 +418,8 @@ def build_cache(config, batch_size, max_length, device="cpu", dtype=torch.float3
         cache.tile = config.k_chunk or TILE
     cache.suits_kernels = not recompute and kv_kernels.fits(
         cache.counter.device, config.head_dim, dtype)
+    if cache.suits_kernels:
+        cache.arrived = torch.zeros(batch_size * config.kv_heads, dtype=torch.int32, device=device)
 
     def rows(heads, width):
         shape = (batch_size, heads, cache.slot_count, width)

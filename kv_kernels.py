@@ -1,16 +1,19 @@
-"""Decoding kernels for CUDA, in Triton: store one token's K and V, attend from one token.
+"""Decoding kernel for CUDA, in Triton: store one token's K and V, and attend from it.
 
-Both take every index from the device tensor `positions`, so one captured CUDA graph serves every
-context length, and both read and write quantised rows as they are (kv_cache.QuantizedRows): the
-4-bit codes go straight into the tensor cores, scales and zeros are applied to the products,
+Every index comes from the device tensor `positions`, so one captured CUDA graph serves every
+context length, and quantised rows (kv_cache.QuantizedRows) are read as they are: codes go straight
+into the tensor cores, scales and zeros are applied to the products, for each half of a head
 
-    q . k = sum over halves of  scale (q . codes) + zero sum(q)
-    p . v = (p scale) . codes + sum(p zero).
+    q . k = scale (q . codes) + zero sum(q)        p . v = (p scale) . codes + sum(p zero).
 
-The context is split over many programs and their partial results merged by logsumexp
-("Flash-Decoding", Dao, Haziza, Massa, Sizov 2023). Where AVAILABLE is false or `fits` says no,
-kv_cache.py does the same in plain PyTorch. TRITON_INTERPRET=1 runs the kernels on a CPU, slowly,
-for tests.
+A code of 4 bits becomes a float by setting it as the last bits of a power of two, 128 in bfloat16
+and 1024 in float16: one instruction; the power is taken off in the zeros.
+
+The stored context is split over many programs; one more takes what is new: it stores the token's
+rows, and attends to them and to the exact ring of recent ones. The last of a head's programs to
+finish merges their results by logsumexp ("Flash-Decoding", Dao, Haziza, Massa, Sizov 2023).
+Where `fits` says no, kv_cache.py does the same in plain PyTorch. TRITON_INTERPRET=1 runs the
+kernel on a CPU, slowly, for tests.
 """
 
 import os
@@ -21,223 +24,317 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 try:
     import triton
     import triton.language as tl
-
-    AVAILABLE = INTERPRETED or torch.cuda.is_available()
 except ImportError:
-    AVAILABLE = False
+    triton = tl = None
+AVAILABLE = triton is not None and (INTERPRETED or torch.cuda.is_available())
 
-BLOCK = 128  # slots a program looks at in one go
-PROGRAMS = 528  # four for each of an H100's 132 processors
+PROGRAMS = 1056  # aimed at: eight for each of an H100's 132 processors
+LEAST = 128  # slots at least in a split, so that its fixed costs do not show ...
+SHORT = 64  # ... but where there would be fewer than 132 programs
+LOG2_E = 1.4426950408889634  # the kernel's exponentials are powers of two
+BLOCK, WARPS, STAGES = 64, 2, 3  # slots a program looks at in one go; its warps; loads in flight
 
 
 def fits(device, width, dtype):
-    """Whether rows of `width` numbers and queries of `dtype` on a device suit the kernels."""
+    """Whether rows of `width` numbers and queries of `dtype` on a device suit the kernel."""
     half = width // 2
     here = AVAILABLE and (device.type == "cuda" or INTERPRETED)
     return (here and dtype in (torch.bfloat16, torch.float16)
-            and half >= 16 and half & (half - 1) == 0)
+            and 16 <= half <= 64 and half & (half - 1) == 0)
 
 
-if AVAILABLE:
+# Four bytes -> eight floats, the low and the high halves of the bytes: 8 instructions.
+CODES_TO_FLOATS = """{
+.reg .b32 a, b;
+prmt.b32 a, $4, 0, 0x4140;
+prmt.b32 b, $4, 0, 0x4342;
+lop3.b32 $0, a, 0x000f000f, POWER, 0xea;
+lop3.b32 $1, b, 0x000f000f, POWER, 0xea;
+shr.u32 a, a, 4;
+shr.u32 b, b, 4;
+lop3.b32 $2, a, 0x000f000f, POWER, 0xea;
+lop3.b32 $3, b, 0x000f000f, POWER, 0xea;
+}"""
+
+if triton is not None:
+    INTERPRETED_ = tl.constexpr(INTERPRETED)
+    ASM_BFLOAT16 = tl.constexpr(CODES_TO_FLOATS.replace("POWER", "0x43004300"))
+    ASM_FLOAT16 = tl.constexpr(CODES_TO_FLOATS.replace("POWER", "0x64006400"))
 
     @triton.jit
-    def store_half(x, codes, scale_zero, columns, BITS: tl.constexpr):
-        """Quantise half a row x (HALF,): returns its codes; writes scale and zero."""
-        zero = tl.min(x, 0).to(tl.float16).to(tl.float32)
-        scale = tl.maximum((tl.max(x, 0) - zero) / (2**BITS - 1), 1e-7).to(tl.float16)
-        tl.store(scale_zero, scale)
-        tl.store(scale_zero + 1, zero.to(tl.float16))
-        code = tl.floor((x - zero) / scale.to(tl.float32) + 0.5)
-        return tl.minimum(tl.maximum(code, 0.0), 2**BITS - 1).to(tl.uint8)
+    def turn(low, high, cos, sin):
+        """rope.apply_rope on the two halves of rows: in float32, then rounded."""
+        first, second = low.to(tl.float32), high.to(tl.float32)
+        turned = first * cos - second * sin
+        return turned.to(low.dtype), (second * cos + first * sin).to(high.dtype)
 
     @triton.jit
-    def store_kernel(new_k, new_v, codes_k, codes_v, meta_k, meta_v, recent_k, recent_v, positions,
-                     stride_kb, stride_kg, stride_vb, stride_vg, S,
-                     G: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr):
-        """One program stores one row: of K (axis 1 = 0) or V of one key head of one sequence."""
-        row = tl.program_id(0).to(tl.int64)  # b G + g
-        b, g = row // G, row % G
-        slot = tl.load(positions + b) % S
-        columns = tl.arange(0, HALF)
-        if tl.program_id(1) == 0:
-            new, codes, meta, recent = (new_k + b * stride_kb + g * stride_kg,
-                                        codes_k, meta_k, recent_k)
-        else:
-            new, codes, meta, recent = (new_v + b * stride_vb + g * stride_vg,
-                                        codes_v, meta_v, recent_v)
-        low, high = tl.load(new + columns), tl.load(new + HALF + columns)
+    def quantize_half(x, BITS: tl.constexpr):
+        """Half a row x (HALF,) -> its codes, scale and zero, the latter float16."""
+        zero = tl.min(x, 0).to(tl.float16)
+        scale = tl.maximum((tl.max(x, 0) - zero.to(tl.float32)) / (2**BITS - 1), 1e-7)
+        scale = scale.to(tl.float16)
+        code = tl.floor((x - zero.to(tl.float32)) / scale.to(tl.float32) + 0.5)
+        return tl.minimum(tl.maximum(code, 0.0), 2**BITS - 1).to(tl.uint8), scale, zero
+
+    @triton.jit
+    def store_row(low, high, rows, meta, recent, row, slot, S, columns, HALF: tl.constexpr,
+                  BITS: tl.constexpr, R: tl.constexpr):
+        """Write one row's halves (HALF,) to its slot, in every form that the cache keeps."""
+        at = row * S + slot
         if BITS == 16:
-            into = codes + (row * S + slot) * 2 * HALF
-            tl.store(into + columns, low)
-            tl.store(into + HALF + columns, high)
+            tl.store(rows + at * (2 * HALF) + columns, low)
+            tl.store(rows + at * (2 * HALF) + HALF + columns, high)
         else:
-            into = recent + (row * R + slot % R) * 2 * HALF
-            tl.store(into + columns, low)
-            tl.store(into + HALF + columns, high)
-            meta += (row * S + slot) * 4
-            low_codes = store_half(low.to(tl.float32), codes, meta, columns, BITS)
-            high_codes = store_half(high.to(tl.float32), codes, meta + 2, columns, BITS)
+            into = recent + (row * R + slot % R) * (2 * HALF) + columns
+            tl.store(into, low)
+            tl.store(into + HALF, high)
+            low_codes, low_scale, low_zero = quantize_half(low.to(tl.float32), BITS)
+            high_codes, high_scale, high_zero = quantize_half(high.to(tl.float32), BITS)
+            tl.store(meta + at * 4, low_scale)
+            tl.store(meta + at * 4 + 1, low_zero)
+            tl.store(meta + at * 4 + 2, high_scale)
+            tl.store(meta + at * 4 + 3, high_zero)
             if BITS == 4:
-                codes += (row * S + slot) * HALF
-                tl.store(codes + columns, low_codes | (high_codes << 4))
+                tl.store(rows + at * HALF + columns, low_codes | (high_codes << 4))
             else:
-                codes += (row * S + slot) * 2 * HALF
-                tl.store(codes + columns, low_codes)
-                tl.store(codes + HALF + columns, high_codes)
+                tl.store(rows + at * (2 * HALF) + columns, low_codes)
+                tl.store(rows + at * (2 * HALF) + HALF + columns, high_codes)
+
+    @triton.jit
+    def floats_of_codes(packed, dtype: tl.constexpr):
+        """uint8 -> its low and its high 4 bits as floats, each plus the power of two."""
+        if INTERPRETED_:
+            power: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
+            packed = packed.to(tl.int16)
+            return (((packed & 15) | power).to(dtype, bitcast=True),
+                    ((packed >> 4) | power).to(dtype, bitcast=True))
+        elif dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(ASM_BFLOAT16, "=r,=r,=r,=r,r", [packed],
+                                             (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4)
+        else:
+            return tl.inline_asm_elementwise(ASM_FLOAT16, "=r,=r,=r,=r,r", [packed],
+                                             (tl.float16, tl.float16), is_pure=True, pack=4)
 
     @triton.jit
     def load_halves(rows, at, mask, columns, HALF: tl.constexpr, BITS: tl.constexpr,
                     dtype: tl.constexpr):
-        """Two (N, HALF) tiles of rows or codes, as the queries' dtype (codes fit exactly)."""
+        """Two tiles of rows or codes as dtype; 4-bit codes come with a power of two.
+
+        at, mask (N, 1) and columns (1, HALF), or (1, N) and (HALF, 1) for tiles (HALF, N): loaded
+        like that, and not transposed afterwards, they pass through shared memory asynchronously.
+        """
         if BITS == 4:
-            packed = tl.load(rows + at[:, None] * HALF + columns[None, :], mask[:, None], 0)
-            low, high = packed & 15, packed >> 4
+            packed = tl.load(rows + at * HALF + columns, mask, 0)
+            low, high = floats_of_codes(packed, dtype)
         else:
-            at = rows + at[:, None] * (2 * HALF) + columns[None, :]
-            low, high = tl.load(at, mask[:, None], 0), tl.load(at + HALF, mask[:, None], 0)
-        return low.to(dtype), high.to(dtype)
+            at = rows + at * (2 * HALF) + columns
+            low, high = tl.load(at, mask, 0).to(dtype), tl.load(at + HALF, mask, 0).to(dtype)
+        return low, high
 
     @triton.jit
-    def attend_kernel(q, rows_k, rows_v, meta_k, meta_v, recent_k, recent_v, positions,
-                      partial, top_total, stride_qb, stride_qh, S, W, scale,
-                      G: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr,
+    def load_meta(words, at, mask):
+        """Scale and zero of both halves, (N,) float32 each, in one load a row."""
+        word = tl.load(words + at, mask, 0)
+        low, high = word.to(tl.int32), (word >> 32).to(tl.int32)
+        low_scale = low.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        low_zero = (low >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        high_scale = high.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        high_zero = (high >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        return low_scale, low_zero, high_scale, high_zero
+
+    @triton.jit
+    def attend_kernel(q, new_k, new_v, cos, sin, rows_k, rows_v, meta_k, meta_v, words_k, words_v,
+                      recent_k, recent_v, positions, partial, top_total, arrived, out,
+                      stride_qb, stride_qh, stride_kb, stride_kg, stride_vb, stride_vg,
+                      S, W, scale, G: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr,
                       HALF: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr,
-                      SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+                      ROPE: tl.constexpr, BLOCK: tl.constexpr):
         """One program: the GROUP query heads of one key head over one split of its slots.
 
-        Split number SPLITS, where rows are quantised, is the ring of exact recent rows instead.
-        Writes sum p v, (GROUP, D) float32, and the pair (largest score, sum p).
+        Scores are (slots, heads) and sums of values (HALF, heads): the few query heads are the
+        short side of the tensor cores' tiles. S slots a sequence, W of them seen at most.
+        scale: of the scores, for powers of two.
         """
-        row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        row, split, count = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
         b, g = row // G, row % G
         dtype: tl.constexpr = q.dtype.element_ty
+        bias: tl.constexpr = 0 if BITS != 4 else (128 if dtype == tl.bfloat16 else 1024)
         position = tl.load(positions + b)
         columns = tl.arange(0, HALF)
-        heads = tl.arange(0, PADDED)  # a tensor core tile has at least 16 rows
-        head_mask = heads[:, None] < GROUP
-        at_q = q + b * stride_qb + (g * GROUP + heads[:, None]) * stride_qh + columns[None, :]
-        q_low, q_high = tl.load(at_q, head_mask, 0.0), tl.load(at_q + HALF, head_mask, 0.0)
-        sum_low, sum_high = tl.sum(q_low.to(tl.float32), 1), tl.sum(q_high.to(tl.float32), 1)
+        heads = tl.arange(0, PADDED)  # a tensor core's tile is at least 8 wide
+        is_head = heads[None, :] < GROUP
+        at_q = q + b * stride_qb + (g * GROUP + heads[None, :]) * stride_qh + columns[:, None]
+        q_low, q_high = tl.load(at_q, is_head, 0.0), tl.load(at_q + HALF, is_head, 0.0)
+        if ROPE:
+            turn_cos = tl.load(cos + b * HALF + columns)
+            turn_sin = tl.load(sin + b * HALF + columns)
+            q_low, q_high = turn(q_low, q_high, turn_cos[:, None], turn_sin[:, None])
 
-        out_low = tl.zeros((PADDED, HALF), tl.float32)
-        out_high = tl.zeros((PADDED, HALF), tl.float32)
-        top = tl.full((PADDED,), -1e30, tl.float32)
-        total = tl.zeros((PADDED,), tl.float32)
-
-        if split == SPLITS:
-            ring = tl.arange(0, R)
-            age = (position % R - ring + R) % R  # % of a negative number is negative here
-            mask = age <= position
-            k_low, k_high = load_halves(recent_k, row * R + ring, mask, columns, HALF, 16, dtype)
-            score = tl.dot(q_low, tl.trans(k_low)) + tl.dot(q_high, tl.trans(k_high))
-            score = tl.where(mask[None, :], score * scale, -1e30)
-            top = tl.max(score, 1)
-            p = tl.exp(score - top[:, None])
-            total = tl.sum(p, 1)
-            v_low, v_high = load_halves(recent_v, row * R + ring, mask, columns, HALF, 16, dtype)
-            out_low, out_high = tl.dot(p.to(dtype), v_low), tl.dot(p.to(dtype), v_high)
+        if split == count - 1:
+            at_k = new_k + b * stride_kb + g * stride_kg + columns
+            at_v = new_v + b * stride_vb + g * stride_vg + columns
+            k_low, k_high = tl.load(at_k), tl.load(at_k + HALF)
+            v_low, v_high = tl.load(at_v), tl.load(at_v + HALF)
+            if ROPE:
+                k_low, k_high = turn(k_low, k_high, turn_cos, turn_sin)
+            store_row(k_low, k_high, rows_k, meta_k, recent_k, row, position % S, S, columns,
+                      HALF, BITS, R)
+            store_row(v_low, v_high, rows_v, meta_v, recent_v, row, position % S, S, columns,
+                      HALF, BITS, R)
+            top = tl.sum(q_low.to(tl.float32) * k_low.to(tl.float32)[:, None]
+                         + q_high.to(tl.float32) * k_high.to(tl.float32)[:, None], 0)
+            total = tl.full((PADDED,), 1.0, tl.float32)
+            out_low = tl.zeros((HALF, PADDED), tl.float32) + v_low.to(tl.float32)[:, None]
+            out_high = tl.zeros((HALF, PADDED), tl.float32) + v_high.to(tl.float32)[:, None]
+            if BITS != 16:  # the ring, R rows of it, but for the new one's place
+                ring = tl.arange(0, R)
+                age = (position % R - ring + R) % R  # % of a negative number is negative here
+                mask = (age > 0) & (age <= position) & (age < W)
+                k_low, k_high = load_halves(recent_k, (row * R + ring)[:, None], mask[:, None],
+                                            columns[None, :], HALF, 16, dtype)
+                score = tl.dot(k_low, q_low) + tl.dot(k_high, q_high)
+                score = tl.where(mask[:, None], score, float("-inf"))
+                new_top = tl.maximum(top, tl.max(score, 0))
+                shrink = tl.exp2((top - new_top) * scale)
+                p = tl.exp2(score * scale - (new_top * scale)[None, :])
+                v_low, v_high = load_halves(recent_v, (row * R + ring)[None, :], mask[None, :],
+                                            columns[:, None], HALF, 16, dtype)
+                out_low = out_low * shrink[None, :] + tl.dot(v_low, p.to(dtype))
+                out_high = out_high * shrink[None, :] + tl.dot(v_high, p.to(dtype))
+                total = total * shrink + tl.sum(p, 0)
+                top = new_top
         else:
-            visible = tl.minimum(position + 1, S)
-            share = tl.cdiv(tl.cdiv(visible, SPLITS), BLOCK) * BLOCK
+            sum_low, sum_high = tl.sum(q_low.to(tl.float32), 0), tl.sum(q_high.to(tl.float32), 0)
+            top = tl.full((PADDED,), -1e30, tl.float32)
+            total = tl.zeros((PADDED,), tl.float32)
+            fix_low = tl.zeros((PADDED,), tl.float32)
+            fix_high = tl.zeros((PADDED,), tl.float32)
+            out_low = tl.zeros((HALF, PADDED), tl.float32)
+            out_high = tl.zeros((HALF, PADDED), tl.float32)
+            newest = (position % S).to(tl.int32)
+            visible = tl.minimum(position + 1, S).to(tl.int32)
+            share = tl.cdiv(tl.cdiv(visible, count - 1), BLOCK) * BLOCK
             stop = tl.minimum((split + 1) * share, visible)
             for start in range(split * share, stop, BLOCK):
                 slots = start + tl.arange(0, BLOCK)
-                age = (position % S) - slots
+                age = newest - slots
                 age = tl.where(age < 0, age + S, age)
-                mask = (slots < stop) & (age < W)
-                if BITS != 16:
-                    mask = mask & (age >= R)
+                # the new row, and the exact ring's, are the other program's
+                mask = (slots < stop) & (age < W) & (age >= (1 if BITS == 16 else R))
                 at = row * S + slots
-                k_low, k_high = load_halves(rows_k, at, mask, columns, HALF, BITS, dtype)
+                k_low, k_high = load_halves(rows_k, at[:, None], mask[:, None], columns[None, :],
+                                            HALF, BITS, dtype)
                 if BITS == 16:
-                    score = tl.dot(q_low, tl.trans(k_low)) + tl.dot(q_high, tl.trans(k_high))
+                    score = tl.dot(k_high, q_high, tl.dot(k_low, q_low))
                 else:
-                    low_scale = tl.load(meta_k + at * 4, mask, 0).to(tl.float32)
-                    low_zero = tl.load(meta_k + at * 4 + 1, mask, 0).to(tl.float32)
-                    high_scale = tl.load(meta_k + at * 4 + 2, mask, 0).to(tl.float32)
-                    high_zero = tl.load(meta_k + at * 4 + 3, mask, 0).to(tl.float32)
-                    score = (tl.dot(q_low, tl.trans(k_low)) * low_scale[None, :]
-                             + tl.dot(q_high, tl.trans(k_high)) * high_scale[None, :]
-                             + sum_low[:, None] * low_zero[None, :]
-                             + sum_high[:, None] * high_zero[None, :])
-                score = tl.where(mask[None, :], score * scale, -1e30)
-                new_top = tl.maximum(top, tl.max(score, 1))
-                shrink = tl.exp(top - new_top)
-                p = tl.where(mask[None, :], tl.exp(score - new_top[:, None]), 0.0)
-                total = total * shrink + tl.sum(p, 1)
-                out_low, out_high = out_low * shrink[:, None], out_high * shrink[:, None]
-                v_low, v_high = load_halves(rows_v, at, mask, columns, HALF, BITS, dtype)
+                    low_scale, low_zero, high_scale, high_zero = load_meta(
+                        words_k, at, mask)
+                    score = (tl.dot(k_low, q_low) * low_scale[:, None]
+                             + tl.dot(k_high, q_high) * high_scale[:, None]
+                             + (low_zero - bias * low_scale)[:, None] * sum_low[None, :]
+                             + (high_zero - bias * high_scale)[:, None] * sum_high[None, :])
+                score = tl.where(mask[:, None], score, float("-inf"))
+                new_top = tl.maximum(top, tl.max(score, 0))
+                shrink = tl.exp2((top - new_top) * scale)
+                p = tl.exp2(score * scale - (new_top * scale)[None, :])
+                total = total * shrink + tl.sum(p, 0)
+                out_low, out_high = out_low * shrink[None, :], out_high * shrink[None, :]
+                v_low, v_high = load_halves(rows_v, at[None, :], mask[None, :], columns[:, None],
+                                            HALF, BITS, dtype)
                 if BITS == 16:
-                    out_low += tl.dot(p.to(dtype), v_low)
-                    out_high += tl.dot(p.to(dtype), v_high)
+                    out_low = tl.dot(v_low, p.to(dtype), out_low)
+                    out_high = tl.dot(v_high, p.to(dtype), out_high)
                 else:
-                    low_scale = tl.load(meta_v + at * 4, mask, 0).to(tl.float32)
-                    low_zero = tl.load(meta_v + at * 4 + 1, mask, 0).to(tl.float32)
-                    high_scale = tl.load(meta_v + at * 4 + 2, mask, 0).to(tl.float32)
-                    high_zero = tl.load(meta_v + at * 4 + 3, mask, 0).to(tl.float32)
-                    out_low += tl.dot((p * low_scale[None, :]).to(dtype), v_low)
-                    out_high += tl.dot((p * high_scale[None, :]).to(dtype), v_high)
-                    out_low += tl.sum(p * low_zero[None, :], 1)[:, None]
-                    out_high += tl.sum(p * high_zero[None, :], 1)[:, None]
+                    low_scale, low_zero, high_scale, high_zero = load_meta(
+                        words_v, at, mask)
+                    p_low = (p * low_scale[:, None]).to(dtype)
+                    p_high = (p * high_scale[:, None]).to(dtype)
+                    out_low = tl.dot(v_low, p_low, out_low)
+                    out_high = tl.dot(v_high, p_high, out_high)
+                    fix_low = fix_low * shrink + tl.sum(
+                        p * low_zero[:, None] - bias * p_low.to(tl.float32), 0)
+                    fix_high = fix_high * shrink + tl.sum(
+                        p * high_zero[:, None] - bias * p_high.to(tl.float32), 0)
                 top = new_top
+            out_low, out_high = out_low + fix_low[None, :], out_high + fix_high[None, :]
 
-        at = (row * GROUP + heads) * tl.num_programs(1) + split
-        tl.store(top_total + at * 2, top, heads < GROUP)
+        at = (row * GROUP + heads) * count + split
+        tl.store(top_total + at * 2, top * scale, heads < GROUP)
         tl.store(top_total + at * 2 + 1, total, heads < GROUP)
-        at = partial + at[:, None] * (2 * HALF) + columns[None, :]
-        tl.store(at, out_low, head_mask)
-        tl.store(at + HALF, out_high, head_mask)
+        at = partial + at[None, :] * (2 * HALF) + columns[:, None]
+        tl.store(at, out_low, is_head)
+        tl.store(at + HALF, out_high, is_head)
+        tl.debug_barrier()  # all threads' results before this program counts as arrived
+        if tl.atomic_add(arrived + row, 1, sem="acq_rel") == count - 1:
+            tl.store(arrived + row, 0)  # for the next step
+            for head in range(GROUP):
+                merge(partial, top_total, out, row * GROUP + head, count, 2 * HALF)
 
     @triton.jit
-    def merge_kernel(partial, top_total, out, count, COUNT: tl.constexpr, D: tl.constexpr):
-        """One program merges the `count` partial results of one query head."""
-        head = tl.program_id(0).to(tl.int64)
-        splits, columns = tl.arange(0, COUNT), tl.arange(0, D)
-        mask = splits < count
-        at = head * count + splits
-        top = tl.load(top_total + at * 2, mask, -1e30)
-        total = tl.load(top_total + at * 2 + 1, mask, 0.0)
-        weight = tl.exp(top - tl.max(top, 0))
-        parts = tl.load(partial + at[:, None] * D + columns[None, :], mask[:, None], 0.0)
-        merged = tl.sum(parts * weight[:, None], 0) / tl.sum(total * weight, 0)
-        tl.store(out + head * D + columns, merged.to(out.dtype.element_ty))
+    def merge(partial, top_total, out, head, count, D: tl.constexpr):
+        """Merge the `count` partial results of one query head."""
+        CHUNK: tl.constexpr = 32
+        columns = tl.arange(0, D)
+        merged = tl.zeros((D,), tl.float32)
+        top, total = -1e30, 0.0
+        for first in range(0, count, CHUNK):
+            splits = first + tl.arange(0, CHUNK)
+            mask = splits < count
+            at = head * count + splits
+            # .cg: not from the processor's own cache, which does not see the others' results
+            tops = tl.load(top_total + at * 2, mask, -1e30, cache_modifier=".cg")
+            totals = tl.load(top_total + at * 2 + 1, mask, 0.0, cache_modifier=".cg")
+            parts = tl.load(partial + at[:, None] * D + columns[None, :], mask[:, None], 0.0,
+                            cache_modifier=".cg")
+            new_top = tl.maximum(top, tl.max(tops, 0))
+            shrink, weight = tl.exp2(top - new_top), tl.exp2(tops - new_top)
+            merged = merged * shrink + tl.sum(parts * weight[:, None], 0)
+            total = total * shrink + tl.sum(totals * weight, 0)
+            top = new_top
+        tl.store(out + head * D + columns, (merged / total).to(out.dtype.element_ty))
 
 
 def buffers(rows):
-    """rows' own tensors as the kernels want them: rows or codes, scale_zero, recent, bits."""
+    """rows' own tensors as the kernel wants them: rows or codes, scale_zero, recent, bits."""
     if hasattr(rows, "data"):
         return rows.data, rows.data, rows.data, 16
     return rows.codes, rows.scale_zero, rows.recent, rows.bits
 
 
-def store_token(k, v, keys, values, cache):
-    """Write k, v (B, G, 1, D) at slot positions[b] % S of every sequence b."""
-    B, G, _, D = k.shape
-    rows_k, meta_k, recent_k, bits = buffers(keys)
-    rows_v, meta_v, recent_v, _ = buffers(values)
-    store_kernel[(B * G, 2)](
-        k, v, rows_k, rows_v, meta_k, meta_v, recent_k, recent_v, cache.positions,
-        k.stride(0), k.stride(1), v.stride(0), v.stride(1), rows_k.size(2),
-        G, D // 2, bits, recent_k.size(2), num_warps=1,
-    )
+def split_count(rows, slots):
+    """How many programs share the `slots` of each of `rows` key heads of sequences."""
+    wanted = triton.cdiv(PROGRAMS, rows)
+    least = LEAST if rows * triton.cdiv(slots, LEAST) >= 132 else SHORT
+    return max(1, min(wanted, triton.cdiv(slots, least)))
 
 
-def attend_token(q, keys, values, cache):
-    """q (B, H, 1, D) over every stored token of each sequence -> (B, H, 1, D)."""
+def attend_token(q, k, v, keys, values, cache, turn=None):
+    """Store one token a sequence and attend from it: q (B, H, 1, D), k, v (B, G, 1, D).
+
+    -> (B, H, 1, D). keys, values: a layer's stored rows. turn: cos and sin (B, D/2) float32 of
+    the rope that q and k still want, or None.
+    """
     B, H, _, D = q.shape
+    G = k.size(1)
     rows_k, meta_k, recent_k, bits = buffers(keys)
     rows_v, meta_v, recent_v, _ = buffers(values)
-    G, S = rows_k.size(1), rows_k.size(2)
-    splits = max(1, min(triton.cdiv(PROGRAMS, B * G), triton.cdiv(S, BLOCK)))
-    count = splits + (bits != 16)
+    words_k, words_v = cache.positions, cache.positions  # int64, not read
+    if bits != 16:
+        words_k, words_v = meta_k.view(torch.int64), meta_v.view(torch.int64)
+    cos, sin = (q, q) if turn is None else turn  # not read
+    S, group = rows_k.size(2), H // G
+    count = split_count(B * G, S) + 1
     partial = torch.empty(B * H, count, D, dtype=torch.float32, device=q.device)
     top_total = torch.empty(B * H, count, 2, dtype=torch.float32, device=q.device)
     out = torch.empty(B, H, 1, D, dtype=q.dtype, device=q.device)
     attend_kernel[(B * G, count)](
-        q, rows_k, rows_v, meta_k, meta_v, recent_k, recent_v, cache.positions,
-        partial, top_total, q.stride(0), q.stride(1), S, cache.max_length, D**-0.5,
-        G, H // G, max(16, triton.next_power_of_2(H // G)), D // 2, bits, recent_k.size(2),
-        splits, BLOCK, num_warps=4,
+        q, k, v, cos, sin, rows_k, rows_v, meta_k, meta_v, words_k, words_v,
+        recent_k, recent_v, cache.positions, partial, top_total, cache.arrived, out,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        S, cache.max_length, D**-0.5 * LOG2_E,
+        G, group, max(8, triton.next_power_of_2(group)), D // 2, bits,
+        1 if bits == 16 else recent_k.size(2), turn is not None, BLOCK,
+        num_warps=WARPS, num_stages=STAGES,
     )
-    merge_kernel[(B * H,)](partial, top_total, out, count, triton.next_power_of_2(count), D)
     return out

@@ -240,9 +240,12 @@ def test_bad_input_is_named(change, message):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("position", ["learned", "rope"])
 @pytest.mark.parametrize("policy,n_kv_head", POLICIES)
-def test_captured_steps_write_what_eager_ones_do(policy, n_kv_head, position, dtype, kv_bits):
+@pytest.mark.parametrize("kernels", [False, True])
+def test_captured_steps_write_what_eager_ones_do(policy, n_kv_head, position, dtype, kv_bits,
+                                                 kernels, monkeypatch):
     from generation import Steps
 
+    monkeypatch.setattr("generation.KERNELS_FROM", 0 if kernels else 1000)
     model = make(policy, n_kv_head, position=position, n_embd=128).to("cuda", dtype)
     idx, lengths = prompt(3, 9).cuda(), torch.tensor([4, 9, 1]).cuda()
     generator = torch.Generator("cuda")

@@ -8,6 +8,7 @@ import kv_kernels
 from errors import UserError
 from kv_cache import RECENT, build_cache
 from model import GPT, GPTConfig
+from rope import apply_rope, rope_table
 
 POLICIES = [("cache", None), ("grouped", 2), ("recompute", None), ("recompute", 2)]
 
@@ -227,31 +228,47 @@ def test_a_fixed_step_needs_no_host_value():
 @pytest.mark.skipif(not kv_kernels.AVAILABLE, reason="needs CUDA, or Triton and TRITON_INTERPRET=1")
 @pytest.mark.parametrize("bits,limit", [(None, 2e-3), (8, 4e-3), (4, 4e-2)])
 @pytest.mark.parametrize("H,G,D", [(4, 4, 64), (6, 2, 32), (2, 1, 128)])
-@pytest.mark.parametrize("slots,steps", [(300, 150), (40, 90)])
-def test_kernels_agree_with_plain_pytorch(H, G, D, bits, limit, slots, steps):
-    """One token at a time into two caches, rows of unequal length, rolling too."""
+@pytest.mark.parametrize("slots,first,steps", [(300, 150, 2), (40, 36, 12), (40, 0, 19), (5, 4, 3)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_kernel_agrees_with_plain_pytorch(H, G, D, bits, limit, slots, first, steps, turned):
+    """A prefill, then tokens into two caches, rows of unequal length, rolling too."""
     device = "cpu" if kv_kernels.INTERPRETED else "cuda"
     config = GPTConfig(n_layer=1, n_head=H, n_kv_head=G, n_embd=H * D, position="rope")
     caches = [build_cache(config, 2, slots, device, torch.float16, bits) for _ in range(2)]
     assert caches[0].suits_kernels
     caches[1].suits_kernels = False
-    for cache in caches:
-        cache.fixed_shapes = True
-        cache.positions[1] = 3
     generator = torch.Generator().manual_seed(0)
+
+    def draw(t):
+        return [torch.randn(2, n, t, D, generator=generator).to(device, torch.float16)
+                for n in (H, G, G)]
+
+    if first:
+        _, k, v = draw(first)
+        for cache in caches:
+            cache.begin(first)
+            cache.layers[0].append(k, v)
+            cache.advance(first)
+            cache.set_lengths(torch.tensor([first, max(1, first - 3)]))
     for step in range(steps):
-        q, k, v = (torch.randn(2, n, 1, D, generator=generator).to(device, torch.float16)
-                   for n in (H, G, G))
+        q, k, v = draw(1)
         outs = []
         for cache in caches:
-            cache.begin(1)
-            cache.layers[0].append(k, v, None)
-            if step in (0, 1, 16, 17, steps - 2, steps - 1):
-                outs.append(cache.layers[0].attend(q).float())
+            cache.fixed_shapes = True
+            positions = cache.begin(1)
+            layer, table = cache.layers[0], rope_table(D, positions.flatten())
+            if turned and cache.suits_kernels:
+                outs.append(kv_kernels.attend_token(q, k, v, layer.keys, layer.values, cache,
+                                                    table))
+            else:
+                tables = [part.view(2, 1, 1, D // 2) for part in table]
+                turned_k = apply_rope(k, *tables) if turned else k
+                layer.append(turned_k, v)
+                outs.append(layer.attend(apply_rope(q, *tables) if turned else q))
             cache.advance(1)
-        if outs:
-            assert (outs[0] - outs[1]).abs().max() < limit, step
-    if bits is None:
+        assert (outs[0].float() - outs[1].float()).abs().max() < limit, step
+    assert not caches[0].arrived.any()
+    if bits is None and not turned:
         for a, b in zip(*(cache.layers[0].tensors() for cache in caches)):
             assert torch.equal(a, b)
 
