@@ -28,11 +28,12 @@ except ImportError:
     triton = tl = None
 AVAILABLE = triton is not None and (INTERPRETED or torch.cuda.is_available())
 
-PROGRAMS = 1056  # aimed at: eight for each of an H100's 132 processors
 LEAST = 128  # slots at least in a split, so that its fixed costs do not show ...
 SHORT = 64  # ... but where there would be fewer than 132 programs
 LOG2_E = 1.4426950408889634  # the kernel's exponentials are powers of two
-BLOCK, WARPS, STAGES = 64, 2, 3  # slots a program looks at in one go; its warps; loads in flight
+# by bits a number: slots a program looks at in one go, its warps, loads in flight, programs aimed
+# at; the fastest on an H100 at 131,072 slots
+LAUNCH = {16: (64, 2, 3, 528), 8: (32, 1, 3, 2112), 4: (64, 1, 3, 2112)}
 
 
 def fits(device, width, dtype):
@@ -302,9 +303,9 @@ def buffers(rows):
     return rows.codes, rows.scale_zero, rows.recent, rows.bits
 
 
-def split_count(rows, slots):
-    """How many programs share the `slots` of each of `rows` key heads of sequences."""
-    wanted = triton.cdiv(PROGRAMS, rows)
+def split_count(rows, slots, programs):
+    """How many of `programs` share the `slots` of each of `rows` key heads of sequences."""
+    wanted = triton.cdiv(programs, rows)
     least = LEAST if rows * triton.cdiv(slots, LEAST) >= 132 else SHORT
     return max(1, min(wanted, triton.cdiv(slots, least)))
 
@@ -324,7 +325,8 @@ def attend_token(q, k, v, keys, values, cache, turn=None):
         words_k, words_v = meta_k.view(torch.int64), meta_v.view(torch.int64)
     cos, sin = (q, q) if turn is None else turn  # not read
     S, group = rows_k.size(2), H // G
-    count = split_count(B * G, S) + 1
+    block, warps, stages, programs = LAUNCH[bits]
+    count = split_count(B * G, S, programs) + 1
     partial = torch.empty(B * H, count, D, dtype=torch.float32, device=q.device)
     top_total = torch.empty(B * H, count, 2, dtype=torch.float32, device=q.device)
     out = torch.empty(B, H, 1, D, dtype=q.dtype, device=q.device)
@@ -334,7 +336,7 @@ def attend_token(q, k, v, keys, values, cache, turn=None):
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         S, cache.max_length, D**-0.5 * LOG2_E,
         G, group, max(8, triton.next_power_of_2(group)), D // 2, bits,
-        1 if bits == 16 else recent_k.size(2), turn is not None, BLOCK,
-        num_warps=WARPS, num_stages=STAGES,
+        1 if bits == 16 else recent_k.size(2), turn is not None, block,
+        num_warps=warps, num_stages=stages,
     )
     return out

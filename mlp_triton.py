@@ -31,6 +31,7 @@ except ImportError:
 # tile of the output, step along the inner dimension, parts of the epilogue: the fastest on an H100
 FORWARD = dict(BM=256, BN=128, BK=64, PARTS=4, num_stages=4, num_warps=8)
 BACKWARD = dict(BM=128, BN=256, BK=64, PARTS=2, num_stages=3, num_warps=8)
+PER_PROCESSOR = dict(forward=1, backward=1)  # programs on each of the GPU's processors
 LEAST_ROWS = 4096  # fewer do not fill the GPU, and cuBLAS chooses better
 
 
@@ -120,8 +121,8 @@ if AVAILABLE:
     @triton.jit
     def backward_kernel(dy, w, h, dh, a, M, N: tl.constexpr, K: tl.constexpr,
                         BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                        PARTS: tl.constexpr, TANH: tl.constexpr, COMPILED: tl.constexpr,
-                        PROGRAMS: tl.constexpr):
+                        PARTS: tl.constexpr, TANH: tl.constexpr, RECOMPUTE: tl.constexpr,
+                        COMPILED: tl.constexpr, PROGRAMS: tl.constexpr):
         """dh = (dy w) gelu'(h), a = gelu(h): dy (M, K), w (K, N), h, dh, a (M, N)."""
         across: tl.constexpr = N // BN
         width: tl.constexpr = BN // PARTS
@@ -141,7 +142,8 @@ if AVAILABLE:
                 else:
                     out, slope = gelu_and_slope(before, TANH)
                     grad = parts[i] * slope
-                a.store([row, column + i * width], out.to(h.dtype))
+                if RECOMPUTE:
+                    a.store([row, column + i * width], out.to(h.dtype))
                 dh.store([row, column + i * width], grad.to(h.dtype))
 
 
@@ -151,24 +153,27 @@ def up_and_gelu(x, w_fc, tanh, settings=FORWARD):
     h, a = x.new_empty(M, N), x.new_empty(M, N)
     BM, BN, BK = (settings[name] for name in ("BM", "BN", "BK"))
     part = [BM, BN // settings["PARTS"]]
-    forward_kernel[(programs(x),)](
+    count = programs(x) * PER_PROCESSOR["forward"]
+    forward_kernel[(count,)](
         TensorDescriptor.from_tensor(x, [BM, BK]), TensorDescriptor.from_tensor(w_fc, [BN, BK]),
         TensorDescriptor.from_tensor(h, part), TensorDescriptor.from_tensor(a, part),
-        M, N, K, TANH=tanh, PROGRAMS=programs(x), **settings)
+        M, N, K, TANH=tanh, PROGRAMS=count, **settings)
     return h, a
 
 
-def down_and_gelu_backward(dy, w_proj, h, tanh, settings=BACKWARD):
+def down_and_gelu_backward(dy, w_proj, h, tanh, settings=BACKWARD, a=None):
     """dy (M, C), w_proj (C, N), h (M, N), bfloat16 -> dh = (dy w_proj) gelu'(h) and gelu(h)."""
     (M, K), N = dy.shape, h.size(1)
-    dh, a = torch.empty_like(h), torch.empty_like(h)
+    dh, recompute = torch.empty_like(h), a is None
+    a = torch.empty_like(h) if recompute else a
     BM, BN, BK = (settings[name] for name in ("BM", "BN", "BK"))
     part = [BM, BN // settings["PARTS"]]
-    backward_kernel[(programs(h),)](
+    count = programs(h) * PER_PROCESSOR["backward"]
+    backward_kernel[(count,)](
         TensorDescriptor.from_tensor(dy, [BM, BK]), TensorDescriptor.from_tensor(w_proj, [BK, BN]),
         TensorDescriptor.from_tensor(h, part), TensorDescriptor.from_tensor(dh, part),
-        TensorDescriptor.from_tensor(a, part), M, N, K, TANH=tanh, COMPILED=not INTERPRETED,
-        PROGRAMS=programs(h), **settings)
+        TensorDescriptor.from_tensor(a, part), M, N, K, TANH=tanh, RECOMPUTE=recompute,
+        COMPILED=not INTERPRETED, PROGRAMS=count, **settings)
     return dh, a
 
 

@@ -105,7 +105,7 @@ def test_step_is_the_models_own(options, kv_bits):
         got = decode_kernels.decode_one_token(model, idx[:, i:i + 1], caches[0])
         want = model.decode_one_token(idx[:, i:i + 1], caches[1])
         error = (got - want).float().norm() / want.float().norm()
-        assert got.shape == want.shape and error < (0.01 if kv_bits is None else 0.05), (i, error)
+        assert got.shape == want.shape and error < (0.02 if kv_bits is None else 0.05), (i, error)
     assert caches[0].length == caches[1].length == 26
     assert torch.equal(caches[0].positions, caches[1].positions)
 
@@ -145,8 +145,8 @@ for bits, group, half, rope, dtype in ((16, 1, 32, True, "bf16"), (8, 3, 16, Fal
                   arrived="*i32", S="i32", W="i32", scale="fp32")
     types |= {n: "i32" for n in kv_kernels.attend_kernel.arg_names if n.startswith("stride_")}
     constants = dict(G=2, GROUP=group, PADDED=8, HALF=half, BITS=bits, R=300 if bits == 16 else 16,
-                     ROPE=rope, BLOCK=kv_kernels.BLOCK)
-    build(kv_kernels.attend_kernel, types, constants, kv_kernels.WARPS)
+                     ROPE=rope, BLOCK=kv_kernels.LAUNCH[bits][0])
+    build(kv_kernels.attend_kernel, types, constants, kv_kernels.LAUNCH[bits][1])
 for inner, norm, activation in ((0, 1, 1), (0, 2, 3), (8, 1, 2), (4, 0, 3)):
     pointers = ("x", "weight", "bias", "norm_weight", "norm_bias", "residual", "out")
     types = {name: "*bf16" for name in pointers} | dict(scale_zero="*i32", N="i32", eps="fp32")
