@@ -18,15 +18,10 @@ import math
 
 import torch
 
+import optimizer_launch
 from errors import UserError
-from optimizer_core import (
-    COMMON_HELP,
-    MemoryOptimizer,
-    check_number,
-    clip_update,
-    compute_dtype,
-    mean_square,
-)
+from optimizer_arithmetic import clip_update, compute_dtype, mean_square
+from optimizer_core import COMMON_HELP, MemoryOptimizer, check_number
 from quantized_state import new_momentum, update_momentum
 
 CACHED = 1 << 18  # numbers that fit in a CPU core's second-level cache: 1 MB
@@ -89,6 +84,14 @@ class Adafactor(MemoryOptimizer):
         keep = min(group["beta2"], 1 - step ** -group["decay"])
         return 1 - keep, min(1e-2, step**-0.5)
 
+    def update(self, items):
+        if not self.defaults["compile"]:
+            items = self.by_kernels(items, is_factored, self.launch)
+        super().update(items)
+
+    def launch(self, stack):
+        optimizer_launch.adafactor(stack, self.schedule(stack.group, stack.step)[0])
+
     def direction(self, batch):
         group, state, shards = batch.group, batch.state, batch.shards
         fresh, relative_rate = batch.schedule
@@ -114,6 +117,11 @@ class Adafactor(MemoryOptimizer):
             rms = rms.view(-1, *[1] * (update.ndim - 1))
             scale = rms if scale is None else scale * rms
         return update, scale
+
+
+def is_factored(item):
+    """Is this what the CUDA kernels know: a matrix at the caller's own learning rate?"""
+    return item.param.ndim >= 2 and not item.group["relative_step"]
 
 
 def factored_update(grad, state, fresh, eps1, clip, shards=None):

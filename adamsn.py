@@ -16,16 +16,10 @@ from dataclasses import replace
 
 import torch
 
+import optimizer_launch
 from errors import UserError
-from optimizer_core import (
-    COMMON_HELP,
-    STACK_EACH,
-    MemoryOptimizer,
-    compute_dtype,
-    mean_square,
-    say_once,
-    shift,
-)
+from optimizer_arithmetic import compute_dtype, mean_square, shift
+from optimizer_core import COMMON_HELP, STACK_EACH, MemoryOptimizer, say_once
 from quantized_state import BLOCK, new_momentum, update_momentum
 
 SLICE = 1 << 24  # numbers of a matrix that go through float32 at a time
@@ -98,13 +92,19 @@ class AdamSN(MemoryOptimizer):
         return momentum.reshape(grad.shape), denominator.reciprocal_()
 
     def update(self, items):
-        """Large plain float32 tensors by the multi-tensor kernels below, the rest as any."""
+        """By the CUDA kernels what they take; large plain float32 tensors by the multi-tensor
+        kernels below; the rest as any."""
+        if not self.defaults["compile"]:
+            items = self.by_kernels(items, has_row_moments, self.launch)
         large = [] if self.defaults["compile"] else [i for i in items if self.is_large(i)]
         for key, same in by_key(large, adam_key).items():
             update_elements(same) if key[0] == "element" else update_subsets(same)
         taken = set(map(id, large))
         rest = [i for i in items if id(i) not in taken]
         super().update([part for item in rest for part in self.row_slices(item)])
+
+    def launch(self, stack):
+        optimizer_launch.adamsn(stack, self.schedule(stack.group, stack.step))
 
     def row_slices(self, item):
         """Runs of rows of one very large matrix as items of their own, or the item itself.
@@ -133,10 +133,24 @@ class AdamSN(MemoryOptimizer):
 
     def is_large(self, item):
         group = item.group
+        if item.param.numel() <= STACK_EACH and not elements_on_gpu(item):
+            return False
         return (
-            item.param.numel() > STACK_EACH and group["foreach"] and group["update_clip"] is None
-            and group["betas"][0] > 0 and self.is_plain(item)
+            group["foreach"] and group["update_clip"] is None and group["betas"][0] > 0
+            and self.is_plain(item)
         )  # fmt: skip
+
+
+def has_row_moments(item):
+    """Has this matrix one second moment for each row of (n, -1)?"""
+    view, dims = subset_view(item.param.shape, item.group, item.shards)
+    return dims == (2,) and view[0] == item.param.shape[0]
+
+
+def elements_on_gpu(item):
+    """Plain Adam on CUDA, where one kernel takes tensors of every size?"""
+    p = item.param
+    return p.is_cuda and p.numel() > 0 and not subset_view(p.shape, item.group, item.shards)[1]
 
 
 def adam_key(item):

@@ -46,12 +46,14 @@ class FusedBackward:
         self.handles = []
         # GradScaler hands its scale to an optimizer that says it takes one: so step() can see it
         optimizer._step_supports_amp_scaling = True
-        for group in optimizer.param_groups:
+        for index, group in enumerate(optimizer.param_groups):
             for p in group["params"]:
-                hook = self.make_hook(optimizer, group)
+                hook = self.make_hook(optimizer, index)
                 self.handles.append(p.register_post_accumulate_grad_hook(hook))
 
-    def make_hook(self, optimizer, group):
+    def make_hook(self, optimizer, index):
+        """The hook of a parameter of the index-th group (load_state_dict replaces the groups)."""
+
         @torch.no_grad()
         def hook(p):
             if id(p) in self.moved:
@@ -61,7 +63,7 @@ class FusedBackward:
                 )
             self.moved.add(id(p))
             optimizer.refuse_sparse(p)
-            optimizer.update([optimizer.make_item(p, group)])
+            optimizer.update_all([(p, optimizer.param_groups[index])])
             p.grad = None
 
         return hook

@@ -18,16 +18,11 @@ What is not a matrix of a linear layer belongs in a group with orthogonalize=Fal
 
 import torch
 
+import optimizer_launch
 from adamsn import AdamSN
 from errors import UserError
-from optimizer_core import (
-    COMMON_HELP,
-    STACK_TOTAL,
-    MemoryOptimizer,
-    check_number,
-    compute_dtype,
-    mean_square,
-)
+from optimizer_arithmetic import compute_dtype, mean_square
+from optimizer_core import COMMON_HELP, STACK_TOTAL, MemoryOptimizer, check_number
 from quantized_state import new_momentum, update_momentum
 
 # Jordan's quintic: takes singular values in (0, 1] to about [0.7, 1.2] in five steps.
@@ -93,9 +88,16 @@ class MuonSN(AdamSN):
 
     def update(self, items):
         matrices = [i for i in items if is_orthogonalized(i.param, i.group)]
+        matrices = self.by_kernels(
+            matrices, lambda item: True, self.launch_matrices, optimizer_launch.MOST
+        )
         for batch in self.batches(matrices, each=STACK_TOTAL):  # one bmm for all of one shape
             self.update_batch(batch)
         super().update([i for i in items if not is_orthogonalized(i.param, i.group)])
+
+    def launch_matrices(self, stack):
+        correction = self.schedule(stack.group, stack.step)[2]
+        optimizer_launch.muonsn(stack, correction, orthogonalize_blocks)
 
     def schedule(self, group, step):
         return *super().schedule(group, step), 1 - group["row_beta2"] ** step
@@ -133,6 +135,10 @@ def orthogonalize_blocks(matrices, group):
     blocks, head_dim = group["row_blocks"], group["head_dim"]
     if blocks is None or sum(blocks) != matrices.shape[1]:
         return orthogonalize(matrices, group["ns_steps"])
+    equal = len(set(blocks)) == 1 and matrices.is_contiguous()
+    if equal and not (group["per_head"] and head_dim):  # q, k, v of all layers in one stack
+        shape = matrices.shape
+        return orthogonalize(matrices.view(-1, blocks[0], shape[2]), group["ns_steps"]).view(shape)
     done = []
     for index, block in enumerate(matrices.split(list(blocks), dim=1)):
         shape = block.shape  # (N, rows of q, k or v, m)

@@ -17,12 +17,15 @@ from dataclasses import dataclass
 
 import torch
 
+import optimizer_launch
 from errors import UserError
+from optimizer_arithmetic import clip_update, compute_dtype, shift, stack
 from optimizer_shards import RowShards, is_sharded, local, shard_like
 from quantized_state import MOMENTUM_BITS, round_to_bfloat16
 
 STACK_EACH = 1 << 18  # tensors of at most this many numbers are stacked ...
 STACK_TOTAL = 1 << 24  # ... up to this many numbers in one stack
+MOST_PLANS = 1024  # sets of parameters whose launches are remembered
 VARYING = {"params", "lr", "initial_lr", "weight_decay", "name"}  # may differ within a stack
 
 
@@ -36,6 +39,7 @@ class Item:
     group: dict
     step: int  # 1 at the first update
     shards: RowShards | None = None  # how to reduce over the ranks that hold the other rows
+    number: int = 0  # the parameter's place among all of the optimizer's
 
 
 @dataclass(slots=True)
@@ -59,8 +63,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
         if unknown:
             raise TypeError(f"{type(self).__name__} has no option {', '.join(sorted(unknown))}")
         self.skipped_steps = 0
-        self._generators = {}
-        self._compiled = None
+        self._forget()
         self.fused = None  # low_byte.FusedBackward, once the update runs inside backward
         super().__init__(params, defaults | COMMON | common)
 
@@ -132,13 +135,24 @@ class MemoryOptimizer(torch.optim.Optimizer):
         if self.defaults["skip_nonfinite"] and not all_finite([p.grad for p, _ in work]):
             self.skipped_steps += 1
             return loss
-        self.update([self.make_item(p, group) for p, group in work])
+        self.update_all(work)
         return loss
+
+    def update_all(self, work):
+        """Update [(parameter, its group)]; no gradient is held on to afterwards."""
+        items = [self.make_item(p, group) for p, group in work]
+        self.update(items)
+        for item in items:
+            item.grad = None
 
     def refuse_sparse(self, p):
         if p.grad.is_sparse:
             name = type(self).__name__
             raise UserError(f"{name} needs dense gradients: build the embedding with sparse=False")
+
+    def state_dict(self):
+        """As torch's, and `skipped_steps` beside the state and the groups."""
+        return super().state_dict() | {"skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict):
         """As torch's, but state keeps the dtype it was saved in (torch casts it to the
@@ -157,6 +171,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         except ValueError as error:
             raise UserError(f"this optimizer state does not fit the model: {error}") from None
+        self.skipped_steps = state_dict.get("skipped_steps", 0)
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for saved_id, p in zip(saved_ids, params):
@@ -173,13 +188,28 @@ class MemoryOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state):
         super().__setstate__(state)
         self.skipped_steps = state.get("skipped_steps", 0)
-        self._generators, self._compiled, self.fused = {}, None, None
+        self.fused = self.__dict__.get("fused")  # hooks stay on when a state is loaded
+        self._forget()
+
+    def _forget(self):
+        """Drop whatever is kept between steps for speed alone."""
+        self._generators, self._compiled = {}, None
+        self._items, self._numbers, self._plans = {}, {}, {}
 
     # ------------------------------------------------------------------ one step
 
     def make_item(self, p, group):
-        """The item of parameter `p`, its state made if this is its first step, its step counted."""
-        state = self.state[p]
+        """The item of parameter `p`, its state made if this is its first step, its step counted.
+
+        Kept from step to step while group and state tensors stay what they are.
+        """
+        state, item = self.state[p], self._items.get(p)
+        if item is not None and item.group is group and state:
+            if all(state[name] is value for name, value in item.state.items()):
+                state["step"] += 1
+                item.step = state["step"]
+                item.grad = -p.grad if group["maximize"] else p.grad
+                return item
         shards = RowShards(p) if is_sharded(p) else None
         if not state:
             state["step"] = 0
@@ -192,7 +222,36 @@ class MemoryOptimizer(torch.optim.Optimizer):
         tensors = {name: local(value) for name, value in state.items() if name != "step"}
         grad = local(p.grad)
         grad = -grad if group["maximize"] else grad
-        return Item(local(p), grad, tensors, group, state["step"], shards)
+        if p not in self._numbers:
+            everything = [q for g in self.param_groups for q in g["params"]]
+            self._numbers = {q: number for number, q in enumerate(everything)}
+        item = Item(local(p), grad, tensors, group, state["step"], shards, self._numbers[p])
+        if not shards:
+            self._items[p] = item
+        return item
+
+    def by_kernels(self, items, suits, launch, most=None):
+        """Update by the CUDA kernels the items that they can take; return the others.
+
+        suits(item): do the kernels know this item's settings? launch(stack): one step of a Stack.
+        """
+        if not items or not optimizer_launch.AVAILABLE:
+            return items
+        key = tuple(map(id, items))
+        seen = optimizer_launch.fingerprint(items)
+        plan = self._plans.get(key)
+        if plan is None or plan[0] != seen:
+            taken = [i for i in items if suits(i) and optimizer_launch.fits(i)]
+            stacks, _ = optimizer_launch.stacks_of(taken, most)
+            taken = {id(i) for same in stacks for i in same.items}
+            rest = [i for i in items if id(i) not in taken]
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = (seen, stacks, rest)
+        for same in plan[1]:
+            with same:
+                launch(same)
+        return plan[2]
 
     def update(self, items):
         """Update every item: the large ones compiled if so asked, the others batch by batch."""
@@ -229,10 +288,10 @@ class MemoryOptimizer(torch.optim.Optimizer):
             p, g = item.param, item.grad
             key = (shape, p.dtype, g.dtype, p.device, item.step, keys[id(group)])
             stacks.setdefault(key, []).append(item)
-        for stack in stacks.values():
-            size = max(1, STACK_TOTAL // max(1, stack[0].param.numel()))
-            for start in range(0, len(stack), size):
-                yield stack[start : start + size]
+        for alike in stacks.values():
+            size = max(1, STACK_TOTAL // max(1, alike[0].param.numel()))
+            for start in range(0, len(alike), size):
+                yield alike[start : start + size]
 
     def update_batch(self, items):
         """Move N equally shaped tensors: stack, ask for the direction, write back."""
@@ -351,58 +410,6 @@ COMMON_HELP = """
     skip_nonfinite       leave everything as it is when any gradient is inf or nan, and count it in
                          `skipped_steps`; costs one wait for the device a step
 """
-
-
-def compute_dtype(tensor):
-    """float64 stays; everything else is computed in float32."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def stack(tensors):
-    """(N, *shape): a view for one tensor, a copy for more."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
-
-
-def shift(param, update, scale, decay, rate):
-    """param <- decay * param - rate * scale * update, in as few passes as the device allows.
-
-    update: param's numbers in any shape; scale: None, or broadcasting against update.
-    """
-    param = param.view(update.shape)
-    if scale is None:
-        param.mul_(decay).add_(update, alpha=-rate)
-    elif param.device.type == "cpu" and param.ndim == 2 and scale.shape == (len(param), 1):
-        # row i: (1, 1) @ (1, m); a matrix product takes the decay along in the same pass
-        param.unsqueeze(1).baddbmm_(
-            scale.unsqueeze(1), update.unsqueeze(1), beta=decay, alpha=-rate
-        )
-    else:
-        param.mul_(decay).addcmul_(update, scale, value=-rate)
-
-
-def mean_square(x, dims, shards=None):
-    """Mean of x² over `dims`, kept as size 1. With `shards`, dim 1 is the rows of every rank."""
-    sizes = list(x.shape)
-    if shards is not None:
-        sizes[1] = shards.rows
-    if x.is_cuda or dims[-1] == x.ndim - 1:
-        total = torch.linalg.vector_norm(x, dim=dims, keepdim=True).square_()
-    else:  # on the CPU ten times faster than a norm over rows, for a copy's memory
-        total = x.square().sum(dims, keepdim=True)
-    if shards is not None:
-        shards.sum(total)
-    return total.div_(math.prod([sizes[d] for d in dims]))
-
-
-def clip_update(update, limit, shards=None):
-    """Scale each of N updates down to a root mean square of at most `limit` (1804.04235, Alg. 4).
-
-    Out of place: the update may be the momentum itself.
-    """
-    if update.ndim == 1:
-        return update.clamp(-limit, limit)
-    rms = mean_square(update, tuple(range(1, update.ndim)), shards).sqrt_()
-    return update / (rms / limit).clamp_min_(1)
 
 
 def all_finite(grads):

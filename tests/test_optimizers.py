@@ -314,6 +314,13 @@ def test_nonfinite_gradients_can_be_skipped(cls, options):
     for bad in (float("nan"), float("inf"), -float("inf")):
         run(optimizer, [p, q], [[torch.ones(6, 4), torch.tensor([1, 1, bad, 1, 1])]])
     assert optimizer.skipped_steps == 3 and copy.deepcopy(optimizer).skipped_steps == 3
+    saved = optimizer.state_dict()
+    other = cls([nn.Parameter(p.detach().clone()), nn.Parameter(q.detach().clone())])
+    other.load_state_dict(saved)
+    assert other.skipped_steps == 3
+    del saved["skipped_steps"]  # a state saved before this was counted
+    other.load_state_dict(saved)
+    assert other.skipped_steps == 0
     assert torch.equal(p, before[0]) and torch.equal(q, before[1])
     assert str(optimizer.state_dict()["state"]) == str(before[2])
     run(optimizer, [p, q], [[torch.ones(6, 4), torch.ones(5)]])

@@ -1,10 +1,13 @@
 """Fewer bits: quantised momenta, stochastic rounding, and updates inside backward."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
 import adamsn
+import low_byte
 from errors import UserError
 from optimizers import Adafactor, AdamSN, MuonSN, build_optimizer, fuse_into_backward, state_bytes
 from quantized_state import (
@@ -183,6 +186,46 @@ def test_fused_backward_is_the_same_update(cls):
             optimizer.zero_grad()
     for p, q in zip(nets[0].parameters(), nets[1].parameters()):
         assert torch.allclose(p, q, atol=1e-6)
+
+
+def test_fused_backward_goes_on_after_a_state_is_loaded():
+    nets = [small_net(), small_net()]
+    x = torch.randn(8, 16, generator=generator())
+    optimizers = [fuse_into_backward(AdamSN(net.parameters(), lr=1e-2)) for net in nets]
+    for i in range(4):
+        if i == 2:
+            optimizers[1].load_state_dict(optimizers[1].state_dict())
+        for net, optimizer in zip(nets, optimizers):
+            optimizer.param_groups[0]["lr"] = 1e-2 / (i + 1)
+            net(x).square().mean().backward()
+            assert all(p.grad is None for p in net.parameters())
+            optimizer.step()
+    for p, q in zip(nets[0].parameters(), nets[1].parameters()):
+        assert torch.equal(p, q)
+
+
+def test_no_gradient_outlives_its_step():
+    p = nn.Parameter(torch.ones(6, 4))
+    optimizer = AdamSN([p])
+    for _ in range(2):
+        p.grad = torch.ones(6, 4)
+        seen = weakref.ref(p.grad)
+        optimizer.step()
+        p.grad = None
+        assert seen() is None
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
+def test_fused_backward_refuses_ddp_and_fsdp(wrap, monkeypatch):
+    """Their reductions would come after the update: weights of the ranks would drift apart."""
+    net = small_net()
+    if wrap == "ddp":  # two ranks, as far as torch.distributed tells
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    else:
+        monkeypatch.setattr(low_byte, "is_sharded", lambda p: True)
+    with pytest.raises(UserError, match="DDP and FSDP" if wrap == "ddp" else "FSDP"):
+        build_optimizer(net, "adamsn8", fused_backward=True)
 
 
 def test_update_clip_bounds_each_update():

@@ -1,0 +1,57 @@
+"""Arithmetic that the optimizers share, on batches of N equally shaped tensors (N, ...)."""
+
+import math
+
+import torch
+
+
+def compute_dtype(tensor):
+    """float64 stays; everything else is computed in float32."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def stack(tensors):
+    """(N, *shape): a view for one tensor, a copy for more."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+def shift(param, update, scale, decay, rate):
+    """param <- decay * param - rate * scale * update, in as few passes as the device allows.
+
+    update: param's numbers in any shape; scale: None, or broadcasting against update.
+    """
+    param = param.view(update.shape)
+    if scale is None:
+        param.mul_(decay).add_(update, alpha=-rate)
+    elif param.device.type == "cpu" and param.ndim == 2 and scale.shape == (len(param), 1):
+        # row i: (1, 1) @ (1, m); a matrix product takes the decay along in the same pass
+        param.unsqueeze(1).baddbmm_(
+            scale.unsqueeze(1), update.unsqueeze(1), beta=decay, alpha=-rate
+        )
+    else:
+        param.mul_(decay).addcmul_(update, scale, value=-rate)
+
+
+def mean_square(x, dims, shards=None):
+    """Mean of x² over `dims`, kept as size 1. With `shards`, dim 1 is the rows of every rank."""
+    sizes = list(x.shape)
+    if shards is not None:
+        sizes[1] = shards.rows
+    if x.is_cuda or dims[-1] == x.ndim - 1:
+        total = torch.linalg.vector_norm(x, dim=dims, keepdim=True).square_()
+    else:  # on the CPU ten times faster than a norm over rows, for a copy's memory
+        total = x.square().sum(dims, keepdim=True)
+    if shards is not None:
+        shards.sum(total)
+    return total.div_(math.prod([sizes[d] for d in dims]))
+
+
+def clip_update(update, limit, shards=None):
+    """Scale each of N updates down to a root mean square of at most `limit` (1804.04235, Alg. 4).
+
+    Out of place: the update may be the momentum itself.
+    """
+    if update.ndim == 1:
+        return update.clamp(-limit, limit)
+    rms = mean_square(update, tuple(range(1, update.ndim)), shards).sqrt_()
+    return update / (rms / limit).clamp_min_(1)
