@@ -2,7 +2,9 @@
 
 For a matrix gradient G (n, m), rows counted as i:
 
-    M <- mu M + (1 - mu) G                      momentum; X = (1 - mu) G + mu M if nesterov, else M
+    M <- mu M + (1 - mu) G                      momentum
+    X  = (1 - nu) G + nu M                      quasi-hyperbolic (Ma & Yarats, 1810.06801); nu = mu
+                                                is Nesterov's look-ahead, nu = 1 plain momentum
     O  = U Vᵀ of X = U S Vᵀ                     five Newton-Schulz iterations: Muon (Jordan et al.
                                                 2024, kellerjordan.github.io/posts/muon)
     v_i <- b v_i + (1 - b) mean_j O_ij²         one second moment per output row: Subset-Norm
@@ -35,7 +37,7 @@ class MuonSN(AdamSN):
     params         parameters or groups
     lr             learning rate on AdamW's scale: one update has root mean square 0.2 lr
     momentum       mu; 0 stores no momentum
-    nesterov       look ahead by one gradient
+    nu             weight of the momentum in what is orthogonalised, the gradient having the rest
     row_beta2      b, the decay of the row second moments
     ns_steps       Newton-Schulz iterations
     update_rms     root mean square of an update before lr
@@ -49,13 +51,13 @@ class MuonSN(AdamSN):
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, *, momentum=0.95,
-        nesterov=True, row_beta2=0.95, ns_steps=5, update_rms=0.2, per_head=False,
+        nu=0.8, row_beta2=0.95, ns_steps=5, update_rms=0.2, per_head=False,
         orthogonalize=True, partition="element", norm="mean", momentum_bits=32, head_dim=None,
         row_blocks=None, **common,
     ):  # fmt: skip
         defaults = dict(
             lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, momentum=momentum,
-            nesterov=nesterov, row_beta2=row_beta2, ns_steps=ns_steps, update_rms=update_rms,
+            nu=nu, row_beta2=row_beta2, ns_steps=ns_steps, update_rms=update_rms,
             per_head=per_head, orthogonalize=orthogonalize, partition=partition, norm=norm,
             momentum_bits=momentum_bits, head_dim=head_dim, row_blocks=row_blocks,
         )  # fmt: skip
@@ -66,6 +68,8 @@ class MuonSN(AdamSN):
         for name in ("momentum", "row_beta2"):
             if not 0 <= group[name] < 1:
                 raise UserError(f"{name} must lie in [0, 1), not {group[name]}")
+        if not 0 <= group["nu"] <= 1:
+            raise UserError(f"nu must lie in [0, 1], not {group['nu']}")
         check_number(group, "update_rms", 0)
         if not (isinstance(group["ns_steps"], int) and group["ns_steps"] >= 1):
             raise UserError(f"ns_steps must be a positive int, not {group['ns_steps']!r}")
@@ -108,7 +112,7 @@ class MuonSN(AdamSN):
             return super().direction(batch)
         mu = group["momentum"]
         momentum = update_momentum(batch.state, grad, mu, batch.generator)
-        ahead = grad.lerp(momentum, mu) if group["nesterov"] and mu > 0 else momentum
+        ahead = grad.lerp(momentum, group["nu"]) if mu > 0 else momentum
         ahead = ahead.flatten(2)  # (N, n, m)
         if shards:  # every rank orthogonalises the whole matrix and keeps its rows
             update = shards.scatter(orthogonalize_blocks(shards.gather(ahead), group))

@@ -281,8 +281,8 @@ if AVAILABLE:
     # ------------------------------------------------------------------ MuonSN
 
     @triton.jit(do_not_specialize=["step"])
-    def muon_ahead(table, ahead, step, momentum, ROWS, COLS: tl.constexpr, NB: tl.constexpr,
-                   G: tl.constexpr, BITS: tl.constexpr, NESTEROV: tl.constexpr):
+    def muon_ahead(table, ahead, step, momentum, nu, ROWS, COLS: tl.constexpr, NB: tl.constexpr,
+                   G: tl.constexpr, BITS: tl.constexpr):
         """One row: momentum updated, and what is to be orthogonalised: ahead (N, ROWS, COLS)."""
         program = tl.program_id(0)
         entry, row = table + (program // ROWS) * 8, program % ROWS
@@ -296,8 +296,7 @@ if AVAILABLE:
         w0, _, _, _ = noise(at, number, step)
         block = row * (COLS // 32) + blocks
         m = average(entry, at, mask, block, g, 1 - momentum, w0, BITS, NB)
-        if NESTEROV:
-            m = g + momentum * (m - g)
+        m = g + nu * (m - g)
         into = ahead + program.to(tl.int64) * COLS + column
         tl.store(into, m.to(ahead.dtype.element_ty), mask)
 

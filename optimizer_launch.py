@@ -199,8 +199,8 @@ def muonsn(stack, correction, orthogonalize):
     shape = dict(COLS=columns, NB=stack.blocks, num_warps=stack.warps)
     table, grid, mu = stack.addresses(), (n * rows,), group["momentum"]
     kernels.muon_ahead[grid](
-        table, ahead, stack.step, float(mu), rows, G=stack.grad_type, BITS=stack.bits,
-        NESTEROV=bool(group["nesterov"] and mu > 0), **shape,
+        table, ahead, stack.step, float(mu), float(group["nu"]), rows, G=stack.grad_type,
+        BITS=stack.bits, **shape,
     )
     update = orthogonalize(ahead, group).contiguous()
     del ahead

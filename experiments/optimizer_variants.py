@@ -60,7 +60,8 @@ ABLATIONS = {
     ),
     "ablation_muonsn": (
         "muonsn", "muonsn:momentum=0.8", "muonsn:momentum=0.9", "muonsn:momentum=0.98",
-        "muonsn:nesterov=False", "muonsn:per_head=True", "muonsn:ns_steps=3", "muonsn:ns_steps=7",
+        "muonsn:nu=0.95", "muonsn:nu=1.0", "muonsn:per_head=True", "muonsn:ns_steps=3",
+        "muonsn:ns_steps=7",
         "muonsn:row_beta2=0.8", "muonsn:row_beta2=0.99", "muonsn:weight_decay=0.02",
         "muonsn:weight_decay=0.3", "muonsn:betas=(0.8,0.99)", "muonsn:betas=(0.95,0.99)",
         "muonsn:betas=(0.9,0.95)", "muonsn:betas=(0.9,0.999)", "muonsn:embedding_partition='row'",

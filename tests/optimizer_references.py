@@ -66,13 +66,13 @@ def adafactor(p, grads, lr, beta2, decay, clip, weight_decay, momentum, relative
     return p
 
 
-def muonsn(p, grads, blocks, lr, mu, nesterov, row_beta2, eps, weight_decay, rms=0.2):
+def muonsn(p, grads, blocks, lr, mu, nu, row_beta2, eps, weight_decay, rms=0.2):
     """Newton-Schulz on each block of rows (a list of (start, end)), then Subset-Norm by rows."""
     a, b, c = QUINTIC
     p, m, v = p.clone(), torch.zeros_like(p), torch.zeros(p.shape[0], 1, dtype=p.dtype)
     for t, g in enumerate(grads, start=1):
         m = mu * m + (1 - mu) * g
-        ahead = (1 - mu) * g + mu * m if nesterov else m
+        ahead = (1 - nu) * g + nu * m
         o = torch.zeros_like(p)
         for start, end in blocks:
             x = ahead[start:end] / ahead[start:end].norm()

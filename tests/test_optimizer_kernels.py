@@ -83,7 +83,7 @@ def check(results, tolerance, launches, taken):
 
 ADAMSN = [dict(), dict(norm="sum"), dict(betas=(0.0, 0.99))]
 ADAFACTOR = [dict(), dict(clip=0.3), dict(clip=None), dict(momentum=0.9)]
-MUONSN = [dict(), dict(nesterov=False), dict(momentum=0.0), dict(row_blocks=(2, 2, 2)),
+MUONSN = [dict(), dict(nu=1.0), dict(momentum=0.0), dict(row_blocks=(2, 2, 2)),
           dict(row_blocks=(3, 1, 2))]  # fmt: skip
 EXACT = [(AdamSN, o) for o in ADAMSN] + [(Adafactor, o) for o in ADAFACTOR]
 
