@@ -1,11 +1,10 @@
 """GPT-2's MLP on a Hopper GPU: gelu and its gradient inside the matrix products around it.
 
-    h = x W_fcᵀ,  a = gelu(h),  y = a W_projᵀ                    forward; x and h are kept
-    da = dy W_proj,  dh = da gelu'(h),  a = gelu(h) once more    backward
-    dW_proj = dyᵀ a,  dW_fc = dhᵀ x,  dx = dh W_fc
+    h = x W_fcᵀ,  a = gelu(h),  s = gelu'(h),  y = a W_projᵀ    forward; x, a and s are kept
+    dh = (dy W_proj) s,  dW_proj = dyᵀ a,  dW_fc = dhᵀ x,  dx = dh W_fc               backward
 
 Unfused, gelu reads and writes (rows, 4C) arrays in kernels of their own, at the speed of memory.
-Here one kernel makes h and a, another da, dh and a; da itself never reaches memory. The products
+Here one kernel makes a and s, another dh; h and dy W_proj never reach memory. The products
 without gelu stay cuBLAS's. Each kernel is persistent: a program per processor walks over tiles of
 the output, operands come through TMA, the next tile's loads are under way while this one's
 epilogue runs, and the epilogue takes the accumulator in parts, to stay within the registers.
@@ -31,7 +30,6 @@ except ImportError:
 # tile of the output, step along the inner dimension, parts of the epilogue: the fastest on an H100
 FORWARD = dict(BM=256, BN=128, BK=64, PARTS=4, num_stages=4, num_warps=8)
 BACKWARD = dict(BM=128, BN=256, BK=64, PARTS=2, num_stages=3, num_warps=8)
-PER_PROCESSOR = dict(forward=1, backward=1)  # programs on each of the GPU's processors
 LEAST_ROWS = 4096  # fewer do not fill the GPU, and cuBLAS chooses better
 
 
@@ -76,16 +74,6 @@ if AVAILABLE:
         return tl.exp2(q * z - 1.0)
 
     @triton.jit
-    def backward_scalar(da, h):
-        a, slope = gelu_and_slope(h, False)
-        return a, da * slope
-
-    @triton.jit
-    def backward_scalar_tanh(da, h):
-        a, slope = gelu_and_slope(h, True)
-        return a, da * slope
-
-    @triton.jit
     def halves(x):
         """(M, N) -> two of (M, N / 2), left and right."""
         pairs = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
@@ -101,10 +89,10 @@ if AVAILABLE:
             return parts_of(left, PARTS // 2) + parts_of(right, PARTS // 2)
 
     @triton.jit
-    def forward_kernel(x, w, h, a, M, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+    def forward_kernel(x, w, a, slope, M, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
                        BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
                        TANH: tl.constexpr, PROGRAMS: tl.constexpr):
-        """h = x wᵀ and a = gelu(h): descriptors of x (M, K), w (N, K), h and a (M, N)."""
+        """a = gelu(x wᵀ) and its slope: descriptors of x (M, K), w (N, K), a and slope (M, N)."""
         across: tl.constexpr = N // BN
         width: tl.constexpr = BN // PARTS
         for tile in tl.range(tl.program_id(0), M // BM * across, PROGRAMS, flatten=True):
@@ -114,16 +102,15 @@ if AVAILABLE:
                 total = tl.dot(x.load([row, k * BK]), w.load([column, k * BK]).T, total)
             parts = parts_of(total, PARTS)
             for i in tl.static_range(PARTS):
-                h.store([row, column + i * width], parts[i].to(h.dtype))
-                out, _ = gelu_and_slope(parts[i], TANH)
-                a.store([row, column + i * width], out.to(h.dtype))
+                out, rise = gelu_and_slope(parts[i], TANH)
+                a.store([row, column + i * width], out.to(a.dtype))
+                slope.store([row, column + i * width], rise.to(a.dtype))
 
     @triton.jit
-    def backward_kernel(dy, w, h, dh, a, M, N: tl.constexpr, K: tl.constexpr,
-                        BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                        PARTS: tl.constexpr, TANH: tl.constexpr, RECOMPUTE: tl.constexpr,
-                        COMPILED: tl.constexpr, PROGRAMS: tl.constexpr):
-        """dh = (dy w) gelu'(h), a = gelu(h): dy (M, K), w (K, N), h, dh, a (M, N)."""
+    def backward_kernel(dy, w, slope, dh, M, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
+                        BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
+                        PROGRAMS: tl.constexpr):
+        """dh = (dy w) slope: descriptors of dy (M, K), w (K, N), slope and dh (M, N)."""
         across: tl.constexpr = N // BN
         width: tl.constexpr = BN // PARTS
         for tile in tl.range(tl.program_id(0), M // BM * across, PROGRAMS, flatten=True):
@@ -133,48 +120,34 @@ if AVAILABLE:
                 total = tl.dot(dy.load([row, k * BK]), w.load([k * BK, column]), total)
             parts = parts_of(total, PARTS)
             for i in tl.static_range(PARTS):
-                before = h.load([row, column + i * width]).to(tl.float32)
-                if COMPILED:  # keeps da and h in one layout: gelu is computed once
-                    if TANH:
-                        out, grad = tl.map_elementwise(backward_scalar_tanh, parts[i], before)
-                    else:
-                        out, grad = tl.map_elementwise(backward_scalar, parts[i], before)
-                else:
-                    out, slope = gelu_and_slope(before, TANH)
-                    grad = parts[i] * slope
-                if RECOMPUTE:
-                    a.store([row, column + i * width], out.to(h.dtype))
-                dh.store([row, column + i * width], grad.to(h.dtype))
+                grad = parts[i] * slope.load([row, column + i * width]).to(tl.float32)
+                dh.store([row, column + i * width], grad.to(dh.dtype))
 
 
 def up_and_gelu(x, w_fc, tanh, settings=FORWARD):
-    """x (M, C), w_fc (N, C), both bfloat16 -> h = x w_fcᵀ and gelu(h), (M, N) bfloat16."""
+    """x (M, C), w_fc (N, C), both bfloat16 -> gelu(x w_fcᵀ) and its slope, (M, N) bfloat16."""
     (M, K), N = x.shape, len(w_fc)
-    h, a = x.new_empty(M, N), x.new_empty(M, N)
+    a, slope = x.new_empty(M, N), x.new_empty(M, N)
     BM, BN, BK = (settings[name] for name in ("BM", "BN", "BK"))
     part = [BM, BN // settings["PARTS"]]
-    count = programs(x) * PER_PROCESSOR["forward"]
-    forward_kernel[(count,)](
+    forward_kernel[(programs(x),)](
         TensorDescriptor.from_tensor(x, [BM, BK]), TensorDescriptor.from_tensor(w_fc, [BN, BK]),
-        TensorDescriptor.from_tensor(h, part), TensorDescriptor.from_tensor(a, part),
-        M, N, K, TANH=tanh, PROGRAMS=count, **settings)
-    return h, a
+        TensorDescriptor.from_tensor(a, part), TensorDescriptor.from_tensor(slope, part),
+        M, N, K, TANH=tanh, PROGRAMS=programs(x), **settings)
+    return a, slope
 
 
-def down_and_gelu_backward(dy, w_proj, h, tanh, settings=BACKWARD, a=None):
-    """dy (M, C), w_proj (C, N), h (M, N), bfloat16 -> dh = (dy w_proj) gelu'(h) and gelu(h)."""
-    (M, K), N = dy.shape, h.size(1)
-    dh, recompute = torch.empty_like(h), a is None
-    a = torch.empty_like(h) if recompute else a
+def down_and_gelu_backward(dy, w_proj, slope, settings=BACKWARD):
+    """dy (M, C), w_proj (C, N), slope (M, N), bfloat16 -> dh = (dy w_proj) slope (M, N)."""
+    (M, K), N = dy.shape, slope.size(1)
+    dh = torch.empty_like(slope)
     BM, BN, BK = (settings[name] for name in ("BM", "BN", "BK"))
     part = [BM, BN // settings["PARTS"]]
-    count = programs(h) * PER_PROCESSOR["backward"]
-    backward_kernel[(count,)](
+    backward_kernel[(programs(dy),)](
         TensorDescriptor.from_tensor(dy, [BM, BK]), TensorDescriptor.from_tensor(w_proj, [BK, BN]),
-        TensorDescriptor.from_tensor(h, part), TensorDescriptor.from_tensor(dh, part),
-        TensorDescriptor.from_tensor(a, part), M, N, K, TANH=tanh, RECOMPUTE=recompute,
-        COMPILED=not INTERPRETED, PROGRAMS=count, **settings)
-    return dh, a
+        TensorDescriptor.from_tensor(slope, part), TensorDescriptor.from_tensor(dh, part),
+        M, N, K, PROGRAMS=programs(dy), **settings)
+    return dh
 
 
 def programs(x):
@@ -186,41 +159,39 @@ def programs(x):
 
 @torch.library.custom_op("leangpt::gelu_mlp", mutates_args=())
 def mlp_op(x: torch.Tensor, w_fc: torch.Tensor, w_proj: torch.Tensor,
-           tanh: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    h, a = up_and_gelu(x.contiguous(), w_fc.contiguous(), tanh)
-    return a @ w_proj.t(), h
+           tanh: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    a, slope = up_and_gelu(x.contiguous(), w_fc.contiguous(), tanh)
+    return a @ w_proj.t(), a, slope
 
 
 @mlp_op.register_fake
 def _(x, w_fc, w_proj, tanh):
-    return x.new_empty(len(x), len(w_proj)), x.new_empty(len(x), len(w_fc))
+    inner = x.new_empty(len(x), len(w_fc))
+    return x.new_empty(len(x), len(w_proj)), inner, torch.empty_like(inner)
 
 
 @torch.library.custom_op("leangpt::gelu_mlp_backward", mutates_args=())
-def mlp_backward_op(dy: torch.Tensor, x: torch.Tensor, h: torch.Tensor, w_fc: torch.Tensor,
-                    w_proj: torch.Tensor, tanh: bool,
+def mlp_backward_op(dy: torch.Tensor, x: torch.Tensor, a: torch.Tensor, slope: torch.Tensor,
+                    w_fc: torch.Tensor, w_proj: torch.Tensor,
                     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dy = dy.contiguous()
-    dh, a = down_and_gelu_backward(dy, w_proj.contiguous(), h, tanh)
-    dw_proj = dy.t() @ a
-    del a
-    return dh @ w_fc, dh.t() @ x, dw_proj
+    dh = down_and_gelu_backward(dy, w_proj.contiguous(), slope)
+    return dh @ w_fc, dh.t() @ x, dy.t() @ a
 
 
 @mlp_backward_op.register_fake
-def _(dy, x, h, w_fc, w_proj, tanh):
+def _(dy, x, a, slope, w_fc, w_proj):
     return torch.empty_like(x), torch.empty_like(w_fc), torch.empty_like(w_proj)
 
 
 def _save(ctx, inputs, output):
-    x, w_fc, w_proj, ctx.tanh = inputs
+    x, w_fc, w_proj, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, output[1], w_fc, w_proj)
+    ctx.save_for_backward(x, output[1], output[2], w_fc, w_proj)
 
 
-def _backward(ctx, dy, _):
-    x, h, w_fc, w_proj = ctx.saved_tensors
-    return *mlp_backward_op(dy, x, h, w_fc, w_proj, ctx.tanh), None
+def _backward(ctx, dy, *_):
+    return *mlp_backward_op(dy, *ctx.saved_tensors), None
 
 
 mlp_op.register_autograd(_backward, setup_context=_save)
@@ -229,7 +200,7 @@ mlp_op.register_autograd(_backward, setup_context=_save)
 def gelu_mlp(x, w_fc, w_proj, tanh=False):
     """gelu(x w_fcᵀ) w_projᵀ for bfloat16 x (..., C), w_fc (N, C), w_proj (C, N), where `fits`.
 
-    tanh: torch's approximate="tanh". Keeps x and x w_fcᵀ for the backward pass.
+    tanh: torch's approximate="tanh". Keeps x, gelu and its slope for the backward pass.
     """
-    y, _ = mlp_op(x.flatten(0, -2), w_fc, w_proj, tanh)
+    y, *_ = mlp_op(x.flatten(0, -2), w_fc, w_proj, tanh)
     return y.view(*x.shape[:-1], len(w_proj))
