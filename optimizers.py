@@ -59,11 +59,11 @@ VARIANTS = {
     ),
     "muonsn": Variant(
         "orthogonalised momentum with a second moment per row: 4 bytes in linear weights, 8 else",
-        MuonSN, 4e-3, 8e-3, dict(betas=(0.5, 0.95)),
+        MuonSN, 8e-3, 8e-3, dict(betas=(0.5, 0.95)),
     ),
     "muonsn8": Variant(
         "muonsn with all momentum in 8 bits: about 1.1 bytes",
-        MuonSN, 4e-3, 8e-3,
+        MuonSN, 8e-3, 1.6e-2,
         dict(betas=(0.5, 0.95), momentum_bits=8, embedding_partition="row"),
     ),
     "muonsn4": Variant(
