@@ -23,7 +23,7 @@ REFITS = 2  # least-squares rounds for each
 ROWS = 2**20  # weights fitted at a time: bounds the temporaries
 GPTQ_ROWS = 2**22  # the same for round_to_inputs, which keeps fewer of them
 DAMPING = 0.01  # added to the inputs' second moments, as a part of their mean (GPTQ's)
-SWEEPS = 4  # of coordinate descent
+SWEEPS = 2  # of coordinate descent
 
 
 def fit_groups(weight, group_size, importance=None):
@@ -93,21 +93,21 @@ def round_to_inputs(weight, group_size, inputs, exact=None):
     importance = gram.diagonal().float()
     # damping: inputs that are never or always alike leave the Gram matrix singular
     gram.diagonal().add_(DAMPING * gram.diagonal().mean() + 1e-12)
-    factor = torch.linalg.cholesky(gram)
-    inverse = torch.cholesky_inverse(factor)
-    spread = torch.linalg.cholesky(inverse, upper=True).float()  # row j: how j's error is made up
+    # gram^-1 = spread^T spread; its row j says how the inputs after j make up for j's error
+    factor = torch.linalg.cholesky(gram.flip(0, 1)).float()
+    identity = torch.eye(K, device=x.device)
+    spread = torch.linalg.solve_triangular(factor, identity, upper=False).flip(0, 1)
     correction = None
     if exact is not None:  # least squares: the weights that map x to exact w, less w itself
         moved = x.T @ (exact.reshape(-1, K).float() - x) / len(x)
-        correction = torch.cholesky_solve(moved.double(), factor).float()  # (K, K)
+        correction = torch.cholesky_solve(moved.flip(0), factor).flip(0)  # (K, K)
     gram, step, parts = gram.float(), max(1, GPTQ_ROWS // K), []
     for i in range(0, N, step):
         target = weight[i:i + step].T.float().contiguous()  # (K, n): an input's weights together
         if correction is not None:
             target = target + correction @ target
         codes, scale, zero = _compensate(target, group_size, importance, spread)
-        for _ in range(SWEEPS):
-            _descend(target, codes, scale, zero, gram)
+        _descend(target, codes, scale, zero, gram)
         parts.append(((codes + 8).T.to(torch.uint8), scale.T.bfloat16(), zero.T.bfloat16()))
     return tuple(torch.cat(part) for part in zip(*parts))
 
@@ -133,17 +133,17 @@ def _compensate(target, group_size, importance, spread):
 
 
 def _descend(target, codes, scale, zero, gram):
-    """One sweep over all groups, in place, each step lowering e^T gram e, e = target - rounded.
+    """SWEEPS over all groups, in place, each step lowering e^T gram e, e = target - rounded.
 
     A group's scale and zero are fitted to its codes by least squares, then its codes one by one.
     """
     group = len(target) // len(scale)
     rounded = codes * scale.repeat_interleave(group, 0) + zero.repeat_interleave(group, 0)
     pull = gram @ (target - rounded)  # (K, n): half the slope of the error, downwards
-    for g in range(len(scale)):
+    for g in [*range(len(scale))] * SWEEPS:
         at = slice(g * group, (g + 1) * group)
-        own, c, s, z = gram[at, at], codes[at], scale[g], zero[g]
-        before, here = rounded[at].clone(), pull[at].clone()
+        own, c, s, z, here = gram[at, at], codes[at], scale[g], zero[g], pull[at].clone()
+        before = c * s + z
         # normal equations of a change of scale and zero
         cc, c1, one = (c * (own @ c)).sum(0), own.sum(0) @ c, own.sum()
         rc, r1 = (c * here).sum(0), here.sum(0)
@@ -160,7 +160,5 @@ def _descend(target, codes, scale, zero, gram):
         for j in range(group):
             c[j] = _codes(now[j] + here[j] / own[j, j], s, z)
             moved = c[j] * s + z - now[j]
-            now[j] += moved
             here.addr_(own[j], moved, alpha=-1)
-        rounded[at] = now
-        pull -= gram[:, at] @ (now - before)
+        pull -= gram[:, at] @ (c * s + z - before)
