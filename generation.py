@@ -299,12 +299,15 @@ def bytes_read(model, length, kv_bits=None):
     return weights, cache.bytes_per_token * min(length, model.config.block_size)
 
 
-def calibration(model, rows=64, tokens=64, seed=0):
+def calibration(model, rows=None, tokens=64, seed=0):
     """For int4.quantize_: a function that runs the model once on a text it has written itself.
 
-    Its own text is as good as its training data for this, and always at hand.
+    Its own text is as good as its training data for this, and always at hand: `rows` texts of
+    `tokens` tokens, by default 512 for a small model, down to 64 for a large one.
     """
     tokens = min(tokens, model.config.block_size)
+    if rows is None:
+        rows = max(64, min(512, 2**32 // sum(p.numel() for p in model.parameters())))
     device = model.transformer.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     text = torch.randint(model.config.vocab_size, (rows, 1), generator=generator, device=device)
@@ -313,7 +316,7 @@ def calibration(model, rows=64, tokens=64, seed=0):
 
     @torch.no_grad()
     def run():
-        x = model.embed(text)
+        x = model.embed(text).repeat(2, 1, 1)  # to stay exact; to be rounded
         for block in model.transformer.h:
             x = block.plain(x)
         x = model.transformer.ln_f(x[:, ::4])  # a quarter is enough for the head, the widest layer

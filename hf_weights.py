@@ -5,6 +5,7 @@ rows of which of our parameters each foreign tensor holds. Reading and writing b
 list of pieces, so what is exported is what would be loaded.
 """
 
+import math
 from dataclasses import dataclass
 
 from errors import UserError
@@ -51,6 +52,34 @@ LLAMA_NAMES = {
     "up": "layers.{i}.mlp.up_proj",
     "mlp.c_proj": "layers.{i}.mlp.down_proj",
     "head": "lm_head",
+}
+
+
+# What a config.json says that ours says too: its key, and the attribute of GPTConfig.
+GPT2_KEYS = {
+    "vocab_size": "vocab_size",
+    "n_positions": "block_size",
+    "n_embd": "n_embd",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_inner": "inner",
+    "layer_norm_epsilon": "norm_eps",
+    "resid_pdrop": "dropout",
+    "embd_pdrop": "dropout",
+    "tie_word_embeddings": "tie_embeddings",
+}
+LLAMA_KEYS = {
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "block_size",
+    "hidden_size": "n_embd",
+    "intermediate_size": "inner",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "kv_heads",
+    "rms_norm_eps": "norm_eps",
+    "rope_theta": "rope_theta",
+    "rope_scaling": "rope_scaling",
+    "tie_word_embeddings": "tie_embeddings",
 }
 
 
@@ -112,6 +141,14 @@ def need(settings, key, where):
     return value
 
 
+def _positive(settings, key, default, where):
+    """settings[key], or default where it is absent, as a float above 0; UserError otherwise."""
+    value = settings.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise UserError(f"{where}: {key} must be a positive number, not {value!r}")
+    return float(value)
+
+
 def config_from_hf(hf, where="config.json"):
     """Arguments of GPTConfig for a Hugging Face config dict (absent keys: the family's defaults).
 
@@ -138,7 +175,7 @@ def _gpt2_config(hf, where):
     _require(hf, where, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
              add_cross_attention=False)
     activation = hf.get("activation_function", "gelu_new")
-    if activation not in GPT2_ACTIVATIONS:
+    if not isinstance(activation, str) or activation not in GPT2_ACTIVATIONS:
         known = ", ".join(GPT2_ACTIVATIONS)
         raise UserError(f"{where}: activation_function {activation!r} is not one of {known}")
     positions = "n_positions" if "n_positions" in hf else "n_ctx"
@@ -154,7 +191,7 @@ def _gpt2_config(hf, where):
         bias=True,
         position="learned",
         norm="layernorm",
-        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+        norm_eps=_positive(hf, "layer_norm_epsilon", 1e-5, where),
         mlp=GPT2_ACTIVATIONS[activation],
         tie_embeddings=hf.get("tie_word_embeddings", True),
     )
@@ -165,15 +202,21 @@ def _llama_config(hf, where):
     context = need({"max_position_embeddings": 2048, **hf}, "max_position_embeddings", where)
     _require(hf, where, hidden_act="silu", attention_bias=False, mlp_bias=False,
              partial_rotary_factor=1.0)
-    head_dim = hf.get("head_dim") or n_embd / n_head
+    head_dim = n_embd / n_head
+    if hf.get("head_dim") is not None:
+        head_dim = need(hf, "head_dim", where)
     if head_dim * n_head != n_embd:
         raise UserError(f"{where}: {n_head} heads of {head_dim:g} do not make a width of {n_embd}")
-    window = hf.get("sliding_window")
-    if window is not None and window < context:
-        raise UserError(f"{where}: sliding-window attention ({window}) is not supported")
+    if hf.get("sliding_window") is not None and need(hf, "sliding_window", where) < context:
+        raise UserError(f"{where}: sliding-window attention ({hf['sliding_window']}) is not "
+                        "supported")
     # transformers 5 keeps everything about rope in one dict, older files in two keys
-    rope = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", hf.get("rope_theta", 10000.0))
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{where}: the rope settings must be an object, not {rope!r}")
+    theta = _positive({"rope_theta": hf.get("rope_theta", 10000.0), **rope}, "rope_theta", None,
+                      where)
+    rope = {key: value for key, value in rope.items() if key != "rope_theta"}
     _require(rope, where, partial_rotary_factor=1.0)
     try:
         scaling = None if check_scaling(rope) == "default" else rope
@@ -190,10 +233,10 @@ def _llama_config(hf, where):
         n_inner=need(hf, "intermediate_size", where),
         bias=False,
         position="rope",
-        rope_theta=float(theta),
+        rope_theta=theta,
         rope_scaling=scaling,
         norm="rmsnorm",
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        norm_eps=_positive(hf, "rms_norm_eps", 1e-6, where),
         mlp="swiglu",
         tie_embeddings=hf.get("tie_word_embeddings", False),
     )
@@ -208,44 +251,25 @@ def config_to_hf(config):
     if config.position == "learned":
         _expressible(config, "GPT-2", norm="layernorm", kv_heads=config.n_head,
                      mlp=("gelu", "gelu_tanh"))
-        return dict(
+        attention_dropout = config.attention_dropout
+        names, rest = GPT2_KEYS, dict(
             architectures=["GPT2LMHeadModel"],
             model_type="gpt2",
-            vocab_size=config.vocab_size,
-            n_positions=config.block_size,
-            n_embd=config.n_embd,
-            n_layer=config.n_layer,
-            n_head=config.n_head,
-            n_inner=config.inner,
             activation_function={"gelu": "gelu", "gelu_tanh": "gelu_new"}[config.mlp],
-            layer_norm_epsilon=config.norm_eps,
-            resid_pdrop=config.dropout,
-            embd_pdrop=config.dropout,
-            attn_pdrop=config.dropout if config.attention_dropout is None
-            else config.attention_dropout,
-            tie_word_embeddings=config.tie_embeddings,
+            attn_pdrop=config.dropout if attention_dropout is None else attention_dropout,
         )
-    _expressible(config, "Llama", position="rope", norm="rmsnorm", mlp="swiglu", bias=False)
-    if config.rope_scaling and check_scaling(config.rope_scaling) == "factors":
-        raise UserError("export: rope_scaling 'factors' cannot be said in a Llama config.json")
-    return dict(
-        architectures=["LlamaForCausalLM"],
-        model_type="llama",
-        vocab_size=config.vocab_size,
-        max_position_embeddings=config.block_size,
-        hidden_size=config.n_embd,
-        intermediate_size=config.inner,
-        num_hidden_layers=config.n_layer,
-        num_attention_heads=config.n_head,
-        num_key_value_heads=config.kv_heads,
-        hidden_act="silu",
-        rms_norm_eps=config.norm_eps,
-        rope_theta=config.rope_theta,
-        rope_scaling=config.rope_scaling,
-        attention_bias=False,
-        mlp_bias=False,
-        tie_word_embeddings=config.tie_embeddings,
-    )
+    else:
+        _expressible(config, "Llama", position="rope", norm="rmsnorm", mlp="swiglu", bias=False)
+        if config.rope_scaling and check_scaling(config.rope_scaling) == "factors":
+            raise UserError("export: rope_scaling 'factors' cannot be said in a Llama config.json")
+        names, rest = LLAMA_KEYS, dict(
+            architectures=["LlamaForCausalLM"],
+            model_type="llama",
+            hidden_act="silu",
+            attention_bias=False,
+            mlp_bias=False,
+        )
+    return rest | {theirs: getattr(config, ours) for theirs, ours in names.items()}
 
 
 def _expressible(config, family, **expected):

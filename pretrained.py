@@ -38,8 +38,15 @@ def load_pretrained(name_or_dir, device="cpu", dtype=torch.float32, **overrides)
     """
     weights = open_weights(find_pretrained(name_or_dir))
     config, block_size = _config(weights, overrides)
-    model = _empty_model(config, device, dtype)
-    _fill(model, weights)
+    try:
+        with torch.device("meta"):  # shapes alone
+            model = GPT(config)
+    except RuntimeError as error:
+        raise UserError(f"{weights.path}: no tensor can be of the announced sizes ({error})"
+                        ) from None
+    places = _places(model, weights)
+    model = _allocate(model, device, dtype)
+    _fill(model, weights, places)
     if block_size < config.block_size:
         model.crop_block_size(block_size)
     return model.eval()
@@ -185,48 +192,64 @@ def _config(weights, overrides):
     elif not 0 < block_size <= settings["block_size"]:
         raise UserError(f"block_size={block_size}: {weights.path} has learned positions for 1 to "
                         f"{settings['block_size']} tokens")
-    return GPTConfig(**{**settings, **overrides}), block_size
+    config = GPTConfig(**{**settings, **overrides})
+    count = len(weights.names())
+    if config.n_layer > count:
+        raise UserError(f"{weights.path}: {config.n_layer} layers are announced, and the file "
+                        f"has {count} tensors in all")
+    return config, block_size
 
 
-def _empty_model(config, device, dtype):
-    """A GPT whose parameters are allocated and not yet filled."""
-    with torch.device("meta"):
-        model = GPT(config)
-    if config.tie_embeddings:  # to_empty would give the two names a tensor each
+def _allocate(model, device, dtype):
+    """A GPT on the meta device -> the same with parameters allocated and not yet filled."""
+    if model.config.tie_embeddings:  # to_empty would give the two names a tensor each
         model.lm_head.weight = None
     model = model.to(dtype).to_empty(device=device)
-    if config.tie_embeddings:
+    if model.config.tie_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
     return model
 
 
-@torch.no_grad()
-def _fill(model, weights):
-    """Copy every tensor to its rows; UserError for missing, left over or misshapen ones."""
-    pieces = weights.pieces(model.config)
-    parameters = dict(model.named_parameters())
-    wanted, found = {piece.theirs for piece in pieces}, weights.names()
+def _places(model, weights):
+    """The pieces that fill the model; UserError for missing, left over or misshapen tensors.
+
+    Before a byte is allocated: a damaged config.json may ask for any size.
+    """
+    pieces, found = weights.pieces(model.config), weights.names()
+    wanted = {piece.theirs for piece in pieces}
     if model.config.tie_embeddings and "lm_head.weight" in found:
-        _check_tied(weights, next(piece.theirs for piece in pieces))
+        _check_tied(weights, pieces[0].theirs)
         found = found - {"lm_head.weight"}
     _name_some(sorted(wanted - found), f"{weights.path}: tensor %s is missing")
     _name_some(sorted(found - wanted), f"{weights.path}: tensor %s is not part of such a model")
-    filled = 0
+    parameters = dict(model.named_parameters())
     for piece in pieces:
-        target = parameters[piece.ours]
-        if piece.rows is not None:
-            target = target[piece.rows[0]:piece.rows[1]]
-        if piece.transposed:
-            target = target.t()
-        shape = weights.shape(piece.theirs)
-        if shape != target.shape:
+        shape, needed = weights.shape(piece.theirs), _place(parameters, piece).shape
+        if shape != needed:
             raise UserError(f"{weights.path}: tensor {piece.theirs} has shape {list(shape)}, the "
-                            f"model needs {list(target.shape)}")
+                            f"model needs {list(needed)}")
+    return pieces
+
+
+def _place(parameters, piece):
+    """The part of our parameters, in their orientation, that a piece fills."""
+    place = parameters[piece.ours]
+    if piece.rows is not None:
+        place = place[piece.rows[0]:piece.rows[1]]
+    return place.t() if piece.transposed else place
+
+
+@torch.no_grad()
+def _fill(model, weights, pieces):
+    """Copy every tensor to its place, one at a time."""
+    parameters, filled = dict(model.named_parameters()), 0
+    for piece in pieces:
         tensor = weights.read(piece.theirs)
         if piece.paired_heads:
             tensor = halves_apart(tensor, piece.paired_heads)
-        target.copy_(tensor)
-        filled += target.numel()
+        place = _place(parameters, piece)
+        place.copy_(tensor)
+        filled += place.numel()
     assert filled == sum(parameter.numel() for parameter in parameters.values())
 
 

@@ -6,22 +6,19 @@ logits; what neither can express is an error that names the setting.
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 from errors import UserError
 from hf_weights import config_to_hf, hf_pieces
 
 SHARD_BYTES = 5 * 2**30
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-              "chat_template.jinja", "generation_config.json")
 
 
-def export_pretrained(model, directory, tokenizer_dir=None):
+def export_pretrained(model, directory):
     """Write `directory`/config.json and model.safetensors (shards and index beyond 5 GiB).
 
-    model: a GPT in any floating dtype, with plain weights (not int4). tokenizer_dir: a folder
-    whose tokenizer files are copied beside them. Returns the directory as a Path.
+    model: a GPT in any floating dtype, with plain weights (not int4). Returns the directory as a
+    Path; the tokenizer's files are pretrained_text.copy_text_files's business.
     Raises UserError, with nothing written, where transformers has no such architecture.
     """
     config = config_to_hf(model.config)
@@ -42,10 +39,6 @@ def export_pretrained(model, directory, tokenizer_dir=None):
     else:
         index_file.unlink(missing_ok=True)  # an older export's index would name its shards
     _write_json(directory / "config.json", config)
-    for name in TEXT_FILES if tokenizer_dir else ():
-        source, target = Path(tokenizer_dir) / name, directory / name
-        if source.exists() and source.resolve() != target.resolve():
-            shutil.copyfile(source, target)
     return directory
 
 

@@ -1,5 +1,6 @@
 """The text side of a published model: tokenizer, tokens that end a text, chat format."""
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,6 +9,9 @@ from dataset import load_tokenizer
 from errors import UserError
 from gguf_weights import GGUFWeights, write_text_files
 from pretrained import find_pretrained, open_weights, read_json
+
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+              "chat_template.jinja", "generation_config.json")
 
 
 @dataclass
@@ -68,6 +72,23 @@ def load_pretrained_text(name_or_dir):
     raise UserError(f"{folder} has no tokenizer.json: copy the model's own into it")
 
 
+def copy_text_files(name_or_dir, folder):
+    """Put the tokenizer's files of a published model, named as above, into a folder.
+
+    A GGUF file's own are written out; a model without any (GPT-2 from safetensors alone) has none.
+    """
+    path = find_pretrained(name_or_dir)
+    source, folder = path if path.is_dir() else path.parent, Path(folder)
+    if not (source / "tokenizer.json").exists():
+        weights = open_weights(path)
+        if isinstance(weights, GGUFWeights):
+            write_text_files(weights.metadata, folder, weights.path)
+        return
+    for name in TEXT_FILES:
+        if (source / name).exists() and source.resolve() != folder.resolve():
+            shutil.copyfile(source / name, folder / name)
+
+
 def _read_folder(folder):
     def read(name):
         return read_json(folder / name) if (folder / name).exists() else {}
@@ -77,9 +98,16 @@ def _read_folder(folder):
     if ends is None:
         ends = read("config.json").get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    special = {name: settings[name] for name in ("bos_token", "eos_token") if settings.get(name)}
-    special = {name: token["content"] if isinstance(token, dict) else token
-               for name, token in special.items()}
+    if not all(type(end) is int for end in ends):
+        raise UserError(f"{folder}: eos_token_id must be a token's number or a list, not {ends}")
+    special = {}
+    for name in ("bos_token", "eos_token"):
+        token = settings.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None and not isinstance(token, str):
+            raise UserError(f"{folder}/tokenizer_config.json: {name} must be a text, not {token!r}")
+        if token:
+            special[name] = token
     file = (folder / "tokenizer.json").resolve()
     tokenizer = load_tokenizer({"tokenizer": "file", "path": str(file)})
     return PretrainedText(tokenizer, tuple(ends), _template(folder, settings), special)
@@ -90,6 +118,8 @@ def _template(folder, settings):
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     template = settings.get("chat_template")
     if isinstance(template, list):  # several by name: [{"name": ..., "template": ...}]
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        template = {entry.get("name"): entry.get("template") for entry in entries}.get("default")
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{folder}/tokenizer_config.json: chat_template must be a text")
     return template

@@ -25,7 +25,7 @@ from int4 import GROUP_SIZES, Int4Linear, quantize_, storage_bits
 from int4_files import load_int4, save_int4
 from pretrained import load_pretrained
 from pretrained_export import export_pretrained
-from pretrained_text import PretrainedText, load_pretrained_text
+from pretrained_text import PretrainedText, copy_text_files, load_pretrained_text
 from runtime import setup_runtime
 
 RULE = "-" * 15  # between samples, as nanoGPT prints it
@@ -70,8 +70,9 @@ def main(argv=None):
         dtype = torch.bfloat16  # what the 4-bit kernel reads
     model, text, notes = load(settings, dtype)
     if settings.export:
-        source = Path(settings.init_from)
-        folder = export_pretrained(model, settings.export, source if source.is_dir() else None)
+        folder = export_pretrained(model, settings.export)
+        if "init_from" in notes:
+            copy_text_files(notes["init_from"], folder)
         return print(f"exported to {folder}")
     if settings.attention_policy:
         set_policy(model, settings.attention_policy)

@@ -1,13 +1,23 @@
-"""What 4-bit weights and quantised keys and values cost in validation loss.
+"""What 4-bit weights and quantised keys and values cost: loss, and divergence from the exact model.
 
-    python experiments/generation_quality.py --out_dir=out-shakespeare-char
+    python train.py config/train_shakespeare_char.py --optimizer_variant=muonsn8
+    python data/smollm2/prepare.py
+    PYTHONPATH=.cache/peers python experiments/generation_quality.py
 
-The whole validation split in blocks of block_size. Weights: every linear layer rounded, the head's
-copy too, by minimum and maximum, by clipping range (weights alone), and calibrated on a text the
-model writes itself, with three seeds. Keys and values: each block decoded token by token from a
-cache, so that every prediction sees quantised rows but for the newest RECENT.
+Two models: the character model in `out_dir`, over its whole validation split, and SmolLM2-135M over
+the first `windows` windows of `tokens` tokens of the same split's text. Every linear layer is
+rounded, the head's copy too:
 
-Writes results/generation_quality.csv: loss and its change, in nats a token.
+    minimum and maximum   16 equal steps from the least to the greatest weight of a group
+    torchao, torchao HQQ  torchao's 4-bit weights for CPUs, where it can be imported
+    clipping range        ours from the weights alone (int4_rounding.fit_groups)
+    calibrated            ours on a text that the model writes itself, once for each seed
+
+Keys and values: each window decoded token by token from a cache, so that every prediction sees
+quantised rows but for the newest RECENT; SmolLM2's predictions count from CONTEXT tokens on.
+
+Writes results/generation_quality.csv: mean loss, its change and the Kullback-Leibler divergence
+from the exact model's predictions, in nats a token.
 """
 
 import copy
@@ -24,101 +34,183 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoint import load_checkpoint, model_from_checkpoint
 from configurator import parse_config
 from dataset import load_dataset
-from errors import exit_cleanly
+from errors import UserError, exit_cleanly
 from experiments.common import RESULTS, provenance, write_csv
 from generation import calibration
-from int4 import GROUP_SIZES, dequantize, quantize_, storage_bits
+from int4 import GROUP_SIZES, dequantize, quantize_
 from kv_cache import build_cache
+from pretrained import load_pretrained
+from pretrained_text import load_pretrained_text
 
-ROWS = 256  # blocks at a time
+ROWS = 256  # blocks of the character model at a time
+CONTEXT = 512  # tokens before SmolLM2's first counted prediction from quantised keys and values
+TOKENS = 4096  # whose logits are held at a time
+KV_BITS = (None, 8, 4)  # the exact cache first
 
 
 @dataclass
 class Settings:
     out_dir: str = "out-shakespeare-char"  # whose ckpt.pt is measured
-    dataset: str = "shakespeare_char"  # its data set
+    dataset: str = "shakespeare_char"  # its data set, whose text SmolLM2 reads too
     data_dir: str = "data"  # the folder of data sets
+    pretrained: str | None = "data/smollm2"  # published weights; None: leave them out
+    windows: int = 8  # of the text, for the published weights
+    tokens: int = 768  # in each window
+    seeds: int = 4  # calibration texts tried
     out: str = str(RESULTS / "generation_quality.csv")  # where the rows go
 
 
 def main(argv=None):
     settings, _ = parse_config(Settings, argv)
+    if settings.tokens <= CONTEXT or settings.windows < 1 or settings.seeds < 1:
+        raise UserError(f"tokens must be more than {CONTEXT}, windows and seeds at least 1")
     model = model_from_checkpoint(load_checkpoint(Path(settings.out_dir) / "ckpt.pt")).eval()
     dataset = load_dataset(settings.dataset, settings.data_dir)
     batches = list(dataset.full_split_batches("val", model.config.block_size, ROWS))
-    exact, rows = forward_loss(model, batches), []
-
-    def report(what, rule, group, bits, loss):
-        rows.append(dict(what=what, rule=rule, group=group, bits=bits, loss=round(loss, 5),
-                         change=round(loss - exact, 5)))
-        print(f"{what:8} {rule:22} group {group:4} {bits:5} bits: {loss:.5f} ({loss - exact:+.5f})",
-              flush=True)
-
-    report("weights", "exact", "", 32, exact)
-    for group in GROUP_SIZES:
-        if model.config.n_embd % group:
-            continue
-        report("weights", "minimum and maximum", group, 4 + 32 / group,
-               min_max_loss(model, group, batches))
-        for rule, seed in [("clipping range", None), *((f"calibrated, seed {s}", s)
-                                                       for s in range(3))]:
-            packed = copy.deepcopy(model)
-            quantize_(packed, group, seed is not None and calibration(packed, seed=seed))
-            report("weights", rule, group, storage_bits(packed), forward_loss(packed, batches))
-    for kv_bits in (None, 8, 4):
-        loss = decode_loss(model, batches, kv_bits)
-        report("kv cache", "exact" if kv_bits is None else "minimum and maximum",
-               "" if kv_bits is None else model.config.head_dim // 2, kv_bits or 32, loss)
+    rows = measure("characters", model, batches, 0, settings.seeds)
+    if settings.pretrained:
+        model = load_pretrained(settings.pretrained)
+        text = dataset.tokenizer.decode(dataset.split("val").tolist())
+        ids = load_pretrained_text(settings.pretrained).tokenizer.encode(text)
+        batches = windows(ids, settings.windows, settings.tokens)
+        rows += measure("SmolLM2-135M", model, batches, CONTEXT, settings.seeds)
     origin = provenance()
     write_csv(settings.out, [row | origin for row in rows])
     print(f"wrote {settings.out}")
 
 
-@torch.no_grad()
-def forward_loss(model, batches):
-    """Mean loss over the batches, from whole forwards."""
-    total = count = 0
-    for x, y in batches:
-        logits, _ = model(x)
-        total += F.cross_entropy(logits.flatten(0, 1).float(), y.flatten()).item() * y.numel()
-        count += y.numel()
-    return total / count
+def windows(ids, count, tokens):
+    """The first `count` windows of ids as one batch [(x, y)], each (count, tokens) int64."""
+    if len(ids) <= count * tokens:
+        raise UserError(f"the text has {len(ids)} tokens, {count} windows of {tokens} need more")
+    ids = torch.tensor(ids[:count * tokens + 1])
+    return [(ids[:-1].view(count, tokens), ids[1:].view(count, tokens))]
+
+
+def measure(name, model, batches, context, seeds):
+    """Rows (dicts) of every rounding of the model's weights, then of its keys and values."""
+    rows = []
+
+    def report(what, rule, group, bits, found, exact, seed=""):
+        loss, divergence = found
+        rows.append(dict(model=name, what=what, rule=rule, group=group, bits=bits, seed=seed,
+                         loss=round(loss, 5), change=round(loss - exact, 5),
+                         divergence=round(divergence, 5)))
+        print(f"{name:12} {what:8} {rule:22} group {group:4} {bits:5} bits: {loss:.5f} "
+              f"({loss - exact:+.5f}), divergence {divergence:.5f}", flush=True)
+
+    found = compare(model, model, batches)
+    exact = found[0]
+    report("weights", "exact", "", 32, found, exact)
+    for group in GROUP_SIZES:
+        if any(m.in_features % group for m in model.modules() if isinstance(m, nn.Linear)):
+            continue
+        bits = 4 + 32 / group
+        rounded = with_weights(model, lambda weight, group=group: min_max(weight, group))
+        report("weights", "minimum and maximum", group, bits, compare(rounded, model, batches),
+               exact)
+        for rule, rounding in torchao_rules(group).items():
+            rounded = with_weights(model, rounding)
+            report("weights", rule, group, 4 + 64 / group, compare(rounded, model, batches), exact)
+        rounded = quantize_(copy.deepcopy(model), group, calibrate=False)
+        report("weights", "clipping range", group, bits, compare(rounded, model, batches), exact)
+        for seed in range(seeds):
+            rounded = copy.deepcopy(model)
+            quantize_(rounded, group, calibration(rounded, seed=seed))
+            report("weights", "calibrated", group, bits, compare(rounded, model, batches), exact,
+                   seed)
+    found = decode(model, batches, context)
+    for kv_bits, one in zip(KV_BITS, found):
+        report("kv cache", "minimum and maximum" if kv_bits else "exact",
+               model.config.head_dim // 2 if kv_bits else "", kv_bits or 32, one, found[0][0])
+    return rows
 
 
 @torch.no_grad()
-def decode_loss(model, batches, kv_bits):
-    """The same, every token decoded from a KV cache."""
-    total = count = 0
+def compare(model, exact, batches):
+    """(mean loss, mean divergence from `exact`) of a model over the batches, in whole forwards."""
+    total = Sums()
+    for whole in batches:
+        rows = max(1, TOKENS // whole[0].size(1))
+        for x, y in zip(*(part.split(rows) for part in whole)):
+            log_p = exact(x, None)[0].float().log_softmax(-1)
+            log_q = log_p if model is exact else model(x, None)[0].float().log_softmax(-1)
+            total.add(log_p, log_q, y)
+    return total.means()
+
+
+@torch.no_grad()
+def decode(model, batches, context):
+    """The same for each of KV_BITS, every token decoded from a cache; counted from `context` on."""
+    totals = [Sums() for _ in KV_BITS]
     for x, y in batches:
-        cache = build_cache(model.config, len(x), x.size(1), kv_bits=kv_bits)
+        caches = [build_cache(model.config, len(x), x.size(1), kv_bits=bits) for bits in KV_BITS]
         for t in range(x.size(1)):
-            logits = model.decode_one_token(x[:, t:t + 1], cache)
-            total += F.cross_entropy(logits, y[:, t], reduction="sum").item()
-        count += y.numel()
-    return total / count
+            found = [model.decode_one_token(x[:, t:t + 1], cache) for cache in caches]
+            if t >= context:
+                found = [logits.float().log_softmax(-1) for logits in found]
+                for total, log_q in zip(totals, found):
+                    total.add(found[0], log_q, y[:, t])
+    return [total.means() for total in totals]
+
+
+class Sums:
+    """Loss and divergence so far."""
+
+    def __init__(self):
+        self.loss = self.divergence = self.count = 0
+
+    def add(self, log_p, log_q, y):
+        """log_p (exact), log_q: log probabilities (..., V); y (...) the tokens that came."""
+        self.loss -= log_q.gather(-1, y.unsqueeze(-1)).double().sum().item()
+        self.divergence += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
+        self.count += y.numel()
+
+    def means(self):
+        return self.loss / self.count, self.divergence / self.count
 
 
 @torch.no_grad()
-def min_max_loss(model, group, batches):
-    """Loss with every linear's weights rounded to 16 steps from least to greatest of a group."""
+def with_weights(model, rounding):
+    """A copy of the model whose linears hold rounding(weight); the head leaves its table alone."""
     rounded = copy.deepcopy(model)
     for name, linear in list(rounded.named_modules()):
         if isinstance(linear, nn.Linear):
             parent, _, child = name.rpartition(".")
-            replacement = copy.deepcopy(linear)  # the head leaves its table alone
-            replacement.weight = nn.Parameter(min_max(linear.weight, group))
+            replacement = copy.deepcopy(linear)
+            replacement.weight = nn.Parameter(rounding(linear.weight.detach()))
             setattr(rounded.get_submodule(parent), child, replacement)
-    return forward_loss(rounded, batches)
+    return rounded
 
 
 def min_max(weight, group):
     x = weight.unflatten(-1, (-1, group))
     low, high = x.aminmax(dim=-1)
-    scale = ((high - low) / 15).bfloat16()
+    scale = ((high - low) / 15).clamp(min=1e-8).bfloat16()
     zero = (low + 8 * scale.float()).bfloat16()
     codes = ((x - zero[..., None].float()) / scale[..., None].float() + 8).round().clamp(0, 15)
     scale_zero = torch.stack([scale.T, zero.T], dim=-1)
     return dequantize(codes.flatten(-2).to(torch.uint8), scale_zero, torch.float32)
+
+
+def torchao_rules(group):
+    """{rule: weight -> weight} of torchao's layout for CPUs, float32 scales and zeros."""
+    try:
+        from torchao.prototype.quantization.int4.int4_opaque_tensor import Int4OpaqueTensor
+        from torchao.quantization.quantize_.workflows import Int4ChooseQParamsAlgorithm
+    except ImportError:
+        print("torchao is not there: left out", flush=True)
+        return {}
+
+    def rounding(weight, algorithm):
+        N, K = weight.shape
+        padded = F.pad(weight, (0, 0, 0, -N % 64))  # its kernel takes whole blocks of rows
+        packed = Int4OpaqueTensor.from_hp(padded, [1, group], algorithm)
+        return F.linear(torch.eye(K), packed).T[:N].contiguous()
+
+    return {rule: lambda weight, kind=kind: rounding(weight, getattr(Int4ChooseQParamsAlgorithm,
+                                                                     kind))
+            for rule, kind in (("torchao", "TINYGEMM"), ("torchao HQQ", "HQQ"))}
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ figure in a sentence is `<!-- figure: NAME -->0.18<!-- end -->`. NAME is a funct
 registered with the CSV it reads; to add one, write one more function.
 """
 
+import math
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -224,11 +225,22 @@ def generation(rows):
 
 @table("generation_quality", "generation_quality.csv")
 def generation_quality(rows):
-    """Loss change of 4-bit weights and quantised K and V on a trained model."""
-    return markdown(["what", "rounded by", "group", "bits", "validation loss", "change"],
-                    [[row["what"], row["rule"], row["group"] or "–", f"{row['bits']:.2f}",
-                      f"{row['loss']:.4f}", f"{row['change']:+.4f}"] for row in rows]
-                    ) + made_on(rows[0])
+    """Loss change of 4-bit weights and quantised K and V; several seeds become mean ± spread."""
+    runs = {}
+    for row in rows:
+        runs.setdefault(tuple(row[k] for k in ("model", "what", "rule", "group", "bits")),
+                        []).append(row)
+    lines = []
+    for (model, what, rule, group, bits), found in runs.items():
+        loss, change, divergence = ([row[k] for row in found]
+                                    for k in ("loss", "change", "divergence"))
+        lines.append([model, what, rule + (f", {len(found)} texts" if len(found) > 1 else ""),
+                      group or "–", f"{bits:.2f}", f"{fmean(loss):.4f}",
+                      f"{fmean(change):+.4f}" + (f" ± {stdev(change):.4f}" if len(found) > 1
+                                                 else ""),
+                      f"{100 * math.expm1(fmean(change)):+.2f}%", f"{fmean(divergence):.4f}"])
+    return markdown(["model", "what", "rounded by", "group", "bits", "loss", "change",
+                     "perplexity", "divergence"], lines) + made_on(rows[0])
 
 
 @table("long_training", "long_training.csv")

@@ -87,16 +87,6 @@ def test_bfloat16_stays_bfloat16(tmp_path):
         assert torch.equal(parameter.float(), again[name]), name
 
 
-def test_tokenizer_travels_along(tmp_path):
-    source = tmp_path / "from"
-    source.mkdir()
-    (source / "tokenizer.json").write_text("{}")
-    folder = export_pretrained(random_model(**SMALL), tmp_path / "to", tokenizer_dir=source)
-    assert (folder / "tokenizer.json").read_text() == "{}"
-    export_pretrained(random_model(**SMALL), source, tokenizer_dir=source)  # onto itself
-    assert (source / "tokenizer.json").read_text() == "{}"
-
-
 @pytest.mark.parametrize("settings, words", [
     (dict(SMALL, n_kv_head=2), "kv_heads"),
     (dict(SMALL, position="none"), "position"),

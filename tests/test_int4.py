@@ -1,6 +1,7 @@
 """4-bit layers: packing, the three ways to multiply, storage, accuracy, files."""
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import int4
+import int4_rounding
 from errors import UserError
 from generation import calibration, generate
 from int4 import Int4Linear, quantize_, storage_bits
@@ -118,21 +120,74 @@ def test_rounding_to_inputs_keeps_the_outputs():
     weight = linear(96, 128).weight.detach()
     x = torch.randn(500, 24) @ torch.randn(24, 128) + 0.1 * torch.randn(500, 128)
     want = x @ weight.T
+    errors = [(x @ back(rounded).T - want).norm().item()
+              for rounded in (fit_groups(weight, 32), round_to_inputs(weight, 32, x))]
+    assert errors[1] < 0.3 * errors[0]
+
+
+def back(rounded):
+    """The float32 weights (N, K) that (codes, scale, zero) stand for."""
+    codes, scale, zero = rounded
+    return int4.dequantize(codes, torch.stack([scale.T, zero.T], -1), torch.float32)
+
+
+def test_rounding_makes_up_for_what_earlier_layers_lost():
+    weight = linear(96, 128).weight.detach()
+    exact = torch.randn(2000, 24) @ torch.randn(24, 128) + 0.3 * torch.randn(2000, 128)
+    x = exact + 0.5 * torch.randn(2000, 128)  # as if through rounded layers
+    want = exact @ weight.T
+    own, both = (torch.dist(x @ back(round_to_inputs(weight, 32, x, e)).T, want)
+                 for e in (None, exact))
+    assert both < 0.8 * own
+    same = torch.dist(exact @ back(round_to_inputs(weight, 32, exact, exact)).T, want)
+    assert same == torch.dist(exact @ back(round_to_inputs(weight, 32, exact)).T, want)
+
+
+def test_each_sweep_lowers_the_error(monkeypatch):
+    """Never raised by any sweep, in float64, scales and zeros as bfloat16 holds them."""
+    weight = linear(70, 128).weight.detach()
+    x = torch.randn(600, 128) @ torch.randn(128, 128)
     errors = []
-    for codes, scale, zero in (fit_groups(weight, 32), round_to_inputs(weight, 32, x)):
-        back = int4.dequantize(codes, torch.stack([scale.T, zero.T], -1), torch.float32)
-        errors.append((x @ back.T - want).norm().item())
-    assert errors[1] < 0.6 * errors[0]
+    for sweeps in (0, 1, 2, 5, 20):
+        monkeypatch.setattr(int4_rounding, "SWEEPS", sweeps)
+        lost = back(round_to_inputs(weight, 32, x)) - weight
+        gram = (x.T @ x / len(x)).double()
+        gram.diagonal().add_(int4_rounding.DAMPING * gram.diagonal().mean())
+        errors.append((lost.double() @ gram * lost).sum(1))
+    for before, after in itertools.pairwise(errors):
+        assert (after <= before * (1 + 1e-5)).all()
+    assert errors[2].sum() < 0.9 * errors[0].sum()
+
+
+def test_calibration_compares_with_the_exact_model():
+    """The run's first half passes through untouched layers, the second through rounded ones."""
+    model = make_model()
+    x = torch.randn(6, 32, 64)
+    with torch.no_grad():
+        want = model.transformer.h[0].plain(x)
+    found = []
+
+    def calibrate():
+        found.append(model.transformer.h[0].plain(torch.cat([x, x])))
+
+    quantize_(model, 32, calibrate)
+    exact, rounded = found[0].chunk(2)
+    torch.testing.assert_close(exact, want)
+    assert 1e-4 < relative(rounded, want) < 0.1
+    with torch.no_grad():
+        assert relative(model.transformer.h[0].plain(x), rounded) < 1e-5
 
 
 def test_degenerate_weights_and_inputs():
     constant = torch.full((16, 64), 0.25)
-    for codes, scale, zero in (fit_groups(constant, 32), fit_groups(constant * 0, 32),
-                               round_to_inputs(constant, 32, torch.zeros(10, 64)),
-                               round_to_inputs(constant, 32, torch.ones(10, 64))):
-        back = int4.dequantize(codes, torch.stack([scale.T, zero.T], -1), torch.float32)
-        assert torch.isfinite(back).all() and (back - back[0, 0]).abs().max() < 1e-3
-        assert abs(back[0, 0].item()) in (0.0, 0.25) or abs(back[0, 0].item() - 0.25) < 2e-3
+    zeros, ones = torch.zeros(10, 64), torch.ones(10, 64)
+    for rounded in (fit_groups(constant, 32), fit_groups(constant * 0, 32),
+                    round_to_inputs(constant, 32, zeros), round_to_inputs(constant, 32, ones),
+                    round_to_inputs(constant, 32, zeros, ones),
+                    round_to_inputs(constant, 32, ones, ones)):
+        found = back(rounded)
+        assert torch.isfinite(found).all() and (found - found[0, 0]).abs().max() < 1e-3
+        assert abs(found[0, 0].item()) in (0.0, 0.25) or abs(found[0, 0].item() - 0.25) < 2e-3
 
 
 @pytest.mark.parametrize("group_size,bits", [(32, 5.0), (64, 4.5), (128, 4.25)])

@@ -201,6 +201,10 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, damage, words):
     (dict(n_head=5), "n_head=5"),
     (dict(n_layer=0), "n_layer"),
     (dict(n_embd="24"), "n_embd"),
+    (dict(activation_function=["gelu"]), r"\['gelu'\]"),
+    (dict(layer_norm_epsilon="small"), "layer_norm_epsilon must be a positive number"),
+    (dict(vocab_size=10**12), r"wte.weight has shape \[61, 24\], .* \[1000000000000, 24\]"),
+    (dict(n_layer=10**12), "1000000000000 layers are announced"),
     (dict(quantization_config={"bits": 4}), "quantised"),
 ])
 def test_unsupported_gpt2_configs(tmp_path, changes, words):
@@ -216,6 +220,12 @@ def test_unsupported_gpt2_configs(tmp_path, changes, words):
     (dict(hidden_act="relu"), "hidden_act"),
     (dict(model_type="mistral", sliding_window=32), "sliding-window"),
     (dict(num_key_value_heads=3), "n_kv_head=3"),
+    (dict(head_dim="x"), "head_dim must be a positive whole number, not 'x'"),
+    (dict(sliding_window=[4]), "sliding_window"),
+    (dict(rope_scaling=3), "the rope settings must be an object, not 3"),
+    (dict(rope_theta="1e4"), "rope_theta must be a positive number, not '1e4'"),
+    (dict(rope_parameters=dict(rope_theta=0.0)), "rope_theta must be a positive number"),
+    (dict(hidden_size=4 * 10**11, num_hidden_layers=1), "no tensor can be"),
 ])
 def test_unsupported_llama_configs(tmp_path, changes, words):
     write_folder(tmp_path, {**LLAMA, "model_type": "llama", **changes}, {"x": torch.ones(1)})

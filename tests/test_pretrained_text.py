@@ -12,7 +12,7 @@ import pytest
 from pretrained_files import gpt2_config, gpt2_tensors, write_folder
 
 from errors import UserError
-from pretrained_text import PretrainedText, load_pretrained_text
+from pretrained_text import PretrainedText, copy_text_files, load_pretrained_text
 
 tokenizers = pytest.importorskip("tokenizers")
 TEMPLATE = ("{% for message in messages %}<s>{{ message['role'] }}:{{ message['content'] }}</s>\n"
@@ -108,6 +108,22 @@ def test_damaged_tokenizer(tmp_path):
         load_pretrained_text(folder)
 
 
+@pytest.mark.parametrize("file, content, words", [
+    ("generation_config.json", {"eos_token_id": "end"}, "eos_token_id must be a token's number"),
+    ("tokenizer_config.json", {"bos_token": 3}, "bos_token must be a text, not 3"),
+    ("tokenizer_config.json", {"chat_template": 3}, "chat_template must be a text"),
+    ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}, None),
+])
+def test_settings_that_are_something_else(tmp_path, file, content, words):
+    folder = model_folder(tmp_path)
+    (folder / file).write_text(json.dumps(content))
+    if words is None:
+        assert load_pretrained_text(folder).template is None
+        return
+    with pytest.raises(UserError, match=words):
+        load_pretrained_text(folder)
+
+
 def test_gguf_brings_its_own_text(tmp_path):
     pytest.importorskip("gguf")
     from test_gguf import gguf_llama, toy_vocabulary
@@ -121,6 +137,26 @@ def test_gguf_brings_its_own_text(tmp_path):
         assert text.tokenizer.decode(text.tokenizer.encode("he he")) == "he he"
         assert text.chat("he") == "<s>user:he</s>\n<s>assistant:"
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]  # nothing left behind
+
+
+def test_text_files_travel_along(tmp_path):
+    pytest.importorskip("gguf")
+    from test_gguf import gguf_llama, toy_vocabulary
+
+    folder, end = model_folder(tmp_path / "from"), {"eos_token_id": 3}
+    (folder / "generation_config.json").write_text(json.dumps(end))
+    to = tmp_path / "to"
+    to.mkdir()
+    copy_text_files(folder, to)
+    copy_text_files(folder, folder)  # onto itself
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert (to / name).read_bytes() == (folder / name).read_bytes()
+    assert not (to / "model.safetensors").exists()
+    file = gguf_llama(tmp_path / "tiny.gguf", changes=toy_vocabulary())  # brings its own
+    copy_text_files(file, to)
+    assert (to / "tokenizer.json").read_bytes() != (folder / "tokenizer.json").read_bytes()
+    vocabulary = json.loads((to / "tokenizer.json").read_text())["model"]["vocab"]
+    assert list(vocabulary) == toy_vocabulary()["tokenizer.ggml.tokens"]
 
 
 def prepare_smollm2(tmp_path, **environment):
