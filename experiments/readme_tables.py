@@ -206,6 +206,21 @@ def optimizers(rows):
           f"{row['learning_rate']:g} / {row['embedding_lr']:g}"] for row in rows])
 
 
+@table("optimizer_speed", "optimizer_speed.csv")
+def optimizer_speed(rows):
+    """One step on 124M parameters against torch's fused AdamW, and the bytes of state."""
+    devices = dict.fromkeys(row["device"] for row in rows)
+    parts = []
+    for device in devices:
+        mine = [row for row in rows if row["device"] == device]
+        parts.append(markdown(
+            ["optimizer", "a step", "of fused AdamW's", "state, bytes a parameter"],
+            [[f"`{row['variant']}`", f"{row['step_ms']:.3g} ms", f"{row['ratio']:.2f}×",
+              f"{row['state_bytes'] / row['parameters']:.2f}"]
+             for row in sorted(mine, key=lambda row: row["ratio"])]) + made_on(mine[0]))
+    return "\n\n".join(parts)
+
+
 @table("generation", "generation.csv")
 def generation(rows):
     """Tokens a second, one column a context length."""
@@ -221,6 +236,21 @@ def generation(rows):
           f"{found[who, weights, kv, contexts[0]]['GB_per_s']:.1f} of "
           f"{found[who, weights, kv, contexts[0]]['memory_GB_per_s']:.0f} GB/s"]
          for who, weights, kv in kinds]) + made_on(rows[0])
+
+
+@table("generation_gpu", "generation.csv")
+def generation_gpu(rows):
+    """Decoding on a GPU: tokens a second in all, bytes a second, and the peak."""
+    rows = [row for row in rows if row["part"] == "gpu" and row["tokens_per_s"]]
+    rows.sort(key=lambda row: (row["batch"], row["context"], row["contestant"]))
+    return markdown(
+        ["context", "batch", "who", "weights", "K and V", "tokens/s", "read, of the memory's speed",
+         "peak"],
+        [[f"{row['context']:,}", row["batch"], row["contestant"], row["weights"], row["kv"],
+          f"{row['tokens_per_s']:,.0f}",
+          f"{row['GB_per_s']:,.0f} of {row['memory_GB_per_s']:,.0f} GB/s",
+          megabytes(row["peak_MB"]) if row["peak_MB"] else "–"] for row in rows]
+    ) + made_on(rows[0])
 
 
 @table("generation_quality", "generation_quality.csv")
