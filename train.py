@@ -32,6 +32,7 @@ from configurator import config_dict, parse_config, save_config
 from dataset import load_dataset
 from errors import UserError
 from optimizer_setup import lr_factor, make_optimizer
+from processor import keep_freed_memory
 from runtime import (
     DATA_STREAM,
     StopSignal,
@@ -127,6 +128,8 @@ def main(argv=None):
         checkpoint = load_checkpoint(checkpoint_to_resume(settings.out_dir))
         settings = resumed_settings(settings, given, checkpoint)
     runtime = setup_runtime(settings.device, settings.dtype, settings.seed, settings.backend)
+    if runtime.device_type == "cpu":
+        keep_freed_memory()
     trainer = None
     try:
         trainer = Trainer(settings, given, runtime, checkpoint)
