@@ -28,8 +28,8 @@ $(DATA)/meta.json: | $(READY)
 	$(BIN)/python $(DATA)/prepare.py
 
 $(OUT)/.trained: | $(READY) $(DATA)/meta.json
-	$(BIN)/python train.py config/train_shakespeare_char.py --optimizer_variant=adamsn \
-	    --out_dir=$(OUT) --init_from=$(if $(wildcard $(OUT)/ckpt_last.pt),resume,scratch)
+	$(BIN)/python train.py config/train_shakespeare_char.py --out_dir=$(OUT) \
+	    --init_from=$(if $(wildcard $(OUT)/ckpt_last.pt),resume,scratch)
 	@touch $@
 
 demo: $(OUT)/.trained

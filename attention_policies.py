@@ -12,6 +12,8 @@ diagonal is ever computed.
 For KV caches while decoding, see kv_cache.py.
 """
 
+from functools import partial
+
 import torch
 from torch.nn import functional as F
 
@@ -26,9 +28,12 @@ POLICIES = {
 
 def attend(q, k, v, dropout=0.0):
     """Causal attention over whole sequences, one fused kernel: (B, H, T, D) -> (B, H, T, D)."""
-    grouped = q.size(1) != k.size(1)
-    return F.scaled_dot_product_attention(
-        q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=grouped)
+    causal = partial(F.scaled_dot_product_attention, dropout_p=dropout, is_causal=True,
+                     enable_gqa=q.size(1) != k.size(1))
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
+        with torch.autocast("cpu", enabled=False):
+            return causal(q.float(), k.float(), v.float()).to(q.dtype)
+    return causal(q, k, v)
 
 
 class RecomputedKV:

@@ -25,10 +25,12 @@ from adamsn import AdamSN
 from errors import UserError
 from optimizer_arithmetic import compute_dtype, mean_square
 from optimizer_core import COMMON_HELP, STACK_TOTAL, MemoryOptimizer, check_number
+from processor import fast_bfloat16
 from quantized_state import new_momentum, update_momentum
 
 # Jordan's quintic: takes singular values in (0, 1] to about [0.7, 1.2] in five steps.
 QUINTIC = (3.4445, -4.7750, 2.0315)
+BFLOAT16_SIDE = 64  # on the CPU smaller matrices are no faster in bfloat16
 
 
 class MuonSN(AdamSN):
@@ -155,8 +157,9 @@ def orthogonalize_blocks(matrices, group):
 def orthogonalize(matrices, steps=5):
     """The nearest semi-orthogonal matrices, roughly: singular values end in about [0.7, 1.2].
 
-    (N, n, m) -> (N, n, m) in the input's dtype. On CUDA the products are bfloat16; on the CPU they
-    keep the input's dtype. X <- a X + (b A + c A²) X with A = X Xᵀ (Jordan et al. 2024).
+    (N, n, m) -> (N, n, m) in the input's dtype. X <- a X + (b A + c A²) X with A = X Xᵀ (Jordan et
+    al. 2024). The products are bfloat16 on CUDA, and on CPUs with fast ones for float32 input of at
+    least BFLOAT16_SIDE rows and columns; elsewhere they keep the input's dtype.
     """
     a, b, c = QUINTIC
     dtype = matrices.dtype
@@ -164,11 +167,12 @@ def orthogonalize(matrices, steps=5):
     x = matrices.mT if tall else matrices
     norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
     x = x / norm.clamp_min_(torch.finfo(dtype).tiny ** 0.5)
-    if x.is_cuda:
+    narrow = dtype == torch.float32 and x.shape[1] >= BFLOAT16_SIDE
+    if x.is_cuda or x.device.type == "cpu" and narrow and fast_bfloat16():
         x = x.to(torch.bfloat16)
     for _ in range(steps):
         gram = torch.bmm(x, x.mT)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    x = x.to(dtype)
-    return x.mT.contiguous() if tall else x
+    x = x.mT if tall else x
+    return x.to(dtype, memory_format=torch.contiguous_format).contiguous()

@@ -34,6 +34,7 @@ from errors import UserError
 from evaluation import evaluate
 from memory import is_out_of_memory
 from optimizer_setup import check_param_dtype, lr_factor, make_optimizer
+from processor import keep_freed_memory
 from runtime import (
     DATA_STREAM,
     StopSignal,
@@ -129,6 +130,8 @@ def main(argv=None):
         settings = resumed_settings(settings, given, checkpoint)
     dtype = settings.dtype if settings.param_dtype == "float32" else settings.param_dtype
     runtime = setup_runtime(settings.device, dtype, settings.seed, settings.backend)
+    if runtime.device_type == "cpu":
+        keep_freed_memory()
     trainer = None
     try:
         trainer = Trainer(settings, given, runtime, checkpoint)

@@ -134,6 +134,24 @@ def test_autocast_tiles_stay_near_float32(policy):
     assert block.attn.c_attn.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("G", (1, 4))
+def test_autocast_without_tiles_stays_near_float32(G):
+    block, twin = block_pair(torch.float32, 30, n_kv_head=G)
+    x = torch.randn(2, 30, 32)
+    wide, narrow = x.double().requires_grad_(), x.bfloat16().requires_grad_()
+    expected = plain_block(twin, wide)
+    grad = torch.randn_like(expected)
+    expected.backward(grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(narrow)
+    y.backward(grad.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert relative_error(y, expected) < 2e-2 and relative_error(narrow.grad, wide.grad) < 2e-2
+    for found, wanted in zip(block.parameters(), twin.parameters()):
+        assert found.grad.dtype == torch.float32
+        assert relative_error(found.grad, wanted.grad) < 3e-2
+
+
 def test_residual_dropout_is_replayed_exactly():
     """The backward sees the forward's masks: its gradient is that of the very output it gave."""
     block, _ = block_pair(torch.float64, 9, attention_policy="recompute", q_chunk=4, dropout=0.5,

@@ -275,5 +275,13 @@ def test_our_config_files_load(path, train_settings):
 def test_the_seed_setup_leaves_learning_rates_to_the_optimizers(train_settings):
     config, given = parse_config(train_settings, [str(ROOT / "config/train_shakespeare_char.py")])
     shape = (config.n_layer, config.n_head, config.n_embd, config.block_size, config.batch_size)
-    assert shape == (4, 4, 128, 64, 12) and config.max_iters == 2000
-    assert not {"learning_rate", "min_lr", "embedding_lr", "optimizer_variant"} & set(given)
+    assert shape == (4, 4, 128, 64, 32) and config.optimizer_variant == "muonsn"
+    assert not {"learning_rate", "min_lr", "embedding_lr", "optimizer_options"} & set(given)
+
+
+@pytest.mark.parametrize("fast, dtype", [(True, "bfloat16"), (False, "auto")])
+def test_the_seed_setup_takes_bfloat16_where_the_processor_is_fast(monkeypatch, train_settings,
+                                                                   fast, dtype):
+    monkeypatch.setattr("processor.fast_bfloat16", lambda: fast)
+    config, _ = parse_config(train_settings, [str(ROOT / "config/train_shakespeare_char.py")])
+    assert config.dtype == dtype

@@ -152,6 +152,23 @@ def test_muonsn_singular_values_and_matched_rms():
     assert abs(p.detach().square().mean().sqrt() - 2e-3) < 1e-6  # lr times 0.2
 
 
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("shape", [(2, 64, 64), (3, 96, 64), (2, 64, 130), (2, 63, 200)])
+def test_muonsn_orthogonalizes_in_bfloat16_where_the_processor_is_fast(shape, fast, monkeypatch):
+    import muonsn
+
+    monkeypatch.setattr(muonsn, "fast_bfloat16", lambda: fast)
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    exact = muonsn.orthogonalize(x.double())
+    found = muonsn.orthogonalize(x)
+    assert exact.dtype == torch.float64 and found.dtype == torch.float32
+    assert found.is_contiguous() and found.shape == x.shape
+    error = (found - exact).norm() / exact.norm()
+    assert error < 3e-2
+    assert (error > 1e-4) == (fast and min(shape[1:]) >= muonsn.BFLOAT16_SIDE)
+
+
 @pytest.mark.parametrize("shape", [(24, 10), (7,), (2, 3, 4, 5), LARGE])
 @pytest.mark.parametrize("maximize", [False, True])
 def test_one_element_a_subset_is_torch_adamw(shape, maximize):
