@@ -36,10 +36,10 @@ def attend(q, k, v, dropout=0.0):
     return causal(q, k, v)
 
 
-class RecomputedKV:
+class RecomputedRows:
     """`recompute`: nothing is kept; rows of x (B, T, C) are projected when asked for.
 
-    project(x, start) -> (k, v) of those rows, (B, G, t, D) each.
+    project(x, start) -> (k, v) of those rows, (B, G, t, D) each; or, in backward, (q,).
     """
 
     def __init__(self, project, x, k_chunk):
@@ -49,8 +49,8 @@ class RecomputedKV:
         return self.project(self.x[:, start:stop], start)
 
 
-class StoredKV(RecomputedKV):
-    """`cache` and `grouped`: K and V of all rows, in two buffers (B, G, T, D).
+class StoredRows(RecomputedRows):
+    """`cache` and `grouped`: the same of all rows, in buffers (B, G, T, D).
 
     They are filled chunk by chunk, so that the projection's own temporaries stay small.
     """
@@ -58,22 +58,22 @@ class StoredKV(RecomputedKV):
     def __init__(self, project, x, k_chunk):
         super().__init__(project, x, k_chunk)
         for start in range(0, x.size(1), k_chunk):
-            k, v = project(x[:, start:start + k_chunk], start)
+            parts = project(x[:, start:start + k_chunk], start)
             if start == 0:
-                B, G, _, D = k.shape
+                B, G, _, D = parts[0].shape
                 # (B, T, G, D) in memory: the kernels read rows of all heads together
-                self.k, self.v = (k.new_empty(B, x.size(1), G, D).transpose(1, 2)
-                                  for _ in range(2))
-            self.k[:, :, start:start + k_chunk] = k
-            self.v[:, :, start:start + k_chunk] = v
+                self.parts = [part.new_empty(B, x.size(1), G, D).transpose(1, 2)
+                              for part in parts]
+            for whole, part in zip(self.parts, parts):
+                whole[:, :, start:start + k_chunk] = part
 
     def rows(self, start, stop):
-        return self.k[:, :, start:stop], self.v[:, :, start:stop]
+        return tuple(whole[:, :, start:stop] for whole in self.parts)
 
 
-def kv_source(policy, project, x, k_chunk):
-    """The KV source of a policy over x (B, T, C)."""
-    return (RecomputedKV if policy == "recompute" else StoredKV)(project, x, k_chunk)
+def row_source(policy, project, x, k_chunk):
+    """The source of a policy over x (B, T, C): of keys and values, or of queries in backward."""
+    return (RecomputedRows if policy == "recompute" else StoredRows)(project, x, k_chunk)
 
 
 def key_tiles(start, stop, k_chunk):

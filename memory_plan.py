@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 
 from loss import chunk_rows
-from tiled import default_chunk, tile_sizes
+from tiled import default_chunk, heads_at_once, tile_sizes
 
 RESERVE = 0.1  # of the memory at hand, left free in advice
 
@@ -61,13 +61,11 @@ def predict_training_peak(config, B, T, element_size=4, device_type="cpu"):
     else:
         b, q, k = sizes
         saved = lse + (0 if config.offload else row if config.checkpoint_layers else 2 * row)
-        # gradients of output and input, dk and dv in float32 (at g = 1 dk lies in the input's)
-        kv_gradients = row if g == 1 and element_size == 4 else 2 / g * C * 4
-        kept = 0 if config.attention_policy == "recompute" else 2 / g * row
-        working = ((2 + 2 * config.offload) * B * row
-                   + b * (kv_gradients + kept)) * T
-        scratch = (b * _backward_scratch(config, q, k, device_type) * row
-                   + layer_weights * 4 * 5 / 3)  # sums, and the MLP's share of one tile's
+        # gradients of output and input, and the multiple that stands for attention's output
+        working = ((2 + 2 * config.offload) * B * row + b * lse) * T
+        working += b * row * T if config.checkpoint_layers else 0  # attention's output, again
+        scratch = b * _backward_peak(config, T, b, q, k, element_size, device_type)
+        scratch += layer_weights * 4 * 4 / 3  # sums, and the MLP's share of one tile's
     workspace = _workspace(config, sizes[1] if sizes else T, device_type)
     head = V * C * 4  # float32 gradient of the tied head
     copies = 1 if device_type == "cuda" else 3  # logits, softmax and their temporaries
@@ -162,11 +160,21 @@ def _forward_scratch(config, q, k):
     return max(attending, inside_mlp, filling)
 
 
-def _backward_scratch(config, q, k, device_type):
-    """The same for a tile's backward; on CUDA its MLP is not cut further."""
+def _backward_peak(config, T, b, q, k, element_size, device_type):
+    """Bytes a sequence that backward's worse phase (tiled_backward.py) holds for a time."""
     g, r = _ratios(config)
-    inside_mlp = (8 + 2 / g) * q + (0.75 * (3 + 3 * r) * q if device_type == "cuda" else 0)
-    return max(inside_mlp, 9 * q + (1 + 4 / g) * k)
+    row = config.n_embd * element_size
+    wide = 4 / element_size  # float32 beside numbers of the stream
+    kept = 0 if config.attention_policy == "recompute" else 2 / g * T
+    attending = kept + _forward_scratch(config, q, k) if config.checkpoint_layers else 0
+    mlp_rows = q if device_type == "cuda" else q / 4
+    inside_mlp = kept * config.checkpoint_layers + (3 + 3 * r) * mlp_rows
+    heads = heads_at_once(config, T, q, b, device_type)
+    share = heads / config.kv_heads
+    stored = config.attention_policy != "recompute" or share < 1
+    attention = share * (wide + stored) * T  # dq and the queries of some heads
+    attention += q + share * ((1 + (4 + 2 * wide) / g) * q + 4 * k)
+    return max(attending, inside_mlp, attention) * row
 
 
 def _workspace(config, rows, device_type):

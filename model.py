@@ -139,25 +139,50 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def project_qkv(self, x, positions):
+    def project_qkv(self, x, positions, heads=None):
         """Queries, keys and values of some rows.
 
-        x: (B, t, C), already normed; positions: (t,) or (B, t) int64, for rope.
+        x: (B, t, C), already normed; positions: (t,) or (B, t) int64, for rope; heads: a range
+        (first, stop) of key/value heads, for those and their queries alone.
         Returns q (B, H, t, D), k (B, G, t, D), v (B, G, t, D), rope applied.
         """
-        q, k, v = self.c_attn(x).split(self.c_attn.row_blocks, dim=-1)
+        if heads:
+            q, k, v = self._some_heads(x, heads, 0, 3)
+        else:
+            q, k, v = self.c_attn(x).split(self.c_attn.row_blocks, dim=-1)
         q, k, v = (self._heads(part) for part in (q, k, v))
         return self._rotate(q, positions), self._rotate(k, positions), v
 
-    def project_q(self, x, positions):
+    def project_q(self, x, positions, heads=None):
         """Queries alone: x (B, t, C) -> (B, H, t, D)."""
-        return self._rotate(self._heads(self._rows(x, 0, self.config.n_embd)), positions)
+        if heads:
+            (q,) = self._some_heads(x, heads, 0, 1)
+        else:
+            q = self._rows(x, 0, self.config.n_embd)
+        return self._rotate(self._heads(q), positions)
 
-    def project_kv(self, x, positions):
+    def project_kv(self, x, positions, heads=None):
         """Keys and values alone: x (B, t, C) -> two of (B, G, t, D)."""
         C, kv_width, _ = self.c_attn.row_blocks
-        k, v = self._rows(x, C, C + 2 * kv_width).split(kv_width, dim=-1)
+        if heads:
+            k, v = self._some_heads(x, heads, 1, 3)
+        else:
+            k, v = self._rows(x, C, C + 2 * kv_width).split(kv_width, dim=-1)
         return self._rotate(self._heads(k), positions), self._heads(v)
+
+    def _some_heads(self, x, heads, first, stop):
+        """Row blocks [first, stop) of c_attn (q, k, v), of each the rows of some key/value heads.
+
+        One product of gathered weights: its backward makes one gradient of x, not one a block.
+        """
+        blocks = self.c_attn.row_blocks
+        sizes = [block // self.config.kv_heads for block in blocks]  # rows a key/value head
+        rows = torch.cat([
+            sum(blocks[:n]) + torch.arange(heads[0] * sizes[n], heads[1] * sizes[n])
+            for n in range(first, stop)]).to(x.device)
+        weight, bias = self.c_attn.weight.index_select(0, rows), self.c_attn.bias
+        x = F.linear(x, weight, None if bias is None else bias.index_select(0, rows))
+        return x.split([(heads[1] - heads[0]) * size for size in sizes[first:stop]], dim=-1)
 
     def _rows(self, x, start, stop):
         """Outputs [start, stop) of c_attn, at the cost of those rows alone where it can be."""
@@ -248,15 +273,15 @@ class Block(nn.Module):
         # q, k and v end with this line: they are not held while the MLP runs
         return self.finish(x, attend(*self.norm_qkv(x, positions), self.attention_dropout))
 
-    def norm_qkv(self, x, positions):
+    def norm_qkv(self, x, positions, heads=None):
         """What precedes attention, rows independent: x (B, t, C) -> q, k, v as project_qkv."""
-        return self.attn.project_qkv(self.ln_1(x), positions)
+        return self.attn.project_qkv(self.ln_1(x), positions, heads)
 
-    def norm_q(self, x, positions):
-        return self.attn.project_q(self.ln_1(x), positions)
+    def norm_q(self, x, positions, heads=None):
+        return self.attn.project_q(self.ln_1(x), positions, heads)
 
-    def norm_kv(self, x, positions):
-        return self.attn.project_kv(self.ln_1(x), positions)
+    def norm_kv(self, x, positions, heads=None):
+        return self.attn.project_kv(self.ln_1(x), positions, heads)
 
     def prefill(self, x, layer):
         """forward over a prompt x (B, T, C), overwritten if tiled, that also fills a cache's

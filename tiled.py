@@ -6,15 +6,14 @@ residual, MLP) and nothing but the residual stream is ever as long as the sequen
 attention alone would move nothing: an untiled MLP is the peak under every policy.
 
 Forward without gradients takes the tiles last to first, so that each may overwrite its own rows
-of x: L layers need one residual stream. Backward takes them last to first too: once tile i is
-done, every row that attends to rows i has been seen, so dk and dv of tile i are complete.
-
-Training saves x, the rows' logsumexp and (unless checkpoint_layers) attention's output; all
-else is recomputed tile by tile (Chen et al. 2016, arXiv 1604.06174, at the grain of a tile).
+of x: L layers need one residual stream. Training saves x, the rows' logsumexp and (unless
+checkpoint_layers) attention's output; all else is recomputed tile by tile (Chen et al. 2016,
+arXiv 1604.06174, at the grain of a tile): see tiled_backward.py.
 
 Extra memory beyond x and the output, in numbers (b rows of the batch at once, q = q_chunk,
 k = k_chunk, G D = C/g):  forward  b (3 q C + 2 k C/g + 11 m C), m = q/4 the rows of an MLP tile;
-`cache` and `grouped` add 2 T C/g for K and V;  backward adds 2 T C/g float32 for dk and dv.
+`cache` and `grouped` add 2 T C/g for K and V;  backward, of n of the G key/value heads at once,
+adds the gradient of x, T C n/G float32 for dq and, unless `recompute` with n = G, as many for q.
 """
 
 from contextlib import nullcontext
@@ -24,10 +23,10 @@ import torch
 # torch.compiler.disable, but torch._dynamo is imported at the first call: 2 s off every start
 from torch._compile import _disable_dynamo as graph_break
 
-from attention_kernels import match_layout, tile_backward
-from attention_policies import attend_rows, key_tiles, kv_source
+from attention_policies import attend_rows, row_source
 from errors import UserError
 from offload import fetch, stash
+from tiled_backward import ParameterGradients, backward_tiles
 
 
 def tile_sizes(config, T, device_type, training=None):
@@ -57,6 +56,21 @@ def default_chunk(config, device_type):
     times = 16 if device_type == "cuda" else 8
     rows = times * config.n_embd * config.kv_heads // config.n_head
     return min(max(512, 1 << (rows - 1).bit_length()), 16384)
+
+
+def heads_at_once(config, T, q_chunk, sequences, device_type):
+    """How many of G key/value heads, a divisor of it, backward takes at once over T rows.
+
+    Their queries and dq are kept for all rows: as few heads as make those no more numbers than
+    all heads of a tile. But the fused CPU kernel gives each thread one head of one sequence at a
+    time, so there are at least as many as threads; and CUDA, which wants few launches, takes all.
+    """
+    G, H = config.kv_heads, config.n_head
+    for n in range(1, G):
+        filled = sequences * n * H // G >= torch.get_num_threads() and n * T >= G * q_chunk
+        if G % n == 0 and filled and device_type == "cpu":
+            return n
+    return G
 
 
 class Tiles:
@@ -92,15 +106,28 @@ class Tiles:
     def positions(self, start, count):
         return torch.arange(start, start + count, device=self.device)
 
-    def qkv(self, x, start):
-        """x (b, t, C): rows from `start` -> q (b, H, t, D), k, v (b, G, t, D)."""
-        return self.block.norm_qkv(x, self.positions(start, x.size(1)))
+    def head_slices(self):
+        """Ranges (first, stop) of the key/value heads whose attention's backward runs at once;
+        [None] for all of them."""
+        G = self.block.config.kv_heads
+        n = heads_at_once(self.block.config, self.length, self.q_chunk, self.b_chunk,
+                          self.device.type)
+        return [None] if n == G else [(a, a + n) for a in range(0, G, n)]
 
-    def q(self, x, start):
-        return self.block.norm_q(x, self.positions(start, x.size(1)))
+    def by_head(self, x):
+        """Rows of attention's output as the kernels want them: (b, t, C) -> (b, H, t, D)."""
+        return x.unflatten(-1, (-1, self.block.config.head_dim)).transpose(1, 2)
 
-    def kv(self, x, start):
-        return self.block.norm_kv(x, self.positions(start, x.size(1)))
+    def qkv(self, x, start, heads=None):
+        """x (b, t, C): rows from `start` -> q (b, H, t, D), k, v (b, G, t, D), of all heads or of
+        key/value heads [first, stop) and their queries."""
+        return self.block.norm_qkv(x, self.positions(start, x.size(1)), heads)
+
+    def q(self, x, start, heads=None):
+        return self.block.norm_q(x, self.positions(start, x.size(1)), heads)
+
+    def kv(self, x, start, heads=None):
+        return self.block.norm_kv(x, self.positions(start, x.size(1)), heads)
 
     def finish(self, x, out, start, batch_start):
         """Output projection, residual, MLP, residual, with the dropout of exactly this tile."""
@@ -136,7 +163,7 @@ def forward_tiles(tiles, x, into, keep=None):
     policy = tiles.block.config.attention_policy
     for batch in tiles.batches():
         xb, yb = x[batch], into[batch]
-        source = kv_source(policy, tiles.kv, xb, tiles.k_chunk)
+        source = row_source(policy, tiles.kv, xb, tiles.k_chunk)
         for start, stop in tiles.row_tiles():
             out, lse = attend_rows(tiles.q(xb[:, start:stop], start), source, start, stop,
                                    tiles.fixed_shapes)
@@ -197,10 +224,10 @@ class _TiledBlock(torch.autograd.Function):
         B, T, C = x.shape
         wide = torch.promote_types(x.dtype, torch.float32)
         lse = torch.empty(B, config.n_head, T, dtype=wide, device=device)
+        ctx.out_dtype = ctx.autocast["dtype"] if ctx.autocast["enabled"] else x.dtype
         out = None
         if not config.checkpoint_layers:
-            dtype = ctx.autocast["dtype"] if ctx.autocast["enabled"] else x.dtype
-            out = torch.empty(B, T, C, dtype=dtype, device=device)
+            out = torch.empty(B, T, C, dtype=ctx.out_dtype, device=device)
 
         def keep(batch, start, stop, tile_out, tile_lse):
             lse[batch, :, start:stop] = tile_lse
@@ -210,115 +237,24 @@ class _TiledBlock(torch.autograd.Function):
         y = torch.empty_like(x)
         forward_tiles(tiles, x, y, keep)
         ctx.host_x = stash(x) if config.offload else None
-        ctx.save_for_backward(None if config.offload else x, lse, out, *parameters)
+        ctx.save_for_backward(None if config.offload else x, lse, *parameters)
+        ctx.out = out  # not saved: backward writes over it, and a second one recomputes it
         return y
 
     @staticmethod
     @graph_break
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        x, lse, out, *parameters = ctx.saved_tensors
+        x, lse, *parameters = ctx.saved_tensors
         if ctx.host_x is not None:
             x = fetch(ctx.host_x)
+        out, ctx.out = ctx.out, None
+        weights = ParameterGradients(parameters, ctx.needs_input_grad[4:])
         with torch.autocast(**ctx.autocast):
-            return _backward_tiles(ctx.tiles, x, lse, out, grad, parameters, ctx)
+            grad_x = backward_tiles(ctx.tiles, x, lse, out, ctx.out_dtype, grad, weights)
+        return (grad_x, None, None, None, *(weights.total(p) for p in parameters))
 
 
 def _autocast_state(device_type):
     return {"device_type": device_type, "enabled": torch.is_autocast_enabled(device_type),
             "dtype": torch.get_autocast_dtype(device_type)}
-
-
-class _ParameterGradients:
-    """Sums of parameter gradients over tiles, in float32 or wider."""
-
-    def __init__(self, parameters, needed):
-        self.parameters = [p for p, need in zip(parameters, needed) if need]
-        self.sums = {}
-
-    def backward(self, outputs, inputs, grads):
-        """Gradients of `outputs` for `inputs`; those for the parameters are added up here."""
-        found = torch.autograd.grad(outputs, [*inputs, *self.parameters], grads,
-                                    allow_unused=True)
-        for parameter, grad in zip(self.parameters, found[len(inputs):]):
-            if grad is None:
-                continue
-            if parameter in self.sums:
-                self.sums[parameter] += grad
-            else:
-                self.sums[parameter] = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        return found[:len(inputs)]
-
-    def total(self, parameter):
-        found = self.sums.get(parameter)
-        return None if found is None else found.to(parameter.dtype)
-
-
-def _backward_tiles(tiles, x, lse, out, grad, parameters, ctx):
-    """Gradients for forward's inputs: x, three that have none, then the parameters."""
-    config = tiles.block.config
-    _, T, _ = x.shape
-    G, D = config.kv_heads, config.head_dim
-    wide = torch.promote_types(x.dtype, torch.float32)
-    weights = _ParameterGradients(parameters, ctx.needs_input_grad[4:])
-    grad_x = torch.empty_like(x)
-    for batch in tiles.batches():
-        xb, gb = x[batch], grad[batch]
-        source = kv_source(config.attention_policy, tiles.kv, xb, tiles.k_chunk)
-        dk = dv = None
-        if G == config.n_head and wide == x.dtype:
-            # rows of dk are spent just as the same rows of grad_x are written: one buffer
-            dk = grad_x[batch].zero_().view(len(xb), T, G, D).transpose(1, 2)
-        dk, dv = (torch.zeros(len(xb), T, G, D, dtype=wide, device=x.device).transpose(1, 2)
-                  if buffer is None else buffer for buffer in (dk, dv))
-        for start, stop in tiles.row_tiles():
-            rows = slice(start, stop)
-            xt = xb[:, rows].detach().requires_grad_()
-            with torch.enable_grad():
-                q, k, v = tiles.qkv(xt, start)
-            qd, kd, vd = q.detach(), k.detach(), v.detach()
-            if out is None:
-                tile_out, _ = attend_rows(qd, source, start, stop, tiles.fixed_shapes)
-            else:
-                tile_out = out[batch, rows].unflatten(-1, (-1, D)).transpose(1, 2)
-            tile_lse = lse[batch, :, rows].contiguous()
-
-            # after attention: MLP tile by MLP tile
-            tile_out = match_layout(tile_out, qd)
-            grad_tile, grad_out = torch.empty_like(xt), torch.empty_like(qd)
-            for a, b in tiles.mlp_tiles(start, stop, len(xb)):
-                part = slice(a - start, b - start)
-                xm = xt.detach()[:, part].requires_grad_()
-                om = tile_out[:, :, part].detach().requires_grad_()
-                with torch.enable_grad():
-                    ym = tiles.finish(xm, om, a, batch.start)
-                grad_tile[:, part], grad_out[:, :, part] = weights.backward(
-                    [ym], [xm, om], [gb[:, a:b].to(ym.dtype)])
-                del xm, om, ym
-
-            # attention: the diagonal, then leftwards
-            dq, dk_tile, dv_tile = tile_backward(
-                grad_out, qd, kd, vd, tile_out, tile_lse, True, tiles.fixed_shapes)
-            dk[:, :, rows] += dk_tile
-            dv[:, :, rows] += dv_tile
-            del dk_tile, dv_tile
-            left = key_tiles(0, start, tiles.k_chunk)
-            dq = dq.to(wide) if left else dq
-            for a, b in left:
-                k_left, v_left = source.rows(a, b)
-                dq_tile, dk_tile, dv_tile = tile_backward(
-                    grad_out, qd, k_left, v_left, tile_out, tile_lse, False, tiles.fixed_shapes)
-                dq += dq_tile
-                dk[:, :, a:b] += dk_tile
-                dv[:, :, a:b] += dv_tile
-                del k_left, v_left, dq_tile, dk_tile, dv_tile  # before the next tile's are made
-
-            del grad_out, tile_out, qd, kd, vd
-
-            # before attention: rows' dk and dv are complete now
-            (grad_norm,) = weights.backward(
-                [q, k, v], [xt],
-                [dq.to(q.dtype), dk[:, :, rows].to(k.dtype), dv[:, :, rows].to(v.dtype)])
-            grad_x[batch, rows] = grad_tile + grad_norm
-        del source, dk, dv  # before the next sequences' are made
-    return (grad_x, None, None, None, *(weights.total(p) for p in parameters))
