@@ -155,10 +155,7 @@ class CausalSelfAttention(nn.Module):
 
     def project_q(self, x, positions, heads=None):
         """Queries alone: x (B, t, C) -> (B, H, t, D)."""
-        if heads:
-            (q,) = self._some_heads(x, heads, 0, 1)
-        else:
-            q = self._rows(x, 0, self.config.n_embd)
+        q = self._some_heads(x, heads, 0, 1)[0] if heads else self._rows(x, 0, self.config.n_embd)
         return self._rotate(self._heads(q), positions)
 
     def project_kv(self, x, positions, heads=None):
