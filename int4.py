@@ -54,16 +54,15 @@ class Int4Linear(nn.Module):
 
     @classmethod
     @torch.no_grad()
-    def from_linear(cls, linear, group_size=32, inputs=None, exact=None):
-        """Round an nn.Linear; inputs (..., in_features): typical inputs, if known; exact: the same
-        inputs before any rounding (int4_rounding.round_to_inputs)."""
+    def from_linear(cls, linear, group_size=32, inputs=None):
+        """Round an nn.Linear; inputs (..., in_features): typical inputs, if known."""
         N, K = linear.weight.shape
         device = linear.weight.device
         layer = cls(K, N, group_size=group_size, device=device)
         if inputs is None:
             codes, scale, zero = fit_groups(linear.weight, group_size)
         else:
-            codes, scale, zero = round_to_inputs(linear.weight, group_size, inputs, exact)
+            codes, scale, zero = round_to_inputs(linear.weight, group_size, inputs)
         layer._store(pack(codes), torch.stack([scale.T, zero.T], dim=-1).contiguous())
         layer.bias = linear.bias
         for name in ("row_blocks", "head_dim"):  # how c_attn's rows are divided
@@ -206,11 +205,10 @@ def check_group_size(group_size, in_features, name="a layer"):
 def quantize_(module, group_size=32, calibrate=None):
     """Replace every nn.Linear in `module` by an Int4Linear, in place; returns module.
 
-    calibrate: a function that runs the module once on a batch that holds typical input twice over;
-    by default what the module's own method `calibration()` returns, if it has one (a GPT writes
-    itself a text). The first half goes through the exact layers, the second through the rounded
-    ones: each linear is rounded when its turn comes, to make of the second what it makes of the
-    first. With calibrate=False, or where the run never calls a linear, its weights alone decide.
+    calibrate: a function that runs the module once on typical input; by default what the module's
+    own method `calibration()` returns, if it has one (a GPT writes itself a text). Each linear is
+    rounded when its turn comes, to fit the inputs it gets from the layers rounded before it. With
+    calibrate=False, or where the run never calls a linear, its weights alone decide.
     Tied embeddings are not touched: the head gets its own 4-bit copy and look-up stays exact.
     Raises UserError where group_size is not 32, 64, 128 or does not divide a layer's inputs.
     """
@@ -222,11 +220,9 @@ def quantize_(module, group_size=32, calibrate=None):
         calibrate = module.calibration()
     if calibrate:
         def observe(name, x):
-            exact, x = x.chunk(2)
             if name not in rounded:
-                rounded[name] = Int4Linear.from_linear(linears[name], group_size, x, exact)
-            linear = linears[name]
-            return torch.cat([F.linear(exact, linear.weight, linear.bias), rounded[name](x)])
+                rounded[name] = Int4Linear.from_linear(linears[name], group_size, x)
+            return rounded[name](x)
 
         for name, linear in linears.items():
             linear.forward = functools.partial(observe, name)

@@ -70,10 +70,10 @@ def main(argv=None):
     rows = measure("characters", model, batches, 0, settings.seeds)
     if settings.pretrained:
         model = load_pretrained(settings.pretrained)
-        text = dataset.tokenizer.decode(dataset.split("val").tolist())
+        text = dataset.tokenizer().decode(dataset.split("val").tolist())
         ids = load_pretrained_text(settings.pretrained).tokenizer.encode(text)
         batches = windows(ids, settings.windows, settings.tokens)
-        rows += measure("SmolLM2-135M", model, batches, CONTEXT, settings.seeds)
+        rows += measure("SmolLM2-135M", model, batches, CONTEXT, settings.seeds, groups=(32,))
     origin = provenance()
     write_csv(settings.out, [row | origin for row in rows])
     print(f"wrote {settings.out}")
@@ -87,7 +87,7 @@ def windows(ids, count, tokens):
     return [(ids[:-1].view(count, tokens), ids[1:].view(count, tokens))]
 
 
-def measure(name, model, batches, context, seeds):
+def measure(name, model, batches, context, seeds, groups=GROUP_SIZES):
     """Rows (dicts) of every rounding of the model's weights, then of its keys and values."""
     rows = []
 
@@ -102,7 +102,7 @@ def measure(name, model, batches, context, seeds):
     found = compare(model, model, batches)
     exact = found[0]
     report("weights", "exact", "", 32, found, exact)
-    for group in GROUP_SIZES:
+    for group in groups:
         if any(m.in_features % group for m in model.modules() if isinstance(m, nn.Linear)):
             continue
         bits = 4 + 32 / group

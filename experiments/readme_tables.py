@@ -258,6 +258,7 @@ def generation_quality(rows):
     """Loss change of 4-bit weights and quantised K and V; several seeds become mean ± spread."""
     runs = {}
     for row in rows:
+        row = {"model": "characters", "divergence": math.nan} | row  # not in older files
         runs.setdefault(tuple(row[k] for k in ("model", "what", "rule", "group", "bits")),
                         []).append(row)
     lines = []
@@ -268,7 +269,8 @@ def generation_quality(rows):
                       group or "–", f"{bits:.2f}", f"{fmean(loss):.4f}",
                       f"{fmean(change):+.4f}" + (f" ± {stdev(change):.4f}" if len(found) > 1
                                                  else ""),
-                      f"{100 * math.expm1(fmean(change)):+.2f}%", f"{fmean(divergence):.4f}"])
+                      f"{100 * math.expm1(fmean(change)):+.2f}%",
+                      "–" if math.isnan(divergence[0]) else f"{fmean(divergence):.4f}"])
     return markdown(["model", "what", "rounded by", "group", "bits", "loss", "change",
                      "perplexity", "divergence"], lines) + made_on(rows[0])
 

@@ -131,16 +131,15 @@ def back(rounded):
     return int4.dequantize(codes, torch.stack([scale.T, zero.T], -1), torch.float32)
 
 
-def test_rounding_makes_up_for_what_earlier_layers_lost():
-    weight = linear(96, 128).weight.detach()
-    exact = torch.randn(2000, 24) @ torch.randn(24, 128) + 0.3 * torch.randn(2000, 128)
-    x = exact + 0.5 * torch.randn(2000, 128)  # as if through rounded layers
-    want = exact @ weight.T
-    own, both = (torch.dist(x @ back(round_to_inputs(weight, 32, x, e)).T, want)
-                 for e in (None, exact))
-    assert both < 0.8 * own
-    same = torch.dist(exact @ back(round_to_inputs(weight, 32, exact, exact)).T, want)
-    assert same == torch.dist(exact @ back(round_to_inputs(weight, 32, exact)).T, want)
+def test_weights_on_a_grid_stay_there():
+    """Those of a GGUF file have 16 values in a group of 32: nothing to lose."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(16, (96, 128), generator=generator).float()
+    codes[:, ::32], codes[:, 1::32] = 0, 15
+    scale, zero = torch.rand(2, 96, 4, generator=generator) * 0.01
+    weight = (codes.view(96, 4, 32) * (0.01 + scale[..., None]) - zero[..., None]).flatten(1)
+    x = torch.randn(500, 24) @ torch.randn(24, 128) + 0.1 * torch.randn(500, 128)
+    assert relative(x @ back(round_to_inputs(weight, 32, x)).T, x @ weight.T) < 3e-3
 
 
 def test_each_sweep_lowers_the_error(monkeypatch):
@@ -159,32 +158,11 @@ def test_each_sweep_lowers_the_error(monkeypatch):
     assert errors[2].sum() < 0.9 * errors[0].sum()
 
 
-def test_calibration_compares_with_the_exact_model():
-    """The run's first half passes through untouched layers, the second through rounded ones."""
-    model = make_model()
-    x = torch.randn(6, 32, 64)
-    with torch.no_grad():
-        want = model.transformer.h[0].plain(x)
-    found = []
-
-    def calibrate():
-        found.append(model.transformer.h[0].plain(torch.cat([x, x])))
-
-    quantize_(model, 32, calibrate)
-    exact, rounded = found[0].chunk(2)
-    torch.testing.assert_close(exact, want)
-    assert 1e-4 < relative(rounded, want) < 0.1
-    with torch.no_grad():
-        assert relative(model.transformer.h[0].plain(x), rounded) < 1e-5
-
-
 def test_degenerate_weights_and_inputs():
     constant = torch.full((16, 64), 0.25)
     zeros, ones = torch.zeros(10, 64), torch.ones(10, 64)
     for rounded in (fit_groups(constant, 32), fit_groups(constant * 0, 32),
-                    round_to_inputs(constant, 32, zeros), round_to_inputs(constant, 32, ones),
-                    round_to_inputs(constant, 32, zeros, ones),
-                    round_to_inputs(constant, 32, ones, ones)):
+                    round_to_inputs(constant, 32, zeros), round_to_inputs(constant, 32, ones)):
         found = back(rounded)
         assert torch.isfinite(found).all() and (found - found[0, 0]).abs().max() < 1e-3
         assert abs(found[0, 0].item()) in (0.0, 0.25) or abs(found[0, 0].item() - 0.25) < 2e-3
