@@ -17,6 +17,7 @@ slide=block_size/4 costs little and sees at least three quarters of that.
 
 import torch
 
+import cpu_decode
 from errors import UserError
 from kv_cache import build_cache
 
@@ -132,11 +133,10 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    p = (logits.float() / temperature).softmax(-1)
     order = None
-    if top_k is not None and top_k < p.size(-1):
-        p, order = p.topk(top_k)
-        p = p / p.sum(-1, keepdim=True)
+    if top_k is not None and top_k < logits.size(-1):  # so the rest costs k, not V
+        logits, order = logits.topk(top_k)
+    p = (logits.float() / temperature).softmax(-1)
     if top_p is not None and top_p < 1:  # tokens before which less than top_p is spent
         if order is None:
             p, order = most_likely(p, top_p)
@@ -212,6 +212,8 @@ class Steps:
         self.captured = text.token.is_cuda
         cache.fixed_shapes = self.captured or compile
         self.decode = model.decode_one_token
+        if not self.captured and not compile and cpu_decode.suits(model, cache):
+            self.decode = cpu_decode.Step(model, cache)
         if compile:
             self.compiled = torch.compile(self.decode)
             self.decode = self.decode_compiled

@@ -141,22 +141,25 @@ class CausalSelfAttention(nn.Module):
     def project_qkv(self, x, positions):
         """Queries, keys and values of some rows.
 
-        x: (B, t, C), already normed; positions: (t,) or (B, t) int64, for rope.
+        x: (B, t, C), already normed; positions: (t,) or (B, t) int64, for rope, or what
+        rotation() made of them.
         Returns q (B, H, t, D), k (B, G, t, D), v (B, G, t, D), rope applied.
         """
         q, k, v = self.c_attn(x).split(self.c_attn.row_blocks, dim=-1)
-        q, k, v = (self._heads(part) for part in (q, k, v))
-        return self._rotate(q, positions), self._rotate(k, positions), v
+        q, k, v = self._heads(q), self._heads(k), self._heads(v)
+        table = self.rotation(positions)
+        return self._rotate(q, table), self._rotate(k, table), v
 
     def project_q(self, x, positions):
         """Queries alone: x (B, t, C) -> (B, H, t, D)."""
-        return self._rotate(self._heads(self._rows(x, 0, self.config.n_embd)), positions)
+        rows = self._rows(x, 0, self.config.n_embd)
+        return self._rotate(self._heads(rows), self.rotation(positions))
 
     def project_kv(self, x, positions):
         """Keys and values alone: x (B, t, C) -> two of (B, G, t, D)."""
         C, kv_width, _ = self.c_attn.row_blocks
         k, v = self._rows(x, C, C + 2 * kv_width).split(kv_width, dim=-1)
-        return self._rotate(self._heads(k), positions), self._heads(v)
+        return self._rotate(self._heads(k), self.rotation(positions)), self._heads(v)
 
     def _rows(self, x, start, stop):
         """Outputs [start, stop) of c_attn, at the cost of those rows alone where it can be."""
@@ -170,14 +173,18 @@ class CausalSelfAttention(nn.Module):
         B, t, width = x.shape
         return x.view(B, t, width // self.config.head_dim, self.config.head_dim).transpose(1, 2)
 
-    def _rotate(self, x, positions):  # (B, n, t, D) -> the same, rope applied
-        if self.config.position != "rope":
-            return x
+    def rotation(self, positions):
+        """Rope's (cos, sin) for positions (t,) or (B, t): all layers' alike. None without rope."""
+        if self.config.position != "rope" or isinstance(positions, tuple):
+            return positions if isinstance(positions, tuple) else None
         table = rope_table(self.config.head_dim, positions.flatten(), self.config.rope_theta,
                            self.config.rope_scaling)
         if positions.ndim == 2:  # each row of the batch at positions of its own
-            table = (part.view(len(positions), 1, -1, x.size(-1) // 2) for part in table)
-        return apply_rope(x, *table)
+            table = (part.view(len(positions), 1, -1, part.size(-1)) for part in table)
+        return tuple(table)
+
+    def _rotate(self, x, table):  # (B, n, t, D) -> the same, rope applied
+        return x if table is None else apply_rope(x, *table)
 
     def output(self, y):
         """Heads joined and projected: y (B, H, t, D) -> (B, t, C)."""
@@ -260,7 +267,8 @@ class Block(nn.Module):
         return self.finish(x, y)
 
     def decode(self, x, positions, layer):
-        """One token a row: x (B, 1, C) at positions (1,) or (B, 1), the past in a cache's layer."""
+        """One token a row: x (B, 1, C) at positions (1,) or (B, 1), or their rotation; the past
+        in a cache's layer."""
         x_norm = self.ln_1(x)
         if layer.needs == "x":
             q, k, v = self.attn.project_q(x_norm, positions), None, None
@@ -395,6 +403,8 @@ class GPT(nn.Module):
         """One more token a row, idx (B, 1), after the cache's others -> logits (B, V)."""
         positions = cache.begin(1)
         x = self.embed(idx, positions)
+        if self.config.position == "rope":  # one table for all layers
+            positions = self.transformer.h[0].attn.rotation(positions)
         for block, layer in zip(self.transformer.h, cache.layers):
             x = block.decode(x, positions, layer)
         cache.advance(1)
