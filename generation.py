@@ -20,6 +20,7 @@ from functools import partial
 
 import torch
 
+import cpu_decode
 import decode_kernels
 from errors import UserError
 from kv_cache import build_cache
@@ -139,11 +140,10 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    p = (logits.float() / temperature).softmax(-1)
     order = None
-    if top_k is not None and top_k < p.size(-1):
-        p, order = p.topk(top_k)
-        p = p / p.sum(-1, keepdim=True)
+    if top_k is not None and top_k < logits.size(-1):  # so the rest costs k, not V
+        logits, order = logits.topk(top_k)
+    p = (logits.float() / temperature).softmax(-1)
     if top_p is not None and top_p < 1:  # tokens before which less than top_p is spent
         if order is None:
             p, order = most_likely(p, top_p)
@@ -221,6 +221,8 @@ class Steps:
         self.decode = model.decode_one_token
         if self.captured and not compile and decode_kernels.suits(model, cache):
             self.decode = partial(decode_kernels.decode_one_token, model)
+        if not self.captured and not compile and cpu_decode.suits(model, cache):
+            self.decode = cpu_decode.Step(model, cache)
         if compile:
             self.compiled = torch.compile(self.decode)
             self.decode = self.decode_compiled

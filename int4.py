@@ -7,12 +7,13 @@ scales and zeros are chosen: int4_rounding.py. Saving and loading whole models: 
 
 A layer holds one copy of its weights, in the order that the device's kernel wants:
 
+    vnni   few rows: cpu_kernels.int4_rows, on processors that have it
     cpu    few rows: aten._weight_int4pack_mm_for_cpu, bfloat16 activations
     cuda   few rows: aten._weight_int4pack_mm, bfloat16 activations
     plain  everywhere else, and many rows everywhere: unpack, then an ordinary matrix product
 
-All give the same numbers but for the kernels' bfloat16 activations. State dicts always hold the
-plain order (columns 2j and 2j + 1 in the high and low half of a byte), so they travel.
+All give the same numbers but for the two aten kernels' bfloat16 activations. State dicts always
+hold the plain order (columns 2j and 2j + 1 in the high and low half of a byte), so they travel.
 Not for training: the packed weights have no gradient.
 """
 
@@ -22,11 +23,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import cpu_kernels
 from errors import UserError
 from int4_rounding import fit_groups, round_to_inputs
 
 GROUP_SIZES = (32, 64, 128)
-FEW_ROWS = {"cpu": 8, "cuda": 16, "plain": 0}  # up to here the kernel beats unpack + matmul
+FEW_ROWS = {"vnni": 16, "cpu": 8, "cuda": 16, "plain": 0}  # up to here kernels beat unpack + matmul
 CHUNK = 2**18  # weights converted at a time: keeps the conversion's int32 codes small
 aten = torch.ops.aten
 
@@ -35,7 +37,7 @@ class Int4Linear(nn.Module):
     """y = x W^T + b with W (out_features, in_features) in 4 bits; x (..., in_features).
 
     packed, scale_zero (in/group, M, 2): the first M rows, in the order of `layout`;
-    tail, tail_scale_zero: the up to 15 last rows that the kernels do not take, in plain order.
+    tail, tail_scale_zero: the up to 15 last rows that aten's kernels do not take, in plain order.
     """
 
     def __init__(self, in_features, out_features, bias=False, group_size=32, device="cpu"):
@@ -75,6 +77,8 @@ class Int4Linear(nn.Module):
         if x.numel() > FEW_ROWS[self.layout] * self.in_features:
             return self._dense(x, 0, self.out_features)
         rows = x.reshape(-1, self.in_features)
+        if self.layout == "vnni":
+            return self._vnni(rows).view(*x.shape[:-1], self.out_features)
         if x.dtype != torch.bfloat16:
             rows = rows.to(torch.bfloat16)
         if self.layout == "cpu":
@@ -89,6 +93,16 @@ class Int4Linear(nn.Module):
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+
+    def _vnni(self, rows):
+        """forward for few rows (n, in_features) in the `vnni` order: as few operators as can be."""
+        dtype, bias = rows.dtype, self.bias
+        if dtype not in cpu_kernels.HALF:
+            rows = rows.float()
+        if bias is not None and bias.dtype != rows.dtype:
+            bias = bias.to(rows.dtype)
+        y = cpu_kernels.int4_rows(rows, self.packed, self.scale_zero, bias, self.group_size)
+        return y if y.dtype == dtype else y.to(dtype)
 
     def forward_rows(self, x, start, stop):
         """Outputs start:stop alone: x (..., in_features) -> (..., stop - start)."""
@@ -115,7 +129,8 @@ class Int4Linear(nn.Module):
         main = self.scale_zero.size(1)
         parts = []
         if start < main:
-            read = {"plain": _from_plain, "cpu": _from_cpu, "cuda": _from_cuda}[self.layout]
+            read = {"plain": _from_plain, "vnni": _from_vnni, "cpu": _from_cpu,
+                    "cuda": _from_cuda}[self.layout]
             parts.append(read(self.packed, self.in_features, start, min(stop, main)))
         if stop > main:
             parts.append(unpack(self.tail[max(start - main, 0):stop - main]))
@@ -125,13 +140,14 @@ class Int4Linear(nn.Module):
         """Take plain-order bytes (N, K/2) and scale_zero (K/group, N, 2); keep the kernel's."""
         self.layout = layout_for(packed.device, self.out_features)
         main = self.out_features
-        if self.layout != "plain":
+        if self.layout in ("cpu", "cuda"):
             main -= main % 16
         self.tail = self.tail_scale_zero = None
         if main < self.out_features:
             self.tail = packed[main:].clone()
             self.tail_scale_zero = scale_zero[:, main:].clone()
-        write = {"plain": _to_plain, "cpu": _to_cpu, "cuda": _to_cuda}[self.layout]
+        write = {"plain": _to_plain, "vnni": _to_vnni, "cpu": _to_cpu,
+                 "cuda": _to_cuda}[self.layout]
         self.packed = write(packed[:main])
         self.scale_zero = scale_zero[:, :main].contiguous()
 
@@ -280,13 +296,15 @@ def dequantize(codes, scale_zero, dtype):
     return torch.addcmul(zero, grouped, scale).flatten(1)
 
 
-# The device kernels' own orders. Both are undocumented, so they are found out, not assumed.
+# The device kernels' own orders. PyTorch's two are undocumented: found out, not assumed.
 
 
 def layout_for(device, out_features):
-    """Which order a layer of so many rows has on this device: cpu, cuda or plain."""
+    """Which order a layer of so many rows has on this device: vnni, cpu, cuda or plain."""
     if out_features < 16:
         return "plain"
+    if device.type == "cpu" and cpu_kernels.available():
+        return "vnni"
     if device.type == "cpu" and _cpu_order() is not None:
         return "cpu"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
@@ -305,6 +323,19 @@ def _to_plain(packed):
 
 def _from_plain(packed, in_features, start, stop):
     return unpack(packed[start:stop])
+
+
+def _to_vnni(packed):
+    result = torch.empty_like(packed)
+    step = chunk_rows(2 * packed.size(1))
+    for i in range(0, len(packed), step):
+        result[i:i + step] = cpu_kernels.pack_int4(packed[i:i + step])
+    return result
+
+
+def _from_vnni(packed, in_features, start, stop):
+    first, last = start // 16 * 16, min(-(-stop // 16) * 16, len(packed))
+    return cpu_kernels.unpack_int4(packed[first:last])[start - first:stop - first]
 
 
 @functools.cache

@@ -142,8 +142,9 @@ class CausalSelfAttention(nn.Module):
     def project_qkv(self, x, positions, heads=None):
         """Queries, keys and values of some rows.
 
-        x: (B, t, C), already normed; positions: (t,) or (B, t) int64, for rope; heads: a range
-        (first, stop) of key/value heads, for those and their queries alone.
+        x: (B, t, C), already normed; positions: (t,) or (B, t) int64, for rope, or what rotation()
+        made of them; heads: a range (first, stop) of key/value heads, for those and their queries
+        alone.
         Returns q (B, H, t, D), k (B, G, t, D), v (B, G, t, D), rope applied.
         """
         if heads:
@@ -151,12 +152,13 @@ class CausalSelfAttention(nn.Module):
         else:
             q, k, v = self.c_attn(x).split(self.c_attn.row_blocks, dim=-1)
         q, k, v = (self._heads(part) for part in (q, k, v))
-        return self._rotate(q, positions), self._rotate(k, positions), v
+        table = self.rotation(positions)
+        return self._rotate(q, table), self._rotate(k, table), v
 
     def project_q(self, x, positions, heads=None):
         """Queries alone: x (B, t, C) -> (B, H, t, D)."""
         q = self._some_heads(x, heads, 0, 1)[0] if heads else self._rows(x, 0, self.config.n_embd)
-        return self._rotate(self._heads(q), positions)
+        return self._rotate(self._heads(q), self.rotation(positions))
 
     def project_kv(self, x, positions, heads=None):
         """Keys and values alone: x (B, t, C) -> two of (B, G, t, D)."""
@@ -165,7 +167,7 @@ class CausalSelfAttention(nn.Module):
             k, v = self._some_heads(x, heads, 1, 3)
         else:
             k, v = self._rows(x, C, C + 2 * kv_width).split(kv_width, dim=-1)
-        return self._rotate(self._heads(k), positions), self._heads(v)
+        return self._rotate(self._heads(k), self.rotation(positions)), self._heads(v)
 
     def _some_heads(self, x, heads, first, stop):
         """Row blocks [first, stop) of c_attn (q, k, v), of each the rows of some key/value heads.
@@ -193,14 +195,18 @@ class CausalSelfAttention(nn.Module):
         B, t, width = x.shape
         return x.view(B, t, width // self.config.head_dim, self.config.head_dim).transpose(1, 2)
 
-    def _rotate(self, x, positions):  # (B, n, t, D) -> the same, rope applied
-        if self.config.position != "rope":
-            return x
+    def rotation(self, positions):
+        """Rope's (cos, sin) for positions (t,) or (B, t): all layers' alike. None without rope."""
+        if self.config.position != "rope" or isinstance(positions, tuple):
+            return positions if isinstance(positions, tuple) else None
         table = rope_table(self.config.head_dim, positions.flatten(), self.config.rope_theta,
                            self.config.rope_scaling)
         if positions.ndim == 2:  # each row of the batch at positions of its own
-            table = (part.view(len(positions), 1, -1, x.size(-1) // 2) for part in table)
-        return apply_rope(x, *table)
+            table = (part.view(len(positions), 1, -1, part.size(-1)) for part in table)
+        return tuple(table)
+
+    def _rotate(self, x, table):  # (B, n, t, D) -> the same, rope applied
+        return x if table is None else apply_rope(x, *table)
 
     def output(self, y):
         """Heads joined and projected: y (B, H, t, D) -> (B, t, C)."""
@@ -295,7 +301,8 @@ class Block(nn.Module):
         return self.finish(x, y)
 
     def decode(self, x, positions, layer):
-        """One token a row: x (B, 1, C) at positions (1,) or (B, 1), the past in a cache's layer."""
+        """One token a row: x (B, 1, C) at positions (1,) or (B, 1), or their rotation; the past
+        in a cache's layer."""
         x_norm = self.ln_1(x)
         if layer.needs == "x":
             q, k, v = self.attn.project_q(x_norm, positions), None, None
@@ -430,6 +437,8 @@ class GPT(nn.Module):
         """One more token a row, idx (B, 1), after the cache's others -> logits (B, V)."""
         positions = cache.begin(1)
         x = self.embed(idx, positions)
+        if self.config.position == "rope":  # one table for all layers
+            positions = self.transformer.h[0].attn.rotation(positions)
         for block, layer in zip(self.transformer.h, cache.layers):
             x = block.decode(x, positions, layer)
         cache.advance(1)

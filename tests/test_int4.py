@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import cpu_kernels
 import int4
 import int4_rounding
 from errors import UserError
@@ -76,13 +77,32 @@ def test_kernel_and_plain_paths_agree(out_features, bias, group_size):
 
 
 @pytest.mark.skipif(int4._cpu_order() is None, reason="no CPU kernel")
-def test_the_kernel_is_what_runs_for_few_rows(monkeypatch):
+@pytest.mark.parametrize("layout", ["vnni", "cpu"])
+def test_the_kernel_is_what_runs_for_few_rows(layout, monkeypatch):
+    if layout == "vnni" and not cpu_kernels.available():
+        pytest.skip("needs cc, AVX-512 and VNNI")
+    monkeypatch.setattr(cpu_kernels, "available", lambda: layout == "vnni")
     layer = Int4Linear.from_linear(linear(64, 64), 32)
     monkeypatch.setattr(layer, "_dense", None)  # would fail if called
-    assert layer.layout == "cpu"
+    assert layer.layout == layout
     layer(torch.randn(1, 1, 64))
     with pytest.raises(TypeError):
-        layer(torch.randn(1, 30, 64))
+        layer(torch.randn(1, 100, 64))
+
+
+@pytest.mark.skipif(int4._cpu_order() is None, reason="no CPU kernel")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("out_features", [65, 128])
+def test_pytorchs_own_cpu_kernel_agrees(out_features, bias, monkeypatch):
+    """Where cpu_kernels runs it would otherwise never be tried."""
+    monkeypatch.setattr(cpu_kernels, "available", lambda: False)
+    layer = Int4Linear.from_linear(linear(out_features, 256, bias), 32)
+    assert layer.layout == "cpu"
+    x = torch.randn(3, 2, 256, dtype=torch.bfloat16)
+    want = F.linear(x.float(), layer.dequantize(), layer.bias)
+    assert relative(layer(x), want) < 5e-3
+    codes, saved = layer.codes(), layer.state_dict()["packed"]
+    assert torch.equal(int4.unpack(saved), codes)
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2"])
