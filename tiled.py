@@ -62,12 +62,13 @@ def heads_at_once(config, T, q_chunk, sequences, device_type):
     """How many of G key/value heads, a divisor of it, backward takes at once over T rows.
 
     Their queries and dq are kept for all rows: as few heads as make those no more numbers than
-    all heads of a tile. But the fused CPU kernel gives each thread one head of one sequence at a
-    time, so there are at least as many as threads; and CUDA, which wants few launches, takes all.
+    all heads of a tile. But the fused CPU kernel's backward gives each thread one key/value head of
+    one sequence at a time, so there are at least as many as threads; and CUDA, which wants few
+    launches, takes all.
     """
-    G, H = config.kv_heads, config.n_head
+    G = config.kv_heads
     for n in range(1, G):
-        filled = sequences * n * H // G >= torch.get_num_threads() and n * T >= G * q_chunk
+        filled = sequences * n >= torch.get_num_threads() and n * T >= G * q_chunk
         if G % n == 0 and filled and device_type == "cpu":
             return n
     return G
