@@ -22,10 +22,11 @@ def text():
 
 
 @pytest.mark.parametrize("variant, overrides", [
-    ("muonsn:momentum=0.95+per_head=False", {}),
-    ("muonsn:momentum=0.95+per_head=True", dict(per_head="qk")),
-    ("muonsn:momentum=0.9+per_head=False+weight_decay=0.3",
+    ("muonsn:nu=0.95+betas=(0.9,0.99)", {}),
+    ("muonsn:nu=0.95+betas=(0.9,0.99)+per_head=True", dict(per_head="qk")),
+    ("muonsn:momentum=0.9+nu=0.9+betas=(0.9,0.99)+weight_decay=0.3",
      dict(mu=0.9, weight_decay=0.3, embedding_decay=0.3)),
+    ("muonsn", dict(look=0.8, embedding_beta1=0.5)),
 ])
 def test_a_recipe_of_defaults_is_muonsn(variant, overrides, text):
     recipe = replace(Recipe(), lr=8e-3, embedding_lr=4e-3, **overrides)
