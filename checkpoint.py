@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from errors import UserError
-from low_byte import fuse_into_backward
-from model import GPT, config_from_dict
+from gpt_config import config_from_dict
+from model import GPT
 
 BEST, LAST = "ckpt.pt", "ckpt_last.pt"
 REQUIRED = ("model", "model_args", "iter_num")
@@ -158,16 +158,10 @@ def load_optimizer(optimizer, model, state):
         state, reason = _fit_nanogpt_state(optimizer, model, state)
         if reason:
             return reason
-    fused = getattr(optimizer, "fused", None)
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:
         return str(error)
-    finally:
-        if fused is not None and optimizer.fused is None:  # loading replaced the groups, which
-            for hook in fused.handles:  # the hooks inside backward were made for
-                hook.remove()
-            fuse_into_backward(optimizer)
     for group, settings in zip(optimizer.param_groups, built):
         group.update(settings)
     return None

@@ -15,8 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from errors import UserError
+from gpt_config import config_from_dict
 from int4 import Int4Linear, replace_linears
-from model import GPT, config_from_dict
+from model import GPT
 
 FORMAT = "int4-groups"
 

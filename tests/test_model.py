@@ -6,9 +6,10 @@ from reference import relative_error
 from torch.nn import functional as F
 
 from errors import UserError
+from gpt_config import config_from_dict
 from kv_cache import build_cache
 from loss import chunked_cross_entropy
-from model import GPT, GPTConfig, config_from_dict
+from model import GPT, GPTConfig
 
 SMALL = dict(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
 
