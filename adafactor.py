@@ -33,6 +33,7 @@ class Adafactor(MemoryOptimizer):
 
     params         parameters or groups. Matrices are factored (more dimensions are flattened to
                    (n, -1)); vectors keep a second moment an element, as in the paper
+    factored       False: matrices keep a second moment an element too
     lr             explicit learning rate (float or 0-dim tensor); a factor under relative_step
     beta2, decay   second-moment decay min(beta2, 1 - t^-decay)
     eps            (eps1, eps2): added to g²; the least RMS(p) that relative_step scales by
@@ -47,11 +48,12 @@ class Adafactor(MemoryOptimizer):
 
     def __init__(
         self, params, lr=1e-3, beta2=0.999, eps=(1e-30, 1e-3), weight_decay=0.0, *, decay=0.8,
-        clip=1.0, momentum=0.0, momentum_bits=32, relative_step=False, **common,
+        clip=1.0, factored=True, momentum=0.0, momentum_bits=32, relative_step=False, **common,
     ):  # fmt: skip
         defaults = dict(
             lr=lr, beta2=beta2, eps=tuple(eps), weight_decay=weight_decay, decay=decay, clip=clip,
-            momentum=momentum, momentum_bits=momentum_bits, relative_step=relative_step,
+            factored=factored, momentum=momentum, momentum_bits=momentum_bits,
+            relative_step=relative_step,
         )  # fmt: skip
         super().__init__(params, defaults, **common)
 
@@ -65,7 +67,7 @@ class Adafactor(MemoryOptimizer):
 
     def new_state(self, tensor, group, shards=None):
         wide = dict(dtype=compute_dtype(tensor), device=tensor.device)
-        if tensor.ndim < 2:
+        if tensor.ndim < 2 or not group["factored"]:
             state = {"mean_square": torch.zeros_like(tensor, dtype=wide["dtype"])}
         else:
             columns = math.prod(tensor.shape[1:])
@@ -120,8 +122,8 @@ class Adafactor(MemoryOptimizer):
 
 
 def is_factored(item):
-    """Is this what the CUDA kernels know: a matrix at the caller's own learning rate?"""
-    return item.param.ndim >= 2 and not item.group["relative_step"]
+    """Is this what the kernels know: a factored matrix at the caller's own learning rate?"""
+    return "row_mean_square" in item.state and not item.group["relative_step"]
 
 
 def factored_update(grad, state, fresh, eps1, clip, shards=None):

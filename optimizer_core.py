@@ -160,8 +160,9 @@ class MemoryOptimizer(torch.optim.Optimizer):
 
         Raises UserError for the state of another optimizer or of another grouping.
         """
+        later = {"differentiable", *ADDED_LATER}  # the first is torch's own
         for group in state_dict["param_groups"]:
-            missing = self.defaults.keys() - group.keys() - {"differentiable"}  # torch's own
+            missing = self.defaults.keys() - group.keys() - later
             if missing:
                 raise UserError(
                     f"this optimizer state was not saved by {type(self).__name__} (it lacks "
@@ -180,6 +181,8 @@ class MemoryOptimizer(torch.optim.Optimizer):
                     value = value.detach().clone().to(p.device)
                 self.state[p][name] = value
         for group in self.param_groups:
+            for name in self.defaults.keys() & ADDED_LATER.keys():
+                group.setdefault(name, ADDED_LATER[name])
             self.check_group(group)
 
     def __getstate__(self):  # pickle and deepcopy
@@ -399,6 +402,7 @@ COMMON = dict(  # the options every optimizer here has
     maximize=False, foreach=True, compile=False, stochastic_rounding=True, update_clip=None,
     skip_nonfinite=False,
 )  # fmt: skip
+ADDED_LATER = dict(factored=True)  # options that older states lack, and what they meant
 COMMON_HELP = """
     maximize             ascend instead
     foreach              stack small tensors of one shape and use multi-tensor kernels;

@@ -8,7 +8,7 @@ import torch
 
 from errors import UserError
 from optimizer_core import COMMON
-from optimizers import VARIANTS, build_optimizer
+from optimizers import EMBEDDING_OPTIONS, VARIANTS, build_optimizer
 
 
 def make_optimizer(settings, model, runtime):
@@ -77,6 +77,8 @@ def check_option_types(variant, options):
     for function in (build_optimizer, VARIANTS[variant].cls):
         defaults |= {name: parameter.default
                      for name, parameter in inspect.signature(function).parameters.items()}
+    for name in EMBEDDING_OPTIONS.get(VARIANTS[variant].cls, ()):
+        defaults[f"embedding_{name}"] = defaults[name]
     for name, value in options.items():
         default = defaults.get(name)
         fits = {bool: (bool,), int: (int,), float: (int, float)}.get(type(default))

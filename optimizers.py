@@ -77,6 +77,9 @@ VARIANTS = {
     ),
 }  # fmt: skip
 
+# Options of a class that `embedding_...` sets apart for all that is not a linear weight.
+EMBEDDING_OPTIONS = {Adafactor: ("momentum", "factored")}
+
 
 def build_optimizer(
     model, variant, learning_rate=None, weight_decay=0.1, betas=None, embedding_lr=None,
@@ -96,6 +99,9 @@ def build_optimizer(
     device_type          "cuda" or "cpu"; kept for nanoGPT's signature: kernels suit the tensors
     partition            adamsn: subsets of linear weights, a name or a dict role -> name
     embedding_partition  adamsn, muonsn: subsets of embeddings, e.g. "row" (default "element")
+    embedding_momentum   adafactor: momentum of embeddings and vectors alone, 2% of GPT-2's weights
+                         or so; momentum_bits is theirs too
+    embedding_factored   adafactor: False gives embeddings a second moment an element
     fused_backward       update inside backward (low_byte.py); update_clip defaults to 1
     options              of the variant's class, e.g. momentum_bits=8, foreach=False, compile=True
 
@@ -110,6 +116,8 @@ def build_optimizer(
     options |= {} if betas is None else {"betas": tuple(betas)}
     embedding_partition = embedding_partition or options.pop("embedding_partition", "element")
     options.pop("embedding_partition", None)
+    apart = {name: options.pop(f"embedding_{name}")
+             for name in EMBEDDING_OPTIONS.get(recipe.cls, ()) if f"embedding_{name}" in options}
     for name, rate in (("learning_rate", learning_rate), ("embedding_lr", embedding_lr)):
         if rate is not None and not float(rate) > 0:
             raise UserError(f"{name} must be positive, not {rate}")
@@ -128,6 +136,8 @@ def build_optimizer(
             group["partition"] = embedding_partition if rest else linear_partition(partition, role)
         if recipe.cls is MuonSN:
             group["orthogonalize"] = not rest
+        if rest:
+            group |= apart
         groups.append(group)
     groups = merge_alike(groups)
     for group in groups:
@@ -146,6 +156,7 @@ def build_optimizer(
     if recipe.cls is torch.optim.AdamW:
         return torch_adamw(groups, options, fused_backward)
     known = set(inspect.signature(recipe.cls).parameters) | set(COMMON)
+    known |= {f"embedding_{name}" for name in EMBEDDING_OPTIONS.get(recipe.cls, ())}
     check_options(variant, options, known - {"params", "lr", "weight_decay", "common"})
     optimizer = recipe.cls(groups, lr=learning_rate, **options)
     return fuse_into_backward(optimizer) if fused_backward else optimizer
@@ -277,7 +288,7 @@ def method_of(optimizer, group):
             return "Adam"
         return f"AdamSN, {group['norm']} over each {group['partition']}"
     if isinstance(optimizer, Adafactor):
-        return "Adafactor, rows and columns"
+        return "Adafactor, " + ("rows and columns" if group["factored"] else "each element")
     return type(optimizer).__name__
 
 
@@ -299,7 +310,7 @@ def optimizer_table(model, optimizer):
         method = method_of(optimizer, group)
         if vectors and isinstance(optimizer, AdamSN):
             method = "Adam"
-        elif group.get("momentum_bits", 32) < 32:
+        elif group.get("momentum_bits", 32) < 32 and group.get("momentum", 1) > 0:
             method += f", {group['momentum_bits']}-bit momentum"
         rate = f"{float(group['lr']):.3g}"
         rows.append((

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from errors import UserError
-from optimizers import VARIANTS, AdamSN, build_optimizer, optimizer_table, state_bytes
+from optimizer_setup import check_option_types
+from optimizers import VARIANTS, Adafactor, AdamSN, build_optimizer, optimizer_table, state_bytes
 
 
 class Attention(nn.Module):
@@ -120,6 +121,56 @@ def test_muonsn_without_momentum_stores_none():
     assert all("momentum" not in state for state in optimizer.state.values())
 
 
+def test_adafactor_treats_embeddings_apart():
+    """Momentum and a whole second moment for what is no linear weight: as groups of one's own."""
+    options = dict(beta2=0.95, decay=1.0, momentum_bits=16)
+    built, plain = Net(), Net()
+    plain.load_state_dict(built.state_dict())
+    linear = {id(m.weight) for m in plain.modules() if isinstance(m, nn.Linear)}
+    linear.discard(id(plain.wte.weight))
+    rest = [p for p in plain.parameters() if p.requires_grad and id(p) not in linear]
+    matrices = [p for p in plain.parameters() if p.requires_grad and id(p) in linear]
+    apart = dict(momentum=0.9, factored=False, lr=2e-2)
+    reference = Adafactor([
+        dict(params=matrices, weight_decay=0.1), apart | dict(params=rest[:2], weight_decay=0.1),
+        apart | dict(params=rest[2:]),
+    ], lr=1e-2, **options)  # fmt: skip
+    assert [p.ndim for p in rest] == [2, 3] + [1] * 7
+    optimizer = build_optimizer(
+        built, "adafactor", 1e-2, 0.1, (0.9, options.pop("beta2")), 2e-2, embedding_momentum=0.9,
+        embedding_factored=False, **options,
+    )  # fmt: skip
+    for net, owner in ((built, optimizer), (plain, reference)):
+        for seed in range(3):
+            step(net, owner, seed)
+    for (name, p), q in zip(built.named_parameters(), plain.parameters()):
+        assert torch.equal(p, q), name
+    for p in matrices:
+        assert set(reference.state[p]) == {"step", "row_mean_square", "column_mean_square"}
+    table = optimizer.state[built.wte.weight]
+    assert set(table) == {"step", "mean_square", "momentum"}
+    assert table["mean_square"].shape == table["momentum"].shape == built.wte.weight.shape
+    assert state_bytes(optimizer) == state_bytes(reference)
+
+
+def test_options_as_text_have_the_type_of_their_default():
+    check_option_types("adafactor", dict(embedding_factored=False, embedding_momentum=0.9))
+    with pytest.raises(UserError, match="embedding_factored=no should be bool"):
+        check_option_types("adafactor", dict(embedding_factored="no"))
+
+
+def test_states_from_before_adafactor_could_leave_matrices_whole_still_load():
+    p = nn.Parameter(torch.ones(4, 4))
+    p.grad = torch.ones(4, 4)
+    optimizer = Adafactor([p])
+    optimizer.step()
+    saved = optimizer.state_dict()
+    del saved["param_groups"][0]["factored"]
+    other = Adafactor([nn.Parameter(torch.ones(4, 4))])
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["factored"] is True
+
+
 @pytest.mark.parametrize(
     "variant, options, words",
     [
@@ -132,6 +183,9 @@ def test_muonsn_without_momentum_stores_none():
         ("adamsn", dict(partition={"attention": "row"}), "no role 'attention'"),
         ("muonsn", dict(partition="row"), "no partition"),
         ("adafactor", dict(norm="sum"), "no option 'norm'"),
+        ("adamsn", dict(embedding_momentum=0.9), "no option 'embedding_momentum'"),
+        ("adafactor", dict(embedding_momentum=1.5), "betas"),
+        ("adafactor", dict(embedding_moment=0.9), "did you mean 'embedding_momentum'"),
         ("adam", dict(partition="row"), "no partition"),
         ("adam", dict(momentum_bits=8), "no option 'momentum_bits'"),
         ("adam", dict(betas=(0.9, 1.0)), "beta"),
