@@ -150,8 +150,10 @@ def load_optimizer(optimizer, model, state):
     """
     if not state:
         return "the checkpoint holds no optimizer state"
-    if not state["state"]:
-        return None  # saved before the first update
+    if not state["state"]:  # saved before the first update; steps may have been skipped
+        if hasattr(optimizer, "skipped_steps"):
+            optimizer.skipped_steps = state.get("skipped_steps", 0)
+        return None
     built = [{key: group[key] for key in ("lr", "initial_lr", "weight_decay", "betas")
               if key in group} for group in optimizer.param_groups]
     if not any("name" in group for group in state["param_groups"]):

@@ -29,8 +29,7 @@ def make_optimizer(settings, model, runtime):
             own = VARIANTS[settings.optimizer_variant].options.get("betas", own)
         betas = tuple(o if b is None else b for b, o in zip((settings.beta1, settings.beta2), own))
     return build_optimizer(model, settings.optimizer_variant, settings.learning_rate,
-                           settings.weight_decay, betas, settings.embedding_lr,
-                           runtime.device_type, **options)
+                           settings.weight_decay, betas, settings.embedding_lr, **options)
 
 
 def check_param_dtype(settings):

@@ -82,8 +82,8 @@ EMBEDDING_OPTIONS = {Adafactor: ("momentum", "factored")}
 
 
 def build_optimizer(
-    model, variant, learning_rate=None, weight_decay=0.1, betas=None, embedding_lr=None,
-    device_type="cpu", *, partition=None, embedding_partition=None, fused_backward=False, **options,
+    model, variant, learning_rate=None, weight_decay=0.1, betas=None, embedding_lr=None, *,
+    partition=None, embedding_partition=None, fused_backward=False, **options,
 ):  # fmt: skip
     """The optimizer `variant` for any nn.Module. Every group has a `name` and an `initial_lr`.
 
@@ -96,7 +96,6 @@ def build_optimizer(
     learning_rate        of linear weights; None: the variant's tuned one
     embedding_lr         of all the rest; None: the variant's tuned one, scaled as learning_rate is
     betas                None: (0.9, 0.95), or the variant's own; adafactor reads only betas[1]
-    device_type          "cuda" or "cpu"; kept for nanoGPT's signature: kernels suit the tensors
     partition            adamsn: subsets of linear weights, a name or a dict role -> name
     embedding_partition  adamsn, muonsn: subsets of embeddings, e.g. "row" (default "element")
     embedding_momentum   adafactor: momentum of embeddings and vectors alone, 2% of GPT-2's weights

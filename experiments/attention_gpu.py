@@ -179,7 +179,7 @@ def trainer(kind, T, B, nanogpt=None, compiled=False, **settings):
         optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), DEVICE)
     else:
         model = GPT(GPTConfig(block_size=T, **{**GPT2, **settings})).to(DEVICE)
-        optimizer = build_optimizer(model, "adam", learning_rate=6e-4, device_type=DEVICE)
+        optimizer = build_optimizer(model, "adam", learning_rate=6e-4)
     run = torch.compile(model) if compiled else model
     tiled = settings.get("attention_policy") == "recompute" and not compiled
     if tiled:

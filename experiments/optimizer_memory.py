@@ -92,7 +92,7 @@ def train(config, variant, dtype, fused, device):
         torch.set_default_dtype(before)
     options = dict(fused_backward=True) if fused else {}
     optimizer = build_optimizer(model, variant, learning_rate=2e-4, embedding_lr=2e-4,
-                                device_type=torch.device(device).type, **options)
+                                **options)
     text = torch.randint(50257, (1, config.block_size + 1), device=device)
     losses, seconds, numbers = [], [], {}
 

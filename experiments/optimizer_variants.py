@@ -154,9 +154,8 @@ def build_ours(run, cohort, setup):
     name, options = parse_options(run.variant)
     beta1, _ = VARIANTS[name].options.get("betas", setup.betas)
     options = {"weight_decay": setup.weight_decay, "betas": (beta1, setup.betas[1])} | options
-    device_type = next(iter(cohort.stack.weights.values())).device.type
     return build_optimizer(cohort.module, name, learning_rate=run.learning_rate,
-                           embedding_lr=run.embedding_lr, device_type=device_type, **options)
+                           embedding_lr=run.embedding_lr, **options)
 
 
 def state_of_one(variant, setup, text, device):
