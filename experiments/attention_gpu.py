@@ -9,6 +9,7 @@ short    tokens per second at T=1024, B=32, beside nanoGPT's
 
 nanoGPT's model.py is not part of this repository: give its path with --nanogpt, or its rows are
 left out. Both sides run in this one process, alternating where a run is short. GB are 10^9 bytes.
+Rows of the sections not run stay.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attention_kernels import KERNELS  # noqa: E402
-from experiments.common import RESULTS, provenance, write_csv  # noqa: E402
+from experiments.common import RESULTS, provenance, read_csv, write_csv  # noqa: E402
 from loss import chunked_cross_entropy  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 from optimizers import build_optimizer  # noqa: E402
@@ -187,7 +188,6 @@ def trainer(kind, T, B, nanogpt=None, compiled=False, **settings):
     idx = torch.randint(GPT2["vocab_size"], (B, T), device=DEVICE)
     targets = idx.roll(-1, 1)
 
-
     def step():
         with torch.autocast(DEVICE, torch.bfloat16):
             _, loss = run(idx, targets)
@@ -263,23 +263,27 @@ def main():
     parser.add_argument("--out", default=str(RESULTS / "attention_gpu.csv"))
     options = parser.parse_args()
     torch.set_float32_matmul_precision("highest")
-    rows, columns = [], ("T", "B", "policy", "q_chunk", "k_chunk", "seconds", "peak_GB",
-                         "tokens_per_s", "out_error", "lse_error", "grad_error", "loss")
-    where = provenance(DEVICE)
+    columns = ("T", "B", "policy", "q_chunk", "k_chunk", "seconds", "peak_GB", "tokens_per_s",
+               "out_error", "lse_error", "grad_error", "loss")
+    where, running, out = provenance(DEVICE), None, Path(options.out)
+    sections = options.sections.split(",")
+    if unknown := set(sections) - set(SECTIONS):
+        parser.error(f"unknown section {unknown.pop()!r}; choose from: {', '.join(SECTIONS)}")
+    rows = [row for row in (read_csv(out) if out.exists() else [])
+            if row["section"] not in sections]
 
     def row(name, status="ok", **values):
-        rows.append({"name": name, "status": status,
+        rows.append({"section": running, "name": name, "status": status,
                      **{column: values.get(column) for column in columns}, **where})
         shown = " ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
                          for key, value in values.items() if value is not None)
         print(f"{name:34s} {status} {shown}", flush=True)
-        write_csv(options.out, rows)
+        write_csv(out, rows)
 
-    for name in options.sections.split(","):
-        section = SECTIONS[name]
-        extra = {} if name in ("check", "prefill") else {
+    for running in sections:
+        extra = {} if running in ("check", "prefill") else {
             "nanogpt": load_nanogpt(options.nanogpt)}
-        section(row, options.quick, **extra)
+        SECTIONS[running](row, options.quick, **extra)
 
 
 if __name__ == "__main__":

@@ -154,10 +154,15 @@ def main():
     device = settings.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    out = Path(settings.out)
+    kept = [row for row in (read_csv(out) if out.exists() else [])
+            if row["part"] != settings.part]
     rows = []
     for case in cases_of(settings, device):
         row = dict(part=settings.part) | in_own_process(case)
-        rows.append(row)
+        rows.append(row | provenance(device))
+        columns = dict.fromkeys(name for row in kept + rows for name in row)
+        write_csv(out, [{name: row.get(name) for name in columns} for row in kept + rows])
         label = f"{row['shape']:5s} {row['variant']:10s} {row['weights']:9s}"
         label += " in backward" if row["fused_backward"] else " " * 12
         if not row["fits"]:
@@ -169,12 +174,6 @@ def main():
               f"{row['bytes_per_parameter']:6.3f} bytes a parameter, state {row['state_bytes']:,} "
               f"(allocator {row['allocator_state_bytes']}), loss {row['loss_first']:.3f} -> "
               f"{row['loss_last']:.3f}, {row['step_seconds']:.2f} s a step", flush=True)
-    out = Path(settings.out)
-    kept = [row for row in (read_csv(out) if out.exists() else [])
-            if row["part"] != settings.part]
-    rows = kept + [row | provenance(device) for row in rows]
-    columns = dict.fromkeys(name for row in rows for name in row)
-    write_csv(out, [{name: row.get(name) for name in columns} for row in rows])
 
 
 if __name__ == "__main__":
