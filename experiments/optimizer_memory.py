@@ -9,8 +9,9 @@ largest   bfloat16 weights rounded stochastically, momentum of few bits, every w
           backward, layers checkpointed: larger and larger models, three steps each on one batch,
           whose loss must fall, until one does not fit.
 
-Every case runs in a process of its own. Writes results/optimizer_memory.csv; rows of the other
-part stay.
+Every case runs in a process of its own, `workers` of them side by side; a process's peak is its
+own all the same, but seconds are kept only of one at a time. Writes results/optimizer_memory.csv;
+rows of the other part stay.
 """
 
 import multiprocessing
@@ -56,6 +57,7 @@ class Settings:
     sizes: str = "13b,20b,22b,24b,25b"  # of part=largest, tried in this order
     low_byte: str = "muonsn8"  # variant of part=largest
     block_size: int = 1024  # tokens; the batch is 1
+    workers: int = 1  # processes side by side
     device: str = "auto"  # auto | cpu | cuda
     out: str = str(RESULTS / "optimizer_memory.csv")  # rows of this part are replaced
 
@@ -126,13 +128,6 @@ def allocated(device):
     return torch.cuda.memory_allocated() if torch.device(device).type == "cuda" else 0
 
 
-def in_own_process(case):
-    """run_case(*case) in a fresh process, so that nothing of an earlier case remains."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(run_case, *case).result()
-
-
 def cases_of(settings, device):
     """Arguments of run_case, in order."""
     if settings.part == "variants":
@@ -158,8 +153,14 @@ def main():
     kept = [row for row in (read_csv(out) if out.exists() else [])
             if row["part"] != settings.part]
     rows = []
-    for case in cases_of(settings, device):
-        row = dict(part=settings.part) | in_own_process(case)
+    # a fresh process for every case, so that nothing of an earlier one remains
+    pool = ProcessPoolExecutor(settings.workers, max_tasks_per_child=1,
+                               mp_context=multiprocessing.get_context("spawn"))
+    jobs = [pool.submit(run_case, *case) for case in cases_of(settings, device)]
+    for job in jobs:
+        row = dict(part=settings.part) | job.result()
+        if settings.workers > 1:
+            row["step_seconds"] = None
         rows.append(row | provenance(device))
         columns = dict.fromkeys(name for row in kept + rows for name in row)
         write_csv(out, [{name: row.get(name) for name in columns} for row in kept + rows])
@@ -173,7 +174,8 @@ def main():
         print(f"{label} peak {row['peak_bytes'] / 2**30:6.2f} GiB, weights + gradients + state "
               f"{row['bytes_per_parameter']:6.3f} bytes a parameter, state {row['state_bytes']:,} "
               f"(allocator {row['allocator_state_bytes']}), loss {row['loss_first']:.3f} -> "
-              f"{row['loss_last']:.3f}, {row['step_seconds']:.2f} s a step", flush=True)
+              f"{row['loss_last']:.3f}, {row['step_seconds']} s a step", flush=True)
+    pool.shutdown(cancel_futures=True)
 
 
 if __name__ == "__main__":

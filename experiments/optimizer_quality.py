@@ -87,7 +87,10 @@ def next_runs(variant, rows, settings):
         return [Run(variant, *point, seed) for point in points for seed in seeds
                 if seed not in done.get(point, {})]
 
+    fresh = range(FRESH + 1, FRESH + 1 + settings.confirm_seeds)
     points = grid_settings(variant, settings)
+    if len(points) == 1 and not settings.climb:  # nothing to choose from
+        return lacking(points, fresh)
     if runs := lacking(points, seeds):
         return runs
     best = best_setting(done, seeds)
@@ -97,7 +100,7 @@ def next_runs(variant, rows, settings):
                       (linear, embedding * 2), (linear, embedding / 2)]
         if runs := lacking(neighbours, seeds):
             return runs
-    return lacking([best], range(FRESH + 1, FRESH + 1 + settings.confirm_seeds))
+    return lacking([best], fresh)
 
 
 def best_setting(done, seeds):

@@ -57,7 +57,7 @@ def torch_muon(run, cohort, setup):
 
 def torch_adafactor(run, cohort, setup):
     """torch.optim.Adafactor; its rates are relative to each weight's RMS."""
-    named = cohort.module.named_parameters()
+    named = list(cohort.module.named_parameters())
     return [torch.optim.Adafactor(groups(named, *_arguments(run, setup)), foreach=True)]
 
 

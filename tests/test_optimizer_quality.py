@@ -7,10 +7,28 @@ import pytest
 import torch
 
 from errors import UserError
-from experiments.many_runs import Run, Setup, Text, data_order, read_text, schedule, train_runs
+from experiments.many_runs import (
+    Cohort,
+    Run,
+    Setup,
+    Text,
+    data_order,
+    read_text,
+    schedule,
+    train_runs,
+)
 from experiments.optimizer_quality import Settings, next_runs, summarise
-from experiments.optimizer_variants import ABLATIONS, build, expand, parse_options, state_of_one
+from experiments.optimizer_variants import (
+    ABLATIONS,
+    build,
+    expand,
+    missing_package,
+    parse_options,
+    state_of_one,
+)
 from experiments.paired import mean_interval, paired_difference, t_distribution
+from experiments.peers import PEERS
+from experiments.stacked_gpt import StackedGPT
 from model import GPT
 from optimizers import build_optimizer
 
@@ -33,6 +51,22 @@ def test_runs_side_by_side_equal_runs_alone(variant, text):
         assert abs(a["val_loss"] - b["val_loss"]) < 1e-4
         assert (a["seed"], a["learning_rate"]) == (b["seed"], b["learning_rate"])
     assert len({round(row["val_loss"], 5) for row in together}) == 3
+
+
+@pytest.mark.parametrize("variant", PEERS)
+def test_every_peer_trains_every_parameter(variant, text):
+    if package := missing_package(variant):
+        pytest.skip(f"{package} is not installed")
+    stack = StackedGPT(SETUP.config(text.vocab_size), [1, 2], "cpu")
+    for weight in stack.weights.values():
+        weight.grad.normal_(std=1e-3)
+    before = {name: weight.detach().clone() for name, weight in stack.weights.items()}
+    setup = replace(SETUP, weight_decay=0.0)
+    optimizers = PEERS[variant](Run(variant, 1e-2, 1e-2, 1), Cohort(stack, 0, 2), setup)
+    for optimizer in optimizers:
+        optimizer.step()
+    for name, weight in stack.weights.items():
+        assert (weight != before[name]).any(-1).all(), name
 
 
 def test_a_run_is_an_ordinary_training_run(text):
@@ -98,7 +132,7 @@ def test_finished_runs_are_not_run_again():
     settings = Settings(linear_lrs="1e-3", embedding_lrs="1e-3", climb=False, grid_seeds=1,
                         confirm_seeds=2)
     rows = play("adamsn", settings, lambda *_: 1.0)
-    assert len(rows) == 3
+    assert [row["seed"] for row in rows] == [1001, 1002]  # one point: nothing to choose from
     runs = next_runs("adamsn", rows[:-1], settings)
     assert [(run.seed, run.learning_rate) for run in runs] == [(1002, 1e-3)]
 
