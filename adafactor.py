@@ -18,7 +18,6 @@ import math
 
 import torch
 
-import optimizer_launch
 from errors import UserError
 from optimizer_arithmetic import clip_update, compute_dtype, mean_square
 from optimizer_core import COMMON_HELP, MemoryOptimizer, check_number
@@ -88,11 +87,11 @@ class Adafactor(MemoryOptimizer):
 
     def update(self, items):
         if not self.defaults["compile"]:
-            items = self.by_kernels(items, is_factored, self.launch)
+            items = self.kernels.run(items, is_factored, self.launch)
         super().update(items)
 
     def launch(self, stack):
-        optimizer_launch.adafactor(stack, self.schedule(stack.group, stack.step)[0])
+        stack.adafactor(self.schedule(stack.group, stack.step)[0])
 
     def direction(self, batch):
         group, state, shards = batch.group, batch.state, batch.shards

@@ -16,7 +16,6 @@ from dataclasses import replace
 
 import torch
 
-import optimizer_launch
 from errors import UserError
 from optimizer_arithmetic import compute_dtype, mean_square, shift
 from optimizer_core import COMMON_HELP, STACK_EACH, MemoryOptimizer, say_once
@@ -92,10 +91,10 @@ class AdamSN(MemoryOptimizer):
         return momentum.reshape(grad.shape), denominator.reciprocal_()
 
     def update(self, items):
-        """By the CUDA kernels what they take; large plain float32 tensors by the multi-tensor
-        kernels below; the rest as any."""
+        """By the kernels what they take; large plain float32 tensors by the multi-tensor kernels
+        below; the rest as any."""
         if not self.defaults["compile"]:
-            items = self.by_kernels(items, has_row_moments, self.launch)
+            items = self.kernels.run(items, has_row_moments, self.launch)
         large = [] if self.defaults["compile"] else [i for i in items if self.is_large(i)]
         for key, same in by_key(large, adam_key).items():
             update_elements(same) if key[0] == "element" else update_subsets(same)
@@ -104,7 +103,7 @@ class AdamSN(MemoryOptimizer):
         super().update([part for item in rest for part in self.row_slices(item)])
 
     def launch(self, stack):
-        optimizer_launch.adamsn(stack, self.schedule(stack.group, stack.step))
+        stack.adamsn(self.schedule(stack.group, stack.step))
 
     def row_slices(self, item):
         """Runs of rows of one very large matrix as items of their own, or the item itself.

@@ -1,27 +1,22 @@
 """Kernels for processors with AVX-512 and its integer products (VNNI), in C: cpu_kernels.c.
 
-The C compiler `cc` builds them on first use, in a second, into .cache beside this file. Where there
-is no compiler, or the processor is another, `available()` is false and PyTorch's own operators do
-the same, slower. ATEN_CPU_CAPABILITY=avx2 has that effect too, as it has on PyTorch's.
+The C compiler `cc` builds them on first use (c_library.py). Where there is no compiler, or the
+processor is another, `available()` is false and PyTorch's own operators do the same, slower.
+ATEN_CPU_CAPABILITY=avx2 has that effect too, as it has on PyTorch's.
 
-Here: building, and 4-bit products. cpu_decode.py has whole decoding steps.
+Here: 4-bit products. cpu_decode.py has whole decoding steps.
 """
 
 import ctypes
 import functools
-import hashlib
-import os
 import platform
-import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 
+import c_library
+
 SOURCE = Path(__file__).with_name("cpu_kernels.c")
-CACHE = Path(__file__).with_name(".cache")
-# not -ffast-math: linking with it would change how the whole process treats tiny numbers
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC")
 HALF = {torch.bfloat16: 1, torch.float32: 0}  # the dtypes they know
 
 
@@ -37,36 +32,14 @@ def library():
     """The kernels, built if need be; None where they cannot run."""
     if platform.system() != "Linux" or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
-    try:
-        processor = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-        flags = next(line for line in processor.splitlines() if line.startswith("flags"))
-        if "avx512_vnni" not in flags:
-            return None
-        recipe = SOURCE.read_bytes() + repr((FLAGS, flags)).encode()
-        path = CACHE / f"cpu_kernels-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
-        if not path.exists():
-            build(path)
-        loaded = ctypes.CDLL(str(path))
-    except (OSError, StopIteration, subprocess.SubprocessError):
+    loaded = c_library.load(SOURCE) if "avx512_vnni" in c_library.processor_flags() else None
+    if loaded is None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     loaded.int4_rows.argtypes = [pointer] * 3 + [number] * 2
     loaded.decode.argtypes = [pointer] * 4 + [number] + [pointer] * 2
     loaded.int4_rows.restype = loaded.decode.restype = None
     return loaded
-
-
-def build(path):
-    """Compile SOURCE to `path`, whole or not at all."""
-    path.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        compiled, linked = f"{folder}/kernels.o", f"{folder}/kernels.so"
-        run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=120)
-        run(["cc", *FLAGS, "-c", str(SOURCE), "-o", compiled])
-        # without -fopenmp: the process has PyTorch's OpenMP threads, two sets would be in each
-        # other's way
-        run(["cc", "-shared", compiled, "-o", linked, "-lm"])
-        os.replace(linked, path)
 
 
 def available():

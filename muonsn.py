@@ -94,8 +94,9 @@ class MuonSN(AdamSN):
 
     def update(self, items):
         matrices = [i for i in items if is_orthogonalized(i.param, i.group)]
-        matrices = self.by_kernels(
-            matrices, lambda item: True, self.launch_matrices, optimizer_launch.MOST
+        matrices = self.kernels.run(
+            matrices, lambda item: True, self.launch_matrices, [optimizer_launch],
+            optimizer_launch.MOST,
         )
         for batch in self.batches(matrices, each=STACK_TOTAL):  # one bmm for all of one shape
             self.update_batch(batch)
@@ -103,7 +104,7 @@ class MuonSN(AdamSN):
 
     def launch_matrices(self, stack):
         correction = self.schedule(stack.group, stack.step)[2]
-        optimizer_launch.muonsn(stack, correction, orthogonalize_blocks)
+        stack.muonsn(correction, orthogonalize_blocks)
 
     def schedule(self, group, step):
         return *super().schedule(group, step), 1 - group["row_beta2"] ** step

@@ -17,15 +17,14 @@ from dataclasses import dataclass
 
 import torch
 
-import optimizer_launch
 from errors import UserError
+from kernel_plans import Plans
 from optimizer_arithmetic import clip_update, compute_dtype, shift, stack
 from optimizer_shards import RowShards, is_sharded, local, shard_like
 from quantized_state import MOMENTUM_BITS, round_to_bfloat16
 
 STACK_EACH = 1 << 18  # tensors of at most this many numbers are stacked ...
 STACK_TOTAL = 1 << 24  # ... up to this many numbers in one stack
-MOST_PLANS = 1024  # sets of parameters whose launches are remembered
 VARYING = {"params", "lr", "initial_lr", "weight_decay", "name"}  # may differ within a stack
 
 
@@ -197,7 +196,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
     def _forget(self):
         """Drop whatever is kept between steps for speed alone."""
         self._generators, self._compiled = {}, None
-        self._items, self._numbers, self._plans = {}, {}, {}
+        self._items, self._numbers, self.kernels = {}, {}, Plans()
 
     # ------------------------------------------------------------------ one step
 
@@ -232,29 +231,6 @@ class MemoryOptimizer(torch.optim.Optimizer):
         if not shards:
             self._items[p] = item
         return item
-
-    def by_kernels(self, items, suits, launch, most=None):
-        """Update by the CUDA kernels the items that they can take; return the others.
-
-        suits(item): do the kernels know this item's settings? launch(stack): one step of a Stack.
-        """
-        if not items or not optimizer_launch.AVAILABLE:
-            return items
-        key = tuple(map(id, items))
-        seen = optimizer_launch.fingerprint(items)
-        plan = self._plans.get(key)
-        if plan is None or plan[0] != seen:
-            taken = [i for i in items if suits(i) and optimizer_launch.fits(i)]
-            stacks, _ = optimizer_launch.stacks_of(taken, most)
-            taken = {id(i) for same in stacks for i in same.items}
-            rest = [i for i in items if id(i) not in taken]
-            if len(self._plans) >= MOST_PLANS:
-                self._plans.clear()
-            plan = self._plans[key] = (seen, stacks, rest)
-        for same in plan[1]:
-            with same:
-                launch(same)
-        return plan[2]
 
     def update(self, items):
         """Update every item: the large ones compiled if so asked, the others batch by batch."""

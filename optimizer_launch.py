@@ -43,40 +43,19 @@ def fits(item):
     )  # fmt: skip
 
 
-def fingerprint(items):
-    """What must not change for `stacks_of` to give the same stacks, but for gradients' addresses.
-
-    Items are kept from step to step while their state is; so their ids say whose they are.
-    """
-    groups = {id(i.group): i.group for i in items}
-    settings = [
-        (key, *(v for name, v in group.items() if name not in ("params", "lr", "initial_lr")),
-         torch.is_tensor(group["lr"]))
-        for key, group in groups.items()
-    ]  # fmt: skip
-    tensors = [
-        (id(i), i.step - items[0].step, i.param.data_ptr(), i.grad.data_ptr() % 16, i.grad.dtype,
-         i.grad.is_contiguous())
-        for i in items
-    ]  # fmt: skip
-    return settings, tensors
-
-
 def stacks_of(items, most=None):
-    """Items (all of which fit) -> (list of Stacks, the items too few to be worth a launch)."""
-    alike, stacks, rest = {}, [], []
+    """Items (all of which fit) -> Stacks, but for those too few to be worth a launch."""
+    alike, stacks = {}, []
     for item in items:
         p = item.param
         key = (id(item.group), p.device, p.shape, p.dtype, item.grad.dtype, item.step)
         alike.setdefault((*key, bits_of(item)), []).append(item)
     for same in alike.values():
         numbers = same[0].param.numel()
-        if numbers * len(same) <= LEAST:
-            rest += same
-            continue
-        count = len(same) if most is None else max(1, most // numbers)
-        stacks += [Stack(same[i : i + count]) for i in range(0, len(same), count)]
-    return stacks, rest
+        if numbers * len(same) > LEAST:
+            count = len(same) if most is None else max(1, most // numbers)
+            stacks += [Stack(same[i : i + count]) for i in range(0, len(same), count)]
+    return stacks
 
 
 def bits_of(item):
@@ -135,6 +114,18 @@ class Stack:
     def decay_and_rate(self):
         rate = float(self.group["lr"])
         return 1 - rate * float(self.group["weight_decay"]), rate
+
+    def adamsn(self, *rest):
+        with self:
+            adamsn(self, *rest)
+
+    def adafactor(self, *rest):
+        with self:
+            adafactor(self, *rest)
+
+    def muonsn(self, *rest):
+        with self:
+            muonsn(self, *rest)
 
     def __enter__(self):  # kernels go to the current device
         self.guard = torch.cuda.device(self.device) if self.device.type == "cuda" else None

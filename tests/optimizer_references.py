@@ -1,4 +1,5 @@
-"""Float64 references of the optimizers, written from the papers with plain loops over subsets."""
+"""Float64 references of the optimizers, written from the papers with plain loops over subsets; and
+steps on gradients that repeat, for the tests that compare with them."""
 
 import torch
 
@@ -84,3 +85,31 @@ def muonsn(p, grads, blocks, lr, mu, nu, row_beta2, eps, weight_decay, rms=0.2):
         o = o / ((v / (1 - row_beta2**t)).sqrt() + eps)
         p = p - lr * weight_decay * p - lr * rms * o / o.square().mean().sqrt()
     return p
+
+
+# ---------------------------------------------------------------------- steps
+
+
+LARGE = (1030, 260)  # beyond the size that is stacked: the multi-tensor kernels take it
+
+
+def gradients(shape, steps=50, seed=0):
+    """Gradients of uneven size over rows and columns, as float64."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.rand(shape, generator=generator, dtype=torch.float64) + 0.1
+    return [
+        scale * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(steps)
+    ]
+
+
+def run(optimizer, params, grads):
+    """One step for each list of gradients (one gradient a parameter)."""
+    for step in grads:
+        for p, g in zip(params, step):
+            p.grad = g.to(p.dtype).to(p.device).clone()
+        optimizer.step()
+
+
+def assert_close(actual, expected, dtype):
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
+    assert (actual.double() - expected).abs().max() <= tolerance * expected.abs().max()

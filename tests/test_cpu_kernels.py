@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import c_library
 import cpu_decode
 import cpu_kernels
 import int4
@@ -38,7 +39,7 @@ def test_a_source_that_does_not_compile_is_no_error(tmp_path, monkeypatch):
     source = tmp_path / "bad.c"
     source.write_text("int f( {")
     monkeypatch.setattr(cpu_kernels, "SOURCE", source)
-    monkeypatch.setattr(cpu_kernels, "CACHE", tmp_path / "cache")
+    monkeypatch.setattr(c_library, "CACHE", tmp_path / "cache")
     assert cpu_kernels.library.__wrapped__() is None
     left = tmp_path / "cache"
     assert not left.exists() or list(left.iterdir()) == []

@@ -1,0 +1,225 @@
+/* One step of AdamSN or Adafactor on float32 matrices, each number read as few times as it can be.
+ *
+ * Built and called by cpu_optimizers.py. A call takes all matrices of a group, one after the other,
+ * and every thread a run of each one's row tiles. Sums are taken within a tile, then over tiles in
+ * their order, so a step gives the same bits with any number of threads.
+ */
+#include <float.h>
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline)) /* for constants to reach the loops */
+#define BLOCK 32 /* numbers that share a scale of 8-bit momentum: quantized_state.py */
+
+typedef struct {
+    float *param;           /* (rows, columns) */
+    const float *grad;      /* (rows, columns) */
+    void *momentum;         /* (rows, columns) float32 or int8, or null */
+    uint16_t *scales;       /* bfloat16, one for each BLOCK of an 8-bit momentum */
+    float *row, *column;    /* second moments: (rows), Adafactor's also (columns) */
+    int64_t rows, columns, tile, number; /* tile: rows of one; number: the parameter's own */
+} Matrix;
+
+typedef struct {
+    float fresh;         /* the momentum's 1 - beta */
+    float decay, rate;   /* p <- decay p - rate update */
+    int32_t bits;        /* of the momentum: 0 (none), 8 or 32 */
+    uint32_t step;       /* the rounding noise is a function of step, number and place */
+} Step;
+
+INLINE uint32_t mix(uint32_t x) { /* a bijection that changes half of the bits, each for each */
+    x = (x ^ (x >> 16)) * 0x7feb352du;
+    x = (x ^ (x >> 15)) * 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+
+INLINE float load_bf16(uint16_t high) {
+    const uint32_t bits = (uint32_t)high << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+INLINE uint16_t store_bf16(float x) { /* to nearest, ties to even */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+INLINE float capped(float x, float most) { return x > most ? most : x; } /* nan stays nan */
+
+INLINE float sum_squares(const float *x, int64_t n) {
+    float s = 0;
+#pragma omp simd reduction(+ : s)
+    for (int64_t j = 0; j < n; j++) s += x[j] * x[j];
+    return s;
+}
+
+/* One BLOCK of 8-bit momentum: x <- (1 - fresh) m + fresh x, stored rounded without bias. */
+INLINE void average8(float *restrict x, int8_t *restrict codes, uint16_t *scale, float fresh,
+                     uint32_t seed, uint32_t at) {
+    const float old = load_bf16(*scale);
+    float most = 0;
+#pragma omp simd reduction(max : most)
+    for (int j = 0; j < BLOCK; j++) {
+        const float m = codes[j] * old;
+        x[j] = m + fresh * (x[j] - m);
+        most = fabsf(x[j]) > most ? fabsf(x[j]) : most;
+    }
+    *scale = store_bf16(most * ((1 + 0x1p-7f) / 127)); /* rounded up: |x| / scale <= 127 */
+    const float rounded = load_bf16(*scale), inverse = 1 / (rounded > FLT_MIN ? rounded : FLT_MIN);
+#pragma omp simd
+    for (int j = 0; j < BLOCK; j++) {
+        const float uniform = (int32_t)(mix(seed + at + j) >> 8) * 0x1p-24f;
+        float code = x[j] * inverse + uniform;
+        code = code < 127 ? code : 127; /* nan too */
+        code = code > -127 ? code : -127;
+        const int32_t whole = (int32_t)code;
+        codes[j] = (int8_t)(whole - ((float)whole > code)); /* the floor */
+    }
+}
+
+/* p <- decay p - rate m of row i, m the momentum of x, or x itself. x = g w k; w null: x = g. */
+INLINE void move_row(const Matrix *t, int64_t i, const float *restrict w, float k, float rate,
+                     const Step *s, int bits) {
+    const int64_t C = t->columns;
+    const float *restrict g = t->grad + i * C;
+    float *restrict p = t->param + i * C;
+    const float fresh = s->fresh, decay = s->decay;
+    if (bits == 8) {
+        const uint32_t seed = mix(s->step * 0x9e3779b9u + mix((uint32_t)t->number));
+        int8_t *codes = (int8_t *)t->momentum + i * C;
+        uint16_t *scales = t->scales + i * (C / BLOCK);
+        for (int64_t b = 0; b < C; b += BLOCK) {
+            float x[BLOCK];
+            for (int j = 0; j < BLOCK; j++) x[j] = w ? g[b + j] * w[b + j] * k : g[b + j];
+            average8(x, codes + b, scales + b / BLOCK, fresh, seed, (uint32_t)(i * C + b));
+            for (int j = 0; j < BLOCK; j++) p[b + j] = p[b + j] * decay - rate * x[j];
+        }
+        return;
+    }
+    float *restrict m = bits ? (float *)t->momentum + i * C : 0;
+#pragma omp simd
+    for (int64_t j = 0; j < C; j++) {
+        float x = w ? g[j] * w[j] * k : g[j];
+        if (bits) m[j] = x = m[j] + fresh * (x - m[j]);
+        p[j] = p[j] * decay - rate * x;
+    }
+}
+
+INLINE void move_any(const Matrix *t, int64_t i, const float *w, float k, float rate,
+                     const Step *s) {
+    if (s->bits == 0) move_row(t, i, w, k, rate, s, 0);
+    else if (s->bits == 8) move_row(t, i, w, k, rate, s, 8);
+    else move_row(t, i, w, k, rate, s, 32);
+}
+
+/* This thread's share of n: [first, last). */
+INLINE void share(int64_t n, int64_t *first, int64_t *last) {
+    const int64_t id = omp_get_thread_num(), all = omp_get_num_threads();
+    *first = n * id / all;
+    *last = n * (id + 1) / all;
+}
+
+/* ---- AdamSN, one second moment a row: adamsn.py ----
+ *
+ * v <- v + fresh2 (N - v), N the sum of g^2 over a row, or their mean
+ * p <- decay p - rate m / (sqrt(v / correction2) + eps)                    rate: with correction1
+ */
+void adamsn(const Matrix *matrices, int64_t count, const Step *s, float fresh2, float correction2,
+            float eps, int32_t mean, int32_t threads) {
+#pragma omp parallel num_threads(threads)
+    for (const Matrix *t = matrices; t < matrices + count; t++) {
+        int64_t first, last;
+        share(t->rows, &first, &last);
+        const float factor = mean ? 1.0f / t->columns : 1;
+        for (int64_t i = first; i < last; i++) {
+            const float square = sum_squares(t->grad + i * t->columns, t->columns) * factor;
+            t->row[i] += fresh2 * (capped(square, FLT_MAX) - t->row[i]);
+            const float scale = 1 / (sqrtf(t->row[i] / correction2) + eps);
+            move_any(t, i, 0, 1, s->rate * scale, s);
+        }
+    }
+}
+
+/* ---- Adafactor: adafactor.py ----
+ *
+ * R, C <- averages of the rows' and columns' means of g^2;  U = g / sqrt(R C' / mean R);
+ * p <- decay p - rate U / max(1, RMS(U) / clip)
+ *
+ * Three passes over g, forwards, backwards, forwards: each begins with what is still in cache.
+ */
+INLINE void factor_sums(const Matrix *t, int64_t n, float *restrict total, float *part,
+                        float fresh2, float eps1, float most) {
+    const int64_t C = t->columns, end = (n + 1) * t->tile;
+    memset(total, 0, C * sizeof(float));
+    *part = 0;
+    for (int64_t i = n * t->tile; i < (end < t->rows ? end : t->rows); i++) {
+        const float *restrict g = t->grad + i * C;
+        float s = 0;
+#pragma omp simd reduction(+ : s)
+        for (int64_t j = 0; j < C; j++) {
+            const float square = g[j] * g[j];
+            s += square;
+            total[j] += square;
+        }
+        t->row[i] += fresh2 * (capped(s / C + eps1, most) - t->row[i]);
+        *part += t->row[i];
+    }
+}
+
+/* scratch: tiles (columns + 2) + columns numbers, for the most of each that a matrix has; clip
+ * infinite: none */
+void adafactor(const Matrix *matrices, int64_t count, const Step *s, float *scratch,
+               int64_t most_tiles, int64_t most_columns, float fresh2, float eps1, float most,
+               float clip, int32_t threads) {
+    /* Apart, so that sums of a matrix can begin while others still write the one before, for which
+     * they need the first two. */
+    float *weight = scratch, *squares = weight + most_columns, *parts = squares + most_tiles;
+    float *totals = parts + most_tiles; /* (tiles, columns) */
+#pragma omp parallel num_threads(threads)
+    for (const Matrix *t = matrices; t < matrices + count; t++) {
+        const int64_t C = t->columns, tiles = (t->rows + t->tile - 1) / t->tile;
+        int64_t first, last, from, to;
+        share(tiles, &first, &last);
+        share(C, &from, &to);
+        for (int64_t n = first; n < last; n++)
+            factor_sums(t, n, totals + n * C, parts + n, fresh2, eps1, most);
+#pragma omp barrier
+        float mean = 0;
+        for (int64_t n = 0; n < tiles; n++) mean += parts[n];
+        mean /= t->rows;
+        for (int64_t j = from; j < to; j++) weight[j] = 0;
+        for (int64_t n = 0; n < tiles; n++)
+            for (int64_t j = from; j < to; j++) weight[j] += totals[n * C + j];
+        for (int64_t j = from; j < to; j++) {
+            t->column[j] += fresh2 * (capped(weight[j] / t->rows + eps1, most) - t->column[j]);
+            weight[j] = 1 / sqrtf(t->column[j]);
+        }
+#pragma omp barrier
+        float shrink = 1;
+        if (clip < INFINITY) {
+            for (int64_t n = last - 1; n >= first; n--) {
+                const int64_t end = (n + 1) * t->tile < t->rows ? (n + 1) * t->tile : t->rows;
+                squares[n] = 0;
+                for (int64_t i = end - 1; i >= n * t->tile; i--) {
+                    const float *restrict g = t->grad + i * C;
+                    float u = 0;
+#pragma omp simd reduction(+ : u)
+                    for (int64_t j = 0; j < C; j++) u += (g[j] * weight[j]) * (g[j] * weight[j]);
+                    squares[n] += u / C * (mean / t->row[i]);
+                }
+            }
+#pragma omp barrier
+            float square = 0;
+            for (int64_t n = 0; n < tiles; n++) square += squares[n];
+            const float excess = sqrtf(square / t->rows) / clip;
+            shrink = excess < 1 ? 1 : 1 / excess; /* nan stays nan */
+        }
+        const int64_t end = last * t->tile < t->rows ? last * t->tile : t->rows;
+        for (int64_t i = first * t->tile; i < end; i++)
+            move_any(t, i, weight, sqrtf(mean / t->row[i]) * shrink, s->rate, s);
+    }
+}

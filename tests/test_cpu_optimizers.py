@@ -1,0 +1,280 @@
+"""The CPU kernels of the optimizers against float64 references and the plain loop in PyTorch."""
+
+import functools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import optimizer_references as reference
+import pytest
+import torch
+from optimizer_references import run
+from torch import nn
+
+import c_library
+import cpu_optimizers
+from optimizers import Adafactor, AdamSN, MuonSN, build_optimizer
+from quantized_state import dequantize
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_kernels = pytest.mark.skipif(cpu_optimizers.library() is None, reason="needs Linux and cc")
+SHAPES = [(24, 10), (1, 7), (1, 1), (33, 1), (5, 96), (300, 67), (4, 2, 3, 5), (1030, 260)]
+EXACT = [
+    (AdamSN, dict()), (AdamSN, dict(norm="sum")), (AdamSN, dict(betas=(0.0, 0.99))),
+    (Adafactor, dict()), (Adafactor, dict(clip=0.3)), (Adafactor, dict(clip=None)),
+    (Adafactor, dict(momentum=0.9)),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def taken(monkeypatch):
+    """The items that the kernels took."""
+    items = []
+    for name in ("adamsn", "adafactor"):
+        step = getattr(cpu_optimizers.Stack, name)
+        monkeypatch.setattr(cpu_optimizers.Stack, name, functools.partialmethod(count, step, items))
+    return items
+
+
+def count(stack, step, items, *rest):
+    items.extend(stack.items)
+    step(stack, *rest)
+
+
+def matrices(shapes=SHAPES):
+    source = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(s, generator=source)) for s in shapes]
+
+
+def gradients(shapes=SHAPES, steps=3, size=1.0):
+    source = torch.Generator().manual_seed(1)
+    return [[size * torch.randn(s, generator=source) for s in shapes] for _ in range(steps)]
+
+
+def test_they_are_built_where_they_can_be():
+    assert (cpu_optimizers.library() is not None) == bool(
+        sys.platform == "linux" and shutil.which("cc")
+    )
+
+
+def test_without_a_compiler_pytorch_does_the_same(tmp_path, monkeypatch, taken):
+    results = []
+    for path in (c_library.CACHE, tmp_path / "cache"):
+        monkeypatch.setattr(c_library, "CACHE", path)
+        library = functools.cache(cpu_optimizers.library.__wrapped__)
+        monkeypatch.setattr(cpu_optimizers, "library", library)
+        results.append(matrices())
+        run(AdamSN(results[-1], lr=1e-2), results[-1], gradients())
+        monkeypatch.setenv("PATH", "")
+    assert len(taken) in (0, 3 * len(SHAPES))  # the first round's alone
+    for p, q in zip(*results):
+        assert torch.allclose(p, q, rtol=2e-5, atol=2e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("norm", ["mean", "sum"])
+@pytest.mark.parametrize("shape", [(24, 10), (1, 7), (70, 33)])
+def test_adamsn_in_c_follows_the_paper(shape, norm, taken):
+    p = nn.Parameter(torch.linspace(-1, 1, shape[0] * shape[1]).view(shape))
+    grads = gradients([shape], steps=50)
+    expected = reference.adamsn(
+        p.detach().double(), [g.double() for g, in grads], reference.subsets(shape, "row"), 1e-2,
+        (0.9, 0.98), 1e-8, 0.1, norm,
+    )
+    run(AdamSN([p], lr=1e-2, betas=(0.9, 0.98), weight_decay=0.1, norm=norm), [p], grads)
+    assert len(taken) == 50 and (p - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(24, 10), (1, 7), (70, 33), (600, 40)])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("clip", [0.7, 1e9])
+def test_adafactor_in_c_follows_the_paper(shape, momentum, clip, taken):
+    p = nn.Parameter(torch.linspace(-1, 1, shape[0] * shape[1]).view(shape))
+    grads = gradients([shape], steps=50)
+    options = dict(lr=1e-2, beta2=0.97, decay=0.8, clip=clip, weight_decay=0.1, momentum=momentum)
+    expected = reference.adafactor(
+        p.detach().double(), [g.double() for g, in grads], relative_step=False, **options
+    )
+    run(Adafactor([p], **options), [p], grads)
+    assert len(taken) == 50 and (p - expected).abs().max() <= 2e-5 * expected.abs().max()
+
+
+def both(cls, options, size=1.0):
+    """(parameters, optimizer) by the kernels and by the plain loop, rates differing by group."""
+    results = []
+    for foreach in (True, False):
+        params = matrices()
+        groups = [dict(params=params[::2], lr=2e-2), dict(params=params[1::2], weight_decay=0.0)]
+        optimizer = cls(groups, lr=1e-2, weight_decay=0.1, foreach=foreach, **options)
+        run(optimizer, params, gradients(size=size))
+        results.append((params, optimizer))
+    return results
+
+
+def check_equal(results):
+    (mine, optimizer), (plain, loop) = results
+    for p, q in zip(mine, plain):
+        assert torch.equal(p.isnan(), q.isnan())
+        assert torch.allclose(p, q, rtol=2e-5, atol=2e-5, equal_nan=True)
+        assert optimizer.state[p].keys() == loop.state[q].keys()
+        for name, value in optimizer.state[p].items():
+            if torch.is_tensor(value):
+                other = loop.state[q][name]
+                assert value.shape == other.shape and value.dtype == other.dtype
+                assert torch.allclose(value, other, rtol=1e-4, atol=1e-7, equal_nan=True)
+
+
+@needs_kernels
+@pytest.mark.parametrize("cls, options", EXACT)
+@pytest.mark.parametrize("maximize", [False, True])
+def test_c_equals_the_loop(cls, options, maximize, taken):
+    check_equal(both(cls, options | {"maximize": maximize}))
+    assert len(taken) == 3 * len(SHAPES)
+
+
+@needs_kernels
+@pytest.mark.parametrize("cls, options", EXACT)
+@pytest.mark.parametrize("size", [0.0, 1e-30, 1e18, 1e37, float("nan"), float("inf")])
+def test_c_equals_the_loop_for_odd_gradients(cls, options, size, taken):
+    results = both(cls, options, size)
+    assert len(taken) == 3 * len(SHAPES)
+    if size < 1e30:
+        check_equal(results)
+    for p, q in zip(results[0][0], results[1][0]):
+        assert torch.equal(p.isfinite(), q.isfinite())
+        assert p.isfinite().all() == (size < 1e38)
+
+
+@needs_kernels
+def test_one_nan_spoils_what_it_touches_and_no_more(taken):
+    for cls, options in EXACT:
+        results = []
+        for foreach in (True, False):
+            p = nn.Parameter(torch.ones(40, 50))
+            grads = gradients([(40, 50)])
+            grads[1][0][3, 4] = float("nan")
+            run(cls([p], lr=1e-2, foreach=foreach, **options), [p], grads)
+            results.append(p.detach())
+        assert torch.equal(results[0].isnan(), results[1].isnan())
+        assert results[0].isnan().any()
+
+
+@needs_kernels
+def test_8_bit_momentum_is_rounded_without_bias(taken):
+    """Equal blocks of 32: the mean over blocks of what is stored is the unrounded momentum."""
+    for cls, more in ((AdamSN, {}), (Adafactor, dict(momentum=0.9))):
+        block, kept = torch.randn(32, generator=torch.Generator().manual_seed(0)), []
+        for bits in (32, 8):
+            p = nn.Parameter(torch.zeros(16, 1024))
+            optimizer = cls([p], momentum_bits=bits, **more)
+            run(optimizer, [p], [[block.repeat(16, 32)]] * 2)
+            momentum = optimizer.state[p]["momentum"]
+            if bits == 8:
+                scales = optimizer.state[p]["momentum_scale"][None]
+                momentum = dequantize(momentum[None], scales, torch.Size((1, 16, 1024)))[0]
+            kept.append(momentum.view(-1, 32))
+        exact, read = kept
+        step = exact.abs().max() / 127
+        assert not torch.equal(exact, read) and (read - exact).abs().max() <= 2.1 * step
+        assert (read.mean(0) - exact[0]).abs().max() <= 5 * step / len(read) ** 0.5
+    assert len(taken) == 8
+
+
+@needs_kernels
+@pytest.mark.parametrize("cls, options", [(AdamSN, {}), (AdamSN, dict(momentum_bits=8)),
+                                          (Adafactor, {}), (Adafactor, dict(momentum=0.5))])
+def test_bits_do_not_depend_on_the_threads(cls, options, taken):
+    results, before = [], torch.get_num_threads()
+    shapes = [(300, 64), (1030, 256), (7, 32)]
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            params = matrices(shapes)
+            run(cls(params, lr=1e-2, **options), params, gradients(shapes))
+            results.append(params)
+    finally:
+        torch.set_num_threads(before)
+    assert len(taken) == 4 * 3 * len(shapes)
+    for params in results[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(results[0], params))
+
+
+RESUME = """
+import sys, torch
+from optimizers import build_optimizer
+saved = torch.load(sys.argv[1], weights_only=True)
+net = torch.nn.Linear(64, 50)
+net.load_state_dict(saved["net"])
+optimizer = build_optimizer(net, sys.argv[2])
+optimizer.load_state_dict(saved["optimizer"])
+for weight, bias in saved["grads"]:
+    net.weight.grad, net.bias.grad = weight, bias
+    optimizer.step()
+torch.save(net.state_dict(), sys.argv[1] + ".out")
+"""
+
+
+@needs_kernels
+@pytest.mark.parametrize("variant", ["adamsn", "adamsn8", "adafactor"])
+def test_resuming_in_another_process_is_bitwise(variant, tmp_path, taken):
+    net, grads = nn.Linear(64, 50), gradients([(50, 64), (50,)], steps=6)
+    optimizer = build_optimizer(net, variant)
+    params, file = [net.weight, net.bias], str(tmp_path / "state.pt")
+    run(optimizer, params, grads[:3])
+    saved = dict(net=net.state_dict(), optimizer=optimizer.state_dict(), grads=grads[3:])
+    torch.save(saved, file)
+    run(optimizer, params, grads[3:])
+    assert len(taken) == 6
+    subprocess.run([sys.executable, "-c", RESUME, file, variant], cwd=ROOT, check=True)
+    for name, value in torch.load(file + ".out").items():
+        assert torch.equal(value, net.state_dict()[name])
+
+
+@needs_kernels
+def test_c_leaves_to_pytorch_what_it_does_not_know(taken):
+    for p, options in (
+        (torch.ones(64), {}), (torch.ones(0, 64), {}), (torch.ones(4, 0), {}),
+        (torch.ones(64, 6).t(), {}), (torch.ones(6, 64, dtype=torch.float64), {}),
+        (torch.ones(6, 64, dtype=torch.bfloat16), {}),
+        (torch.ones(3, 2, 2, 2).to(memory_format=torch.channels_last), {}),
+        (torch.ones(6, 40), dict(momentum_bits=8)), (torch.ones(6, 64), dict(momentum_bits=4)),
+        (torch.ones(6, 64), dict(update_clip=1.0)), (torch.ones(6, 64), dict(foreach=False)),
+        (torch.ones(6, 64), dict(partition="column")),
+        (torch.ones(6, 64), dict(lr=torch.tensor(1e-2))),
+    ):  # fmt: skip
+        p = nn.Parameter(p)
+        p.grad = torch.ones_like(p)
+        AdamSN([p], **({"lr": 0.1} | options)).step()
+        assert not taken and bool((p != 1).all())
+    p = nn.Parameter(torch.ones(6, 64))
+    p.grad = torch.ones(64, 6).t()
+    AdamSN([p]).step()
+    Adafactor([p], relative_step=True).step()
+    Adafactor([p], factored=False).step()
+    MuonSN([p]).step()
+    assert not taken
+
+
+@needs_kernels
+def test_c_follows_changes(taken):
+    """New rates, other settings, moved gradients, a parameter that sits out, a loaded state."""
+    def changing(foreach):
+        params, grads = matrices([(6, 64)] * 3), gradients([(6, 64)] * 3, steps=7)
+        optimizer = AdamSN(params, lr=1e-2, foreach=foreach)
+        run(optimizer, params, grads[:2])
+        optimizer.param_groups[0]["lr"] = 5e-3
+        run(optimizer, params, grads[2:3])
+        optimizer.param_groups[0] |= dict(betas=(0.8, 0.9), weight_decay=0.3)
+        run(optimizer, params, grads[3:4])
+        params[1].grad = None
+        optimizer.step()  # its step count now lags behind the others'
+        run(optimizer, params, grads[4:6])
+        optimizer.load_state_dict(optimizer.state_dict())
+        run(optimizer, params, grads[6:])
+        return params
+
+    for p, q in zip(changing(True), changing(False)):
+        assert torch.allclose(p, q, rtol=2e-5, atol=2e-5)
+    assert len(taken) == 3 * 7 + 2
