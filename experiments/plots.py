@@ -1,4 +1,4 @@
-"""Figures of the attention measurements, for williams.ipynb and for results/*.png.
+"""Figures of the attention measurements, for williams.ipynb.
 
 Every function takes the rows of one CSV (experiments.common.read_csv) and returns a matplotlib
 figure. A policy has the same colour and marker everywhere, distinct without colour vision.
