@@ -83,10 +83,10 @@ def main():
     cells = grid(settings)
     writers = []
     if settings.csv:
-        folder = Path(settings.csv).parent
-        if not folder.is_dir():
-            raise UserError(f"--csv: the folder {folder} does not exist")
-        writers.append(csv_writer(open(settings.csv, "w", newline="")))
+        try:
+            writers.append(csv_writer(open(settings.csv, "w", newline="")))
+        except OSError as error:
+            raise UserError(f"--csv={settings.csv}: {error.strerror}") from None
     if settings.print:
         writers.append(csv_writer(sys.stdout))
     else:
@@ -106,6 +106,11 @@ def grid(settings):
     for name in ("runs", "batch", "timeout"):
         if getattr(settings, name) <= 0:
             raise UserError(f"--{name} must be positive, not {getattr(settings, name)}")
+    for name in ("seq", "policy"):
+        if not getattr(settings, name):
+            raise UserError(f"--{name} is empty: give at least one, as in --seq=1024,4096")
+    if min(settings.seq) <= 0:
+        raise UserError(f"--seq must be positive, not {min(settings.seq)}")
     if settings.dtype not in DTYPES:
         raise UserError(f"unknown dtype {settings.dtype!r}; choose from: {', '.join(DTYPES)}")
     device = str(setup_runtime(settings.device, settings.dtype, settings.seed).device)

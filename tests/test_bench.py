@@ -77,13 +77,16 @@ def test_one_cell_without_flags_is_a_readable_table(monkeypatch, capsys):
     (["--policy=lain"], "unknown policy 'lain'"),
     (["--heads=7"], "n_head=7 does not divide n_embd=256"),
     (["--kv-heads=3"], "n_kv_head=3 does not divide"),
-    (["--seq=0"], "block_size must be positive"),
+    (["--seq=64,0"], "--seq must be positive, not 0"),
+    (["--seq="], "--seq is empty"),
+    (["--policy="], "--policy is empty"),
     (["--runs=0"], "--runs must be positive"),
     (["--q-chunk=0"], "q_chunk must be positive"),
     (["--dtype=float8"], "unknown dtype 'float8'"),
     (["--device=tpu"], "unknown device 'tpu'"),
     (["--seqs=4"], "did you mean"),
-    (["--csv=/nowhere/at/all.csv"], "does not exist"),
+    (["--csv=/nowhere/at/all.csv"], "--csv=/nowhere/at/all.csv: No such file"),
+    (["--csv=/"], "--csv=/: Is a directory"),
 ])
 def test_bad_settings_are_told_before_anything_runs(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
