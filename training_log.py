@@ -90,7 +90,7 @@ class TrainingLog:
     def __init__(self, runtime, settings=None, first_iteration=0):
         """Makes out_dir and opens its metrics.csv; without settings, it only speaks.
 
-        Raises UserError for a tracker that is not installed and an out_dir that cannot be made.
+        Raises UserError for a tracker that is not installed and an out_dir that cannot be written.
         """
         self.enabled = runtime.is_main
         self.bar = self.wandb = self.board = self.metrics = None
@@ -100,10 +100,10 @@ class TrainingLog:
         self.board = _start_tensorboard(settings) if settings.tensorboard_log else None
         try:
             Path(settings.out_dir).mkdir(parents=True, exist_ok=True)
+            self.metrics = MetricsFile(Path(settings.out_dir) / "metrics.csv", first_iteration)
         except OSError as error:
-            raise UserError(f"cannot make out_dir={settings.out_dir!r}: "
+            raise UserError(f"cannot write to out_dir={settings.out_dir!r}: "
                             f"{error.strerror}") from None
-        self.metrics = MetricsFile(Path(settings.out_dir) / "metrics.csv", first_iteration)
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -156,18 +156,20 @@ class TrainingLog:
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, cells["iter"])
 
-    def close(self, last_words):
-        """Take the bar away, close every file, say one more line."""
+    def close(self, last_words=None):
+        """Take the bar away, say one more line if there is one, close what is still open."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        self.say(last_words)
+        if last_words:
+            self.say(last_words)
         if self.metrics is not None:
             self.metrics.file.close()
         if self.wandb is not None:
             self.wandb.finish()
         if self.board is not None:
             self.board.close()
+        self.metrics = self.wandb = self.board = None
 
 
 def startup_summary(trainer):
@@ -248,8 +250,11 @@ def _start_wandb(settings):
     except ImportError:
         raise UserError("wandb_log=True needs the package wandb: pip install wandb, "
                         "or leave wandb_log out") from None
-    return wandb.init(project=settings.wandb_project, name=settings.wandb_run_name,
-                      config=vars(settings))
+    try:
+        return wandb.init(project=settings.wandb_project, name=settings.wandb_run_name,
+                          config=vars(settings))
+    except Exception as error:  # no account, no network: wandb has classes of its own for each
+        raise UserError(f"wandb_log=True: wandb did not start ({error})") from None
 
 
 def _start_tensorboard(settings):
