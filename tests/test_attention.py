@@ -159,7 +159,7 @@ def test_small_gradients_in_float16_stay_finite():
                                 attention_policy="recompute", q_chunk=16, k_chunk=16,
                                 position="none")).to(dtype)
         x = torch.randn(1, 64, 32).to(dtype).requires_grad_()
-        block(x).backward(1e-6 * torch.randn(1, 64, 32).to(dtype))
+        block(x).backward(4e-6 * torch.randn(1, 64, 32).to(dtype))
         return block.attn.c_attn.weight.grad
 
     assert relative_error(weight_gradient(torch.float16), weight_gradient(torch.float32)) < 0.1
