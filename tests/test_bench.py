@@ -27,6 +27,7 @@ from measure import (
     random_input,
     reference_rows,
 )
+from memory_plan import predict_block_peak
 
 SEED_COLUMNS = ["seq", "policy", "k_chunk", "q_chunk", "kv_heads", "time_s", "peak_cuda_MB",
                 "delta_rss_MB", "out_shape"]
@@ -58,6 +59,8 @@ def test_the_default_grid_gives_a_row_a_policy_in_the_known_columns(tmp_path):
         assert row["kv_heads"] == ("2" if row["policy"] == "grouped" else "4")
     for row in rows[:3]:
         assert float(row["max_rel_err"]) < 1e-6
+        assert float(row["predicted_MB"]) > 0
+    assert rows[3]["predicted_MB"] == ""
     assert 1e-3 < float(rows[3]["max_rel_err"]) < 0.3  # four bits are not exact, nor useless
     assert float(rows[3]["weights_MB"]) < 0.3 * float(rows[0]["weights_MB"])
 
@@ -175,6 +178,16 @@ def test_recompute_needs_no_more_memory_for_a_longer_sequence():
     stream = 1024 * 64 * 4
     assert abs(peak("cache", 2048) - peak("cache", 1024) - 2 * stream) < 0.02 * stream  # K and V
     assert abs(peak("grouped", 2048) - peak("grouped", 1024) - stream) < 0.02 * stream
+
+
+@pytest.mark.parametrize("policy", ["plain", "cache", "grouped", "recompute"])
+@pytest.mark.parametrize("B, T", [(1, 4096), (2, 2048)])
+def test_the_peak_of_a_block_is_what_the_formula_says(policy, B, T):
+    config = block_config(policy, T, 256, 8, q_chunk=512, k_chunk=512)
+    block, _ = build_block(config)
+    x = random_input(config, B, T)
+    peak = block_peak(lambda: forward(block, x), block, x)
+    assert 0.97 < predict_block_peak(config, B, T) / peak < 1.1
 
 
 def test_attention_scaling_writes_its_three_files(tmp_path):
