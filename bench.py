@@ -51,8 +51,8 @@ from tiled import tile_sizes
 
 COLUMNS = (
     "seq", "policy", "k_chunk", "q_chunk", "kv_heads", "time_s", "peak_cuda_MB", "delta_rss_MB",
-    "out_shape", "peak_MB", "predicted_MB", "weights_MB", "iqr_s", "status", "max_rel_err", "device",
-    "dtype", "batch", "d_model", "heads", "runs", "machine", "torch", "commit", "message")
+    "out_shape", "peak_MB", "predicted_MB", "weights_MB", "iqr_s", "status", "max_rel_err",
+    "device", "dtype", "batch", "d_model", "heads", "runs", "machine", "torch", "commit", "message")
 SHOWN = ("seq", "policy", "q_chunk", "k_chunk", "kv_heads", "time_s", "iqr_s", "peak_MB",
          "predicted_MB", "weights_MB", "max_rel_err", "status", "message")  # on the screen
 WIDTHS = (8, 10, 8, 8, 9, 10, 10, 10, 13, 11, 12, 8, 0)

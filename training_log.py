@@ -217,7 +217,8 @@ def advise_oom(settings, trainer=None):
             - optimizer_bytes(trainer.optimizer)
         element_size = 4 if trainer.runtime.dtype == torch.float32 else 2
         return "out of memory: " + memory_plan.advise_oom(
-            model.config, settings.batch_size, settings.block_size, room, element_size, "cuda")
+            model.config, settings.batch_size, settings.block_size, room, element_size, "cuda"
+        ) + low_byte_advice(settings)
     advice = []
     if settings.attention_policy != "recompute":
         advice.append("--attention_policy=recompute")
@@ -231,7 +232,18 @@ def advise_oom(settings, trainer=None):
     return (f"out of memory with attention_policy={settings.attention_policy!r} "
             f"(q_chunk={settings.q_chunk}, k_chunk={settings.k_chunk}) and {settings.batch_size} x "
             f"{settings.block_size} tokens a micro-batch; try "
-            f"{' or '.join(advice) or 'a smaller model or a smaller q_chunk'}")
+            f"{' or '.join(advice) or 'a smaller model or a smaller q_chunk'}"
+            + low_byte_advice(settings))
+
+
+def low_byte_advice(settings):
+    """What shrinks weights, gradients and state, where they are not small already."""
+    if settings.param_dtype != "float32" or settings.optimizer_options:
+        return ""
+    several = settings.gradient_accumulation_steps > 1
+    return ("; weights, gradients and optimizer state shrink by --param_dtype=bfloat16 "
+            "--optimizer_variant=muonsn8" + ("" if several else
+            ", further by --optimizer_options=fused_backward=True --grad_clip=0"))
 
 
 def clock_time(seconds):

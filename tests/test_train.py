@@ -293,6 +293,7 @@ def test_out_of_memory_names_what_would_help(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "out of memory with attention_policy='cache'" in error
     assert "--attention_policy=recompute" in error and "--batch_size=2" in error
+    assert "--param_dtype=bfloat16 --optimizer_variant=muonsn8, further by" in error
     assert not (tmp_path / "run").exists()
 
 
