@@ -7,9 +7,10 @@ A row's attention over keys A and B together follows from its attention over eac
 (Rabe & Staats 2021, arXiv 2112.05682; FlashAttention, 2205.14135). The backward of a tile needs
 only the merged out and lse, so tiles can be visited again in any order, as ring attention does.
 
-Three kernels with one signature, chosen in `tile_kernel` alone:
+Four kernels with one signature, chosen in `tile_kernel` alone:
   math    plain PyTorch, any device and dtype: the reference the others are tested against
-  flash   the fused CPU kernel, or FlashAttention-2 on CUDA (float16, bfloat16)
+  cpu     PyTorch's fused CPU kernel (float32, float64, bfloat16)
+  flash   FlashAttention-2 on CUDA (float16, bfloat16)
   cudnn   cuDNN's, the fastest on Hopper; it builds a plan per shape, so it wants few shapes
 
 Shapes: q (B, H, t, D); k, v (B, G, s, D) with G dividing H; out like q; lse (B, H, t) float32
@@ -112,10 +113,7 @@ KERNELS = {
 
 
 def tile_kernel(q, k, fixed_shapes=False):
-    """Name of the kernel for these tiles; `fixed_shapes` says that few shapes will be asked for.
-
-    The choices are measured in results/attention_kernels.csv.
-    """
+    """Name of the kernel for these tiles; `fixed_shapes` says that few shapes will be asked for."""
     if q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64, torch.bfloat16):
         return "cpu"
     half = q.dtype in (torch.float16, torch.bfloat16)

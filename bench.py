@@ -7,7 +7,8 @@
 Each cell runs in a process of its own, so that no cell inherits another's memory and one that
 runs out of it, or out of time, becomes a row instead of the end of the sweep. Time is the median
 over runs after a warm-up. The peak is the allocator's own, exact on the CPU too (memory.py),
-beyond the weights and the input; MB are 2**20 bytes. The error is against a plain softmax
+beyond the weights and the input; beside it what memory_plan.py's formula says (none for int4,
+whose weights are unpacked for a while). MB are 2**20 bytes. The error is against a plain softmax
 attention in float64 (measure.py), largest difference over largest value; int4's is against the
 block before packing, so it is what the 4 bits cost, for which weights_MB is what they save.
 """
@@ -44,16 +45,17 @@ from measure import (
     timed,
 )
 from memory import tensor_bytes
+from memory_plan import predict_block_peak
 from runtime import DTYPES, setup_runtime
 from tiled import tile_sizes
 
 COLUMNS = (
     "seq", "policy", "k_chunk", "q_chunk", "kv_heads", "time_s", "peak_cuda_MB", "delta_rss_MB",
-    "out_shape", "peak_MB", "weights_MB", "iqr_s", "status", "max_rel_err", "device", "dtype",
-    "batch", "d_model", "heads", "runs", "machine", "torch", "commit", "message")
+    "out_shape", "peak_MB", "predicted_MB", "weights_MB", "iqr_s", "status", "max_rel_err",
+    "device", "dtype", "batch", "d_model", "heads", "runs", "machine", "torch", "commit", "message")
 SHOWN = ("seq", "policy", "q_chunk", "k_chunk", "kv_heads", "time_s", "iqr_s", "peak_MB",
-         "weights_MB", "max_rel_err", "status", "message")  # columns of the table on the screen
-WIDTHS = (8, 10, 8, 8, 9, 10, 10, 10, 11, 12, 8, 0)
+         "predicted_MB", "weights_MB", "max_rel_err", "status", "message")  # on the screen
+WIDTHS = (8, 10, 8, 8, 9, 10, 10, 10, 13, 11, 12, 8, 0)
 
 
 @dataclass
@@ -83,10 +85,10 @@ def main():
     cells = grid(settings)
     writers = []
     if settings.csv:
-        folder = Path(settings.csv).parent
-        if not folder.is_dir():
-            raise UserError(f"--csv: the folder {folder} does not exist")
-        writers.append(csv_writer(open(settings.csv, "w", newline="")))
+        try:
+            writers.append(csv_writer(open(settings.csv, "w", newline="")))
+        except OSError as error:
+            raise UserError(f"--csv={settings.csv}: {error.strerror}") from None
     if settings.print:
         writers.append(csv_writer(sys.stdout))
     else:
@@ -106,6 +108,11 @@ def grid(settings):
     for name in ("runs", "batch", "timeout"):
         if getattr(settings, name) <= 0:
             raise UserError(f"--{name} must be positive, not {getattr(settings, name)}")
+    for name in ("seq", "policy"):
+        if not getattr(settings, name):
+            raise UserError(f"--{name} is empty: give at least one, as in --seq=1024,4096")
+    if min(settings.seq) <= 0:
+        raise UserError(f"--seq must be positive, not {min(settings.seq)}")
     if settings.dtype not in DTYPES:
         raise UserError(f"unknown dtype {settings.dtype!r}; choose from: {', '.join(DTYPES)}")
     device = str(setup_runtime(settings.device, settings.dtype, settings.seed).device)
@@ -197,11 +204,14 @@ def measure_cell(cell, device, dtype):
     median, iqr = quartiles(seconds)
     with torch.inference_mode():
         q_chunk, k_chunk = tile_sizes(config, x.size(1), x.device.type) or ("", "")
+    predicted = "" if cell["policy"] == "int4" else round(predict_block_peak(
+        config, B, T, dtype.itemsize, torch.device(device).type) / MIB, 3)
     row = row_of(cell, "ok", "")
     row.update(k_chunk=k_chunk, q_chunk=q_chunk, time_s=round(median, 6), iqr_s=round(iqr, 6),
                peak_cuda_MB=round(peak / MIB, 3) if device != "cpu" else "",
                delta_rss_MB=round(delta_rss / MIB, 3), peak_MB=round(peak / MIB, 3),
-               weights_MB=round(tensor_bytes(block) / MIB, 3), out_shape=str(out_shape),
+               predicted_MB=predicted, weights_MB=round(tensor_bytes(block) / MIB, 3),
+               out_shape=str(out_shape),
                max_rel_err="" if error is None else float(f"{error:.3g}"))
     return row
 

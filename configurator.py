@@ -94,12 +94,16 @@ def save_config(config, path):
 
 
 def help_text(settings):
-    """Every key with its type, default and comment, under the headings of the source."""
+    """What the script is for, in its own words, then every key with its type, default and comment,
+    under the headings of the source."""
     comments, headings = _read_comments(settings)
     script = Path(sys.argv[0]).name or "script.py"
     lines = [f"usage: python {script} [CONFIG.py ...] [--key=value ...]"]
-    if settings.__doc__ and not settings.__doc__.startswith(f"{settings.__name__}("):
-        lines += ["", inspect.cleandoc(settings.__doc__)]
+    purpose = settings.__doc__
+    if not purpose or purpose.startswith(f"{settings.__name__}("):  # dataclass's own
+        purpose = sys.modules[settings.__module__].__doc__
+    if purpose:
+        lines += ["", inspect.cleandoc(purpose)]
     kinds = _field_types(settings)
     if not any(headings.values()):
         lines.append("")

@@ -22,7 +22,7 @@ def _row_kernel(logits, stride, targets, losses, count, V, IGNORE: tl.constexpr,
     logits += row.to(tl.int64) * stride
     target = tl.load(targets + row)
     columns = tl.arange(0, BLOCK)
-    scale = tl.where(target == IGNORE, 0.0, 1.0 / tl.load(count).to(tl.float32))
+    scale = tl.where(target == IGNORE, 0.0, 1.0) / tl.load(count).to(tl.float32)  # 0/0: NaN
 
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)  # running maximum and sum, by lane
     total = tl.zeros((BLOCK,), tl.float32)
@@ -55,7 +55,7 @@ def _whole_row_kernel(logits, stride, targets, losses, count, V: tl.constexpr,
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride
     target = tl.load(targets + row)
-    scale = tl.where(target == IGNORE, 0.0, 1.0 / tl.load(count).to(tl.float32))
+    scale = tl.where(target == IGNORE, 0.0, 1.0) / tl.load(count).to(tl.float32)  # 0/0: NaN
     at_target = logits + tl.where(target == IGNORE, 0, target)
     picked = tl.load(at_target).to(tl.float32)
     columns = tl.arange(0, LANES)[:, None] * EACH + tl.arange(0, EACH)[None, :]

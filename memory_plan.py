@@ -3,7 +3,7 @@
 Unit: one residual stream, T rows of C numbers for each of B sequences. H/G = g, inner/C = r.
 
                      without gradients            saved for backward, each layer
-  plain              x and 4 + 2/g + 2 r          6 + 2/g + 2 r
+  plain              x and 2 + 2 r (or 3 + 2/g)   6 + 2/g + 2 r
   tiled              x; cache, grouped: + 2/g     x, attention's output
   checkpoint_layers                               x
   offload                                         (x on the host; two of them on their way)
@@ -33,13 +33,20 @@ def predict_forward_peak(config, B, T, element_size=4, device_type="cpu"):
     sizes = _tiles(config, B, T, device_type, training=False)
     if sizes is None:
         inside = 4 * r if config.mlp == "swiglu" else 2 * r
-        numbers = (2 + inside) * B * T * config.n_embd
-        return int(numbers * element_size + _workspace(config, T, device_type))
+        stream = B * T * config.n_embd * element_size
+        attending = (4 + 2 / g) * stream + _workspace(config, T, device_type)
+        return int(max(attending, (3 + inside) * stream))
     b, q, k = sizes
     rows = B * T + b * _forward_scratch(config, q, k)
     if config.attention_policy != "recompute":
         rows += 2 / g * T * b
     return int(rows * config.n_embd * element_size + _workspace(config, q, device_type))
+
+
+def predict_block_peak(config, B, T, element_size=4, device_type="cpu"):
+    """Bytes beyond weights and input of one block over x (B, T, C) without gradients."""
+    stream = B * T * config.n_embd * element_size
+    return predict_forward_peak(config, B, T, element_size, device_type) - stream
 
 
 def predict_training_peak(config, B, T, element_size=4, device_type="cpu"):

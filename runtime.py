@@ -136,6 +136,10 @@ def setup_runtime(device="auto", dtype="auto", seed=1337, backend="auto"):
             raise UserError(f"backend='nccl' needs CUDA, not device {chosen}; use 'gloo' or 'auto'")
         if backend == "auto":
             backend = "nccl" if chosen.type == "cuda" else "gloo"
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise UserError(f"RANK and WORLD_SIZE are set, {name} is not: start several "
+                                "processes with torchrun, or unset all of them")
         dist.init_process_group(backend)
     torch.manual_seed(seed)
     return Runtime(chosen, reason, chosen_dtype, rank, world_size)

@@ -235,9 +235,9 @@ class _TiledBlock(torch.autograd.Function):
             if out is not None:
                 out[batch, start:stop] = tile_out.transpose(1, 2).flatten(2)
 
+        ctx.host_x = stash(x) if config.offload else None  # first: the tiles hide its time
         y = torch.empty_like(x)
         forward_tiles(tiles, x, y, keep)
-        ctx.host_x = stash(x) if config.offload else None
         ctx.save_for_backward(None if config.offload else x, lse, *parameters)
         ctx.out = out  # not saved: backward writes over it, and a second one recomputes it
         return y

@@ -122,7 +122,10 @@ def attention(tiles, x, lse, grad_out, multiple, grad_x, weights, heads):
         """(dk, dv) of a key/value tile from query rows [start, stop), whose dq is added up."""
         rows = slice(start, stop)
         grad = grad_out[:, :, rows]
-        out = grad * multiple[:, :, rows, None].to(grad.dtype)
+        factor = multiple[:, :, rows, None]
+        if grad.dtype != torch.float16:  # in whose range a small gradient's would be infinite
+            factor = factor.to(grad.dtype)
+        out = (grad * factor).to(grad.dtype)
         dq_tile, dk, dv = tile_backward(grad, q, k, v, out, lse[:, :, rows].contiguous(), causal,
                                         tiles.fixed_shapes)
         dq[:, :, rows] += dq_tile

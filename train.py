@@ -211,9 +211,12 @@ class Trainer:
         """Train to max_iters, or only evaluate. A signal ends the process with 128 + its number."""
         with StopSignal() as self.stop_signal:
             if self.settings.eval_only:
-                self._evaluate_only()
-            else:
+                return self._evaluate_only()
+            self._open_out_dir()
+            try:
                 self._train()
+            finally:
+                self.log.close()  # whatever the end: no bar in its way, no file or tracker open
 
     def _evaluate_only(self):
         log = TrainingLog(self.runtime)
@@ -225,7 +228,6 @@ class Trainer:
 
     def _train(self):
         settings = self.settings
-        self._open_out_dir()
         self.clock.start()
         while self.iteration < settings.max_iters and not self.stopping():
             if self.iteration % settings.eval_interval == 0 and not self.evaluate_and_save():

@@ -90,7 +90,7 @@ class TrainingLog:
     def __init__(self, runtime, settings=None, first_iteration=0):
         """Makes out_dir and opens its metrics.csv; without settings, it only speaks.
 
-        Raises UserError for a tracker that is not installed and an out_dir that cannot be made.
+        Raises UserError for a tracker that is not installed and an out_dir that cannot be written.
         """
         self.enabled = runtime.is_main
         self.bar = self.wandb = self.board = self.metrics = None
@@ -100,10 +100,10 @@ class TrainingLog:
         self.board = _start_tensorboard(settings) if settings.tensorboard_log else None
         try:
             Path(settings.out_dir).mkdir(parents=True, exist_ok=True)
+            self.metrics = MetricsFile(Path(settings.out_dir) / "metrics.csv", first_iteration)
         except OSError as error:
-            raise UserError(f"cannot make out_dir={settings.out_dir!r}: "
+            raise UserError(f"cannot write to out_dir={settings.out_dir!r}: "
                             f"{error.strerror}") from None
-        self.metrics = MetricsFile(Path(settings.out_dir) / "metrics.csv", first_iteration)
         if sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -156,18 +156,20 @@ class TrainingLog:
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, cells["iter"])
 
-    def close(self, last_words):
-        """Take the bar away, close every file, say one more line."""
+    def close(self, last_words=None):
+        """Take the bar away, say one more line if there is one, close what is still open."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        self.say(last_words)
+        if last_words:
+            self.say(last_words)
         if self.metrics is not None:
             self.metrics.file.close()
         if self.wandb is not None:
             self.wandb.finish()
         if self.board is not None:
             self.board.close()
+        self.metrics = self.wandb = self.board = None
 
 
 def startup_summary(trainer):
@@ -215,7 +217,8 @@ def advise_oom(settings, trainer=None):
             - optimizer_bytes(trainer.optimizer)
         element_size = 4 if trainer.runtime.dtype == torch.float32 else 2
         return "out of memory: " + memory_plan.advise_oom(
-            model.config, settings.batch_size, settings.block_size, room, element_size, "cuda")
+            model.config, settings.batch_size, settings.block_size, room, element_size, "cuda"
+        ) + low_byte_advice(settings)
     advice = []
     if settings.attention_policy != "recompute":
         advice.append("--attention_policy=recompute")
@@ -229,7 +232,18 @@ def advise_oom(settings, trainer=None):
     return (f"out of memory with attention_policy={settings.attention_policy!r} "
             f"(q_chunk={settings.q_chunk}, k_chunk={settings.k_chunk}) and {settings.batch_size} x "
             f"{settings.block_size} tokens a micro-batch; try "
-            f"{' or '.join(advice) or 'a smaller model or a smaller q_chunk'}")
+            f"{' or '.join(advice) or 'a smaller model or a smaller q_chunk'}"
+            + low_byte_advice(settings))
+
+
+def low_byte_advice(settings):
+    """What shrinks weights, gradients and state, where they are not small already."""
+    if settings.param_dtype != "float32" or settings.optimizer_options:
+        return ""
+    several = settings.gradient_accumulation_steps > 1
+    return ("; weights, gradients and optimizer state shrink by --param_dtype=bfloat16 "
+            "--optimizer_variant=muonsn8" + ("" if several else
+            ", further by --optimizer_options=fused_backward=True --grad_clip=0"))
 
 
 def clock_time(seconds):
@@ -248,8 +262,11 @@ def _start_wandb(settings):
     except ImportError:
         raise UserError("wandb_log=True needs the package wandb: pip install wandb, "
                         "or leave wandb_log out") from None
-    return wandb.init(project=settings.wandb_project, name=settings.wandb_run_name,
-                      config=vars(settings))
+    try:
+        return wandb.init(project=settings.wandb_project, name=settings.wandb_run_name,
+                          config=vars(settings))
+    except Exception as error:  # no account, no network: wandb has classes of its own for each
+        raise UserError(f"wandb_log=True: wandb did not start ({error})") from None
 
 
 def _start_tensorboard(settings):

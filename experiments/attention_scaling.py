@@ -40,6 +40,8 @@ from measure import (
 from tiled import tile_sizes
 
 MODES = ("forward", "forward+backward")
+BACKWARD_UP_TO = 16384  # longest length of forward+backward: twice as long takes four times as long
+GRADIENTS_UP_TO = 8192  # longest length whose gradients are compared, in float64: 3 times the time
 
 
 @dataclass
@@ -55,8 +57,6 @@ class Settings:
     runs: int = 3  # interleaved rounds
     sweep_seq: int = 16384  # length at which recompute's tile size is swept
     sweep_chunk: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192)  # q_chunk = k_chunk
-    backward_up_to: int = 16384  # longest length of forward+backward
-    gradients_up_to: int = 8192  # longest length at which gradients are compared in float64
     out_dir: str = str(RESULTS)  # folder of the three CSV files
 
 
@@ -66,7 +66,7 @@ def main():
     for T in settings.seq + settings.long_seq:
         policies = settings.policy if T in settings.seq else ("recompute",)
         for mode in MODES:
-            if mode == "forward" or (T <= settings.backward_up_to and T in settings.seq):
+            if mode == "forward" or (T <= BACKWARD_UP_TO and T in settings.seq):
                 chunk = None if mode == "forward" else settings.backward_chunk
                 contestants = [contestant(settings, policy, T, mode, chunk) for policy in policies]
                 if chunk:  # keeping a layer's input alone is a matter of training only
@@ -97,7 +97,7 @@ def race(settings, contestants):
         ratio = ""
         if contestants[0].policy == "plain":  # by round: what slowed a round slowed both sides
             ratio = round(quartiles([a / b for a, b in zip(times, seconds[0])])[0], 4)
-        errors = each.errors(compare_gradients=each.T <= settings.gradients_up_to)
+        errors = each.errors(compare_gradients=each.T <= GRADIENTS_UP_TO)
         row = {"seq": each.T, "policy": each.policy, "mode": each.mode,
                "q_chunk": each.q_chunk, "k_chunk": each.k_chunk,
                "kv_heads": each.config.kv_heads, "time_s": round(median, 6),

@@ -43,7 +43,8 @@ from model import GPT, GPTConfig
 
 SHAPES = {"124m": dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304),
           "tiny": dict(n_layer=2, n_head=4, n_embd=128, vocab_size=512)}
-LONG = 131072
+LONG = 131072  # the long context of part=gpu
+BYTES = 80e9  # of part=longest: an H100, also where there is more
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -54,9 +55,7 @@ class Settings:
     contexts: str = "64,512,1000"  # tokens before the timed ones
     tokens: int = 16  # timed a round
     rounds: int = 5  # turns of each contestant
-    long_context: int = LONG  # of part=gpu
     compile: bool = False  # part=gpu also times the step under torch.compile, a minute to compile
-    gigabytes: float = 80.0  # of part=longest
     out: str = str(RESULTS / "generation.csv")  # rows of this part are replaced
 
 
@@ -306,7 +305,7 @@ def cpu_rows(settings, table):
 def gpu_rows(settings, table):
     """Batch 1 first, then the long context, the large batch, and who else there is."""
     memory_speed, tokens = bandwidth("cuda"), settings.tokens
-    contexts, long = list(map(int, settings.contexts.split(","))), settings.long_context
+    contexts, long = list(map(int, settings.contexts.split(","))), LONG
     middle = contexts[len(contexts) // 2]
     models = {
         "bfloat16": make_model(settings, "bfloat16", device="cuda"),
@@ -360,7 +359,7 @@ def gpu_rows(settings, table):
 
 
 def longest_rows(settings, table):
-    """The longest context of one sequence in so many gigabytes: computed, then decoded at."""
+    """The longest context of one sequence in BYTES: computed, then decoded at."""
     memory_speed = bandwidth("cuda")
     torch.cuda.empty_cache()
     for case in [("cache", None, None), ("cache", None, 8), ("cache", None, 4),
@@ -381,7 +380,7 @@ def longest_row(settings, memory_speed, key, policy, n_kv_head, kv_bits):
     # what the text itself and the cache's slot numbers take: int64, 8 bytes a token each
     per_token = build_cache(model.config, 1, 4096, "cuda", torch.bfloat16, kv_bits).bytes_per_token
     free, _ = torch.cuda.mem_get_info()
-    room = min(settings.gigabytes * 1e9 - weights, free * 0.97)
+    room = min(BYTES - weights, free * 0.97)
     longest = int(room / (per_token + 24)) // 4096 * 4096
     tile = 2**17 if policy == "recompute" else None  # fewer, larger tiles than a CPU's
     tried, row = longest - 64, None

@@ -374,7 +374,6 @@ class Settings:
     out: str = str(RESULTS / "muonsn_search.csv")  # rows are added to this file
     seeds: int = 3  # runs a recipe
     replicas: int = 63  # most runs side by side
-    minutes: float = 8.0  # start no batch after this time
     iterations: int = 0  # shorter runs, to try things; 0: the setup's
     device: str = "auto"  # auto | cpu | cuda
 
@@ -404,9 +403,6 @@ def main():
             if (name, seed) not in done]
     started = time.perf_counter()
     for first in range(0, len(todo), settings.replicas):
-        if time.perf_counter() - started > 60 * settings.minutes:
-            print(f"out of time: {len(todo) - first} runs left")
-            break
         batch = todo[first:first + settings.replicas]
         losses = run_batch(setup, [(named[name], seed) for name, seed in batch], text, device)
         rows += [dict(recipe=name, seed=seed, val_loss=round(loss, 6), iterations=setup.iterations,

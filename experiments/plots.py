@@ -1,8 +1,10 @@
-"""Figures of the attention measurements, for williams.ipynb and for results/*.png.
+"""Figures of the attention measurements, for williams.ipynb.
 
 Every function takes the rows of one CSV (experiments.common.read_csv) and returns a matplotlib
 figure. A policy has the same colour and marker everywhere, distinct without colour vision.
 """
+
+import math
 
 import matplotlib.pyplot as plt
 
@@ -17,29 +19,40 @@ STYLE = {  # policy -> colour (Okabe and Ito's palette), marker
 
 
 def scaling_figure(rows, mode, policies=None):
-    """Time and peak against length, both axes logarithmic; bars are interquartile ranges."""
-    figure, (time_axis, peak_axis) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    """Time, time over plain's, and peak against length; bars are interquartile ranges.
+
+    Where lines coincide, as peaks do, the ones drawn first show as rims around the later ones.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
+    time_axis, ratio_axis, peak_axis = axes
+    rows = [row for row in rows if row["mode"] == mode]
     known = dict.fromkeys(row["policy"] for row in rows)
-    for policy in known if policies is None else policies:
-        points = sorted((row["seq"], row["time_s"], row["iqr_s"], row["peak_MB"]) for row in rows
-                        if row["policy"] == policy and row["mode"] == mode)
+    for place, policy in enumerate(known if policies is None else policies):
+        points = sorted((row["seq"], row["time_s"], row["iqr_s"], row["peak_MB"],
+                         row["time_vs_plain"]) for row in rows if row["policy"] == policy)
         if not points:
             continue
-        T, seconds, iqr, peak = zip(*points)
+        T, seconds, iqr, peak, ratio = zip(*points)
         colour, marker = STYLE[policy]
-        look = {"color": colour, "marker": marker, "markersize": 5, "label": policy}
+        look = {"color": colour, "marker": marker, "markersize": 10 - 1.5 * place,
+                "linewidth": 4 - 0.7 * place}
         time_axis.errorbar(T, seconds, yerr=[each / 2 for each in iqr], capsize=2, **look)
-        peak_axis.plot(T, peak, **look)
-    lengths = sorted({row["seq"] for row in rows if row["mode"] == mode})
-    for axis, title in ((time_axis, "seconds a pass"),
+        ratio_axis.plot(T, [math.nan if each is None else each for each in ratio], **look)
+        peak_axis.plot(T, peak, label=policy, **look)
+    lengths = sorted({row["seq"] for row in rows})
+    for axis, title in ((time_axis, "seconds a pass"), (ratio_axis, "time, of plain's"),
                         (peak_axis, "peak MB beyond weights and input")):
         _log_lengths(axis, lengths)
-        axis.set(title=title, yscale="log")
-        _plain_numbers(axis.yaxis)
+        axis.set(title=title, yscale="linear" if axis is ratio_axis else "log")
+        if axis is not ratio_axis:
+            _plain_numbers(axis.yaxis)
         axis.grid(alpha=0.3, which="both", linewidth=0.5)
+    ratio_axis.margins(y=0.1)
+    ratio_axis.set_ylim(bottom=0)
     if peak_axis.lines:
-        peak_axis.legend(frameon=False)
-    figure.suptitle(f"One block, {mode}: {_setup(rows[0])}")
+        figure.legend(loc="outside lower center", ncols=len(peak_axis.lines), frameon=False)
+    if rows:
+        figure.suptitle(f"One block, {mode}: {_setup(rows[0])}")
     return figure
 
 
@@ -62,7 +75,7 @@ def chunk_figure(rows):
     axis.set(xscale="log", yscale="log", xlabel="peak MB beyond weights and input",
              ylabel="seconds a pass")
     _plain_numbers(axis.xaxis)
-    _plain_numbers(axis.yaxis)
+    _plain_numbers(axis.yaxis, "1234568")  # less than a decade of seconds
     axis.margins(0.12)
     axis.grid(alpha=0.3, which="both", linewidth=0.5)
     axis.legend(frameon=False)
@@ -96,10 +109,10 @@ def _setup(row):
     return f"C={row['d_model']}, H={row['heads']}, {row['dtype']}"
 
 
-def _plain_numbers(axis):
-    """20, not 2 x 10^1; and of a decade 1, 2 and 5 only."""
+def _plain_numbers(axis, digits="125"):
+    """20, not 2 x 10^1; and of a decade only the numbers that begin with one of `digits`."""
     def label(value, _):
-        return f"{value:g}" if f"{value:e}"[0] in "125" else ""
+        return f"{value:g}" if f"{value:e}"[0] in digits else ""
 
     axis.set_major_formatter(label)
     axis.set_minor_formatter(label)

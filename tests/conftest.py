@@ -1,5 +1,6 @@
-"""Tests import the flat modules from the repository's root and stay on one thread each."""
+"""Tests import the flat modules from the repository's root and stay on two threads each."""
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -11,6 +12,25 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+
+def let_the_interpreter_index():
+    """Triton 3.6 holds a scalar as an array of one number, which NumPy from 2.4 on does not take
+    for an index any more: loops over a range fail in the interpreter. Here it is taken out first.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_index(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_and_index
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    let_the_interpreter_index()
 
 
 @pytest.fixture

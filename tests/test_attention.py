@@ -151,6 +151,20 @@ def test_a_multiple_of_the_gradient_stands_for_the_output(scale):
     assert relative_error(found, expected) < 1e-6
 
 
+def test_small_gradients_in_float16_stay_finite():
+    """The multiple of a gradient that stands for the output is beyond float16's range there."""
+    def weight_gradient(dtype):
+        torch.manual_seed(0)
+        block = Block(GPTConfig(block_size=64, vocab_size=8, n_layer=1, n_head=2, n_embd=32,
+                                attention_policy="recompute", q_chunk=16, k_chunk=16,
+                                position="none")).to(dtype)
+        x = torch.randn(1, 64, 32).to(dtype).requires_grad_()
+        block(x).backward(4e-6 * torch.randn(1, 64, 32).to(dtype))
+        return block.attn.c_attn.weight.grad
+
+    assert relative_error(weight_gradient(torch.float16), weight_gradient(torch.float32)) < 0.1
+
+
 @pytest.mark.parametrize("heads", (1, 2, 4))
 def test_gradcheck_of_the_tiled_block(monkeypatch, heads):
     """The output is a random projection, to keep the Jacobian small."""

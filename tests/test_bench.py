@@ -27,6 +27,7 @@ from measure import (
     random_input,
     reference_rows,
 )
+from memory_plan import predict_block_peak
 
 SEED_COLUMNS = ["seq", "policy", "k_chunk", "q_chunk", "kv_heads", "time_s", "peak_cuda_MB",
                 "delta_rss_MB", "out_shape"]
@@ -58,6 +59,8 @@ def test_the_default_grid_gives_a_row_a_policy_in_the_known_columns(tmp_path):
         assert row["kv_heads"] == ("2" if row["policy"] == "grouped" else "4")
     for row in rows[:3]:
         assert float(row["max_rel_err"]) < 1e-6
+        assert float(row["predicted_MB"]) > 0
+    assert rows[3]["predicted_MB"] == ""
     assert 1e-3 < float(rows[3]["max_rel_err"]) < 0.3  # four bits are not exact, nor useless
     assert float(rows[3]["weights_MB"]) < 0.3 * float(rows[0]["weights_MB"])
 
@@ -77,13 +80,16 @@ def test_one_cell_without_flags_is_a_readable_table(monkeypatch, capsys):
     (["--policy=lain"], "unknown policy 'lain'"),
     (["--heads=7"], "n_head=7 does not divide n_embd=256"),
     (["--kv-heads=3"], "n_kv_head=3 does not divide"),
-    (["--seq=0"], "block_size must be positive"),
+    (["--seq=64,0"], "--seq must be positive, not 0"),
+    (["--seq="], "--seq is empty"),
+    (["--policy="], "--policy is empty"),
     (["--runs=0"], "--runs must be positive"),
     (["--q-chunk=0"], "q_chunk must be positive"),
     (["--dtype=float8"], "unknown dtype 'float8'"),
     (["--device=tpu"], "unknown device 'tpu'"),
     (["--seqs=4"], "did you mean"),
-    (["--csv=/nowhere/at/all.csv"], "does not exist"),
+    (["--csv=/nowhere/at/all.csv"], "--csv=/nowhere/at/all.csv: No such file"),
+    (["--csv=/"], "--csv=/: Is a directory"),
 ])
 def test_bad_settings_are_told_before_anything_runs(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
@@ -172,6 +178,16 @@ def test_recompute_needs_no_more_memory_for_a_longer_sequence():
     stream = 1024 * 64 * 4
     assert abs(peak("cache", 2048) - peak("cache", 1024) - 2 * stream) < 0.02 * stream  # K and V
     assert abs(peak("grouped", 2048) - peak("grouped", 1024) - stream) < 0.02 * stream
+
+
+@pytest.mark.parametrize("policy", ["plain", "cache", "grouped", "recompute"])
+@pytest.mark.parametrize("B, T", [(1, 4096), (2, 2048)])
+def test_the_peak_of_a_block_is_what_the_formula_says(policy, B, T):
+    config = block_config(policy, T, 256, 8, q_chunk=512, k_chunk=512)
+    block, _ = build_block(config)
+    x = random_input(config, B, T)
+    peak = block_peak(lambda: forward(block, x), block, x)
+    assert 0.97 < predict_block_peak(config, B, T) / peak < 1.1
 
 
 def test_attention_scaling_writes_its_three_files(tmp_path):

@@ -158,6 +158,7 @@ def test_changes_and_json(tmp_path):
 
 
 SCRIPT = '''
+"""Count blocks."""
 import sys
 sys.path.insert(0, {root!r})
 from dataclasses import dataclass
@@ -176,7 +177,7 @@ exit_cleanly(lambda: print(parse_config(Settings)[0]))
     (["--n_layer=3"], 0, "Settings(n_layer=3)\n", ""),
     (["--n_layer=x"], 2, "", "error: --n_layer=x: expected int\n"),
     (["--help"], 0, "usage: python script.py [CONFIG.py ...] [--key=value ...]\n\n"
-     "  --n_layer: int = 12                       blocks\n", ""),
+     "Count blocks.\n\n  --n_layer: int = 12                       blocks\n", ""),
 ])
 def test_a_script_exits_with_one_clear_line(tmp_path, argv, status, out, err):
     (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT)))

@@ -77,9 +77,14 @@ def test_a_signal_stops_all_processes_together_and_the_run_continues(tmp_path):
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
 
 
-def test_micro_batches_must_divide(tmp_path):
-    result = run_script(*torchrun(*arguments(tmp_path, "run")), env=ENVIRONMENT)
+@pytest.mark.parametrize("flags, says", (
+    ([], "gradient_accumulation_steps=1 must be a multiple of the 2 processes"),
+    (["--gradient_accumulation_steps=2", "--optimizer_variant=muonsn8", "--grad_clip=0",
+      "--optimizer_options=fused_backward=True"],
+     "fused_backward=True needs gradient_accumulation_steps=1, not 2"),
+))
+def test_what_processes_cannot_do_together_is_refused(tmp_path, flags, says):
+    result = run_script(*torchrun(*arguments(tmp_path, "run", *flags)), env=ENVIRONMENT)
     assert result.returncode != 0
-    assert "error: gradient_accumulation_steps=1 must be a multiple of the 2 processes" in (
-        result.stderr)
+    assert f"error: {says}" in result.stderr
     assert not (tmp_path / "run").exists()

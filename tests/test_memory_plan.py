@@ -96,7 +96,7 @@ def test_advice_where_nothing_fits_names_the_longest_sequence_that_would():
     assert "the model itself is too large" in advise_oom(SMALL, 1, 2**20, 1000)
 
 
-def test_gpt2_at_long_context_needs_what_the_formula_in_the_readme_says():
+def test_gpt2_at_long_context_needs_one_stream_a_layer():
     """124M parameters, bfloat16 stream on CUDA: one stream a layer when checkpointed."""
     config = GPTConfig(position="none", attention_policy="recompute", checkpoint_layers=True)
     T = 2**20

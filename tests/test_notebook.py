@@ -75,6 +75,7 @@ def test_a_figure_has_a_line_for_each_policy_asked_for(rows):
     from experiments.plots import scaling_figure
 
     figure = scaling_figure(rows, "forward", ["plain", "recompute"])
-    labels = [line.get_label() for line in figure.axes[1].lines]
-    assert labels == ["plain", "recompute"]
-    assert figure.axes[1].get_yscale() == "log" and figure.axes[0].get_xscale() == "log"
+    time, ratio, peak = figure.axes
+    assert [line.get_label() for line in peak.lines] == ["plain", "recompute"]
+    assert peak.get_yscale() == "log" and time.get_xscale() == "log"
+    assert set(ratio.lines[0].get_ydata()) == {1.0}  # plain over itself

@@ -73,6 +73,14 @@ def test_bad_torchrun_environment(monkeypatch):
         setup_runtime("cpu")
 
 
+def test_a_process_of_several_without_torchrun(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match="MASTER_ADDR is not: start several processes with torch"):
+        setup_runtime("cpu")
+
+
 def test_nccl_needs_cuda(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")

@@ -1,7 +1,9 @@
 import json
 import math
 import os
+import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -291,6 +293,7 @@ def test_out_of_memory_names_what_would_help(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "out of memory with attention_policy='cache'" in error
     assert "--attention_policy=recompute" in error and "--batch_size=2" in error
+    assert "--param_dtype=bfloat16 --optimizer_variant=muonsn8, further by" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -345,7 +348,7 @@ MISTAKES = [
     ("--init_from=resume", "no checkpoint at"),
     ("--n_layers=2", "did you mean n_layer"),
     ("--max_iters=many", "expected int"),
-    ("--out_dir=/dev/null/run", "cannot make out_dir"),
+    ("--out_dir=/dev/null/run", "cannot write to out_dir"),
 ]
 
 
@@ -394,6 +397,27 @@ def test_trackers_that_are_not_installed(tmp_path, monkeypatch, flag, package):
     with pytest.raises(UserError, match=f"pip install {package}"):
         train.main(arguments(tmp_path, "run", *SHORT, flag))
     assert not (tmp_path / "run").exists()
+
+
+def test_trackers_get_every_row_and_are_closed(tmp_path, monkeypatch):
+    """Stand-ins for both packages; the second run ends by a loss that is not finite."""
+    logged, closed = [], []
+    run = SimpleNamespace(log=lambda numbers, step: logged.append(("wandb", step, *numbers)),
+                          finish=lambda: closed.append("wandb"))
+    board = SimpleNamespace(add_scalar=lambda name, value, step: logged.append(
+        ("tensorboard", step, name)), close=lambda: closed.append("tensorboard"))
+    modules = {"wandb": SimpleNamespace(init=lambda **_: run),
+               "torch.utils.tensorboard": SimpleNamespace(SummaryWriter=lambda folder: board)}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    trackers = ["--wandb_log=True", "--tensorboard_log=True"]
+    train.main(arguments(tmp_path, "run", *SHORT, *trackers))
+    assert {entry[:2] for entry in logged if "val_loss" in entry} >= {
+        ("wandb", 0), ("tensorboard", 0)}
+    assert ("tensorboard", 1, "loss") in logged
+    with pytest.raises(SystemExit):
+        train.main(arguments(tmp_path, "bad", *SHORT, *trackers, "--learning_rate=1e30"))
+    assert closed == ["wandb", "tensorboard"] * 2
 
 
 def test_the_script_ends_with_one_line_and_status_2(tmp_path):

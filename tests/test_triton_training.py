@@ -118,3 +118,13 @@ def test_loss_kernels(V, dtype):
     assert abs(float(loss) - float(expected)) < 1e-5 * float(expected)
     assert relative(found, grad) < (1e-5 if dtype == torch.float32 else 6e-3)
     assert found[1].abs().max() == 0
+
+
+@pytest.mark.parametrize("V", [64, 9000])
+def test_loss_is_not_a_number_where_every_target_is_ignored(V):
+    """As torch's mean over nothing, on the CPU and on a GPU alike."""
+    from loss_triton import loss_and_grad
+
+    logits, targets = torch.randn(2, V, device=DEVICE).to(HALF), torch.full((2,), -1, device=DEVICE)
+    loss, _ = loss_and_grad(logits, targets, (targets != -1).sum(), -1)
+    assert torch.isnan(loss)

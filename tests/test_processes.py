@@ -1,0 +1,76 @@
+"""Low-byte training in two real processes (gloo): what is refused, and what works sharded."""
+
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from errors import UserError
+from optimizers import build_optimizer
+
+BEFORE_THE_REDUCTION = "fused_backward runs on one process: DDP and FSDP reduce too late"
+
+
+def make_net(shard):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64))
+    if shard:
+        from torch.distributed.fsdp import fully_shard
+
+        fully_shard(net, mesh=dist.init_device_mesh("cpu", (2,)))
+    return net
+
+
+def refusal(shard):
+    """What building an optimizer that updates inside backward says, if anything."""
+    try:
+        build_optimizer(make_net(shard), "adamsn8", fused_backward=True)
+    except UserError as error:
+        return str(error)
+
+
+def trained(net, variant, steps=5):
+    optimizer = build_optimizer(net, variant, learning_rate=1e-2, embedding_lr=1e-2)
+    for i in range(steps):
+        x = torch.randn(512, 8, generator=torch.Generator().manual_seed(i))
+        net(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def work(rank, port, failures):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    for shard in (False, True):
+        if refusal(shard) != BEFORE_THE_REDUCTION:
+            failures.append(f"rank {rank}, sharded {shard}: not refused")
+    for variant in ("adamsn8", "muonsn8"):
+        exact, plain, net = make_net(False), make_net(False), make_net(True)
+        trained(exact, variant.removesuffix("8"))
+        trained(plain, variant)
+        state = trained(net, variant).state[net[2].weight]
+        if state["momentum"].numel() != 64 * 64 // 2:  # bytes: this rank's half of the rows
+            failures.append(f"rank {rank}, {variant}: {state['momentum'].shape} of momentum")
+        # each rank draws its own rounding: as far from one process as that is from no rounding
+        rounding = (plain[2].weight - exact[2].weight).norm()
+        difference = (net[2].weight.full_tensor() - plain[2].weight).norm()
+        if not difference < 2 * rounding:
+            failures.append(f"rank {rank}, {variant}: {difference}, rounding {rounding}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+def test_two_processes():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    failures = mp.get_context("spawn").Manager().list()
+    mp.spawn(work, args=(port, failures), nprocs=2)
+    assert not list(failures)
