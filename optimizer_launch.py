@@ -80,6 +80,7 @@ class Stack:
         self.bits = bits_of(items[0])
         self.lines = [self.line(item) for item in items]
         self.grads = self.table = None
+        self.compiled = {}  # id of a kernel -> what it was compiled to, and its constants
 
     @property
     def step(self):
@@ -107,6 +108,19 @@ class Stack:
             self.table = table.to(self.device, non_blocking=True)
             self.grads = grads
         return self.table
+
+    def launch(self, kernel, grid, *args, num_warps, **constants):
+        """kernel[grid](*args, ...); from the second time on without Triton's search for the
+        compiled kernel, which takes the host longer than most kernels take the GPU. A stack's
+        arguments keep their types and alignment, all that the search goes by."""
+        if id(kernel) in self.compiled:
+            compiled, constants = self.compiled[id(kernel)]
+            compiled[(*grid, 1, 1)[:3]](*args, *constants)
+            return
+        compiled = kernel[grid](*args, num_warps=num_warps, **constants)
+        if not INTERPRETED:
+            constants = [constants[name] for name in kernel.arg_names[len(args):]]
+            self.compiled[id(kernel)] = compiled, constants
 
     def floats(self, *shape):
         return torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -142,11 +156,11 @@ def adamsn(stack, corrections):
     (beta1, beta2), group = stack.group["betas"], stack.group
     decay, rate = stack.decay_and_rate()
     factor = 1.0 if group["norm"] == "sum" else 1 / stack.columns
-    kernels.adamsn_rows[(len(stack.items) * stack.rows,)](
-        stack.addresses(), stack.step, 1.0 - beta1, 1.0 - beta2, float(corrections[1]),
-        float(group["eps"]), factor, decay, rate / corrections[0], stack.rows,
-        COLS=stack.columns, NB=stack.blocks, G=stack.grad_type, BITS=stack.bits,
-        num_warps=stack.warps, **stack.weight,
+    stack.launch(
+        kernels.adamsn_rows, (len(stack.items) * stack.rows,), stack.addresses(), stack.step,
+        1.0 - beta1, 1.0 - beta2, float(corrections[1]), float(group["eps"]), factor, decay,
+        rate / corrections[0], stack.rows, COLS=stack.columns, NB=stack.blocks,
+        G=stack.grad_type, BITS=stack.bits, num_warps=stack.warps, **stack.weight,
     )
 
 
@@ -163,19 +177,20 @@ def adafactor(stack, fresh):
     means, squares = stack.floats(n), stack.floats(n, high * wide)
     table, warps = stack.addresses(), 8
     shape = dict(COLS=columns, TILE=tile, SUB=sub, BLOCK=block, G=stack.grad_type, num_warps=warps)
-    kernels.factor_sums[(n * high * wide,)](table, by_row, by_column, rows, **shape)
-    kernels.factor_moments[(n, 1 + triton.cdiv(columns, 64))](
-        table, by_row, by_column, means, float(fresh), float(group["eps"][0]), rows, high,
-        COLS=columns, WIDE=wide, HUGEST=HUGEST, num_warps=4,
+    stack.launch(kernels.factor_sums, (n * high * wide,), table, by_row, by_column, rows, **shape)
+    stack.launch(
+        kernels.factor_moments, (n, 1 + triton.cdiv(columns, 64)), table, by_row, by_column, means,
+        float(fresh), float(group["eps"][0]), rows, high, COLS=columns, WIDE=wide, HUGEST=HUGEST,
+        num_warps=4,
     )
     clips = group["clip"] is not None
     if clips:
-        kernels.factor_rms[(n * high * wide,)](table, means, squares, rows, **shape)
+        stack.launch(kernels.factor_rms, (n * high * wide,), table, means, squares, rows, **shape)
     decay, rate = stack.decay_and_rate()
-    kernels.factor_write[(n * high * wide,)](
-        table, means, squares, stack.step, float(group["clip"] or 1), 1.0 - group["momentum"],
-        decay, rate, rows, BITS=stack.bits, TILES=high * wide if clips else 0, **shape,
-        **stack.weight,
+    stack.launch(
+        kernels.factor_write, (n * high * wide,), table, means, squares, stack.step,
+        float(group["clip"] or 1), 1.0 - group["momentum"], decay, rate, rows, BITS=stack.bits,
+        TILES=high * wide if clips else 0, **shape, **stack.weight,
     )
 
 
@@ -189,19 +204,21 @@ def muonsn(stack, correction, orthogonalize):
     ahead = torch.empty(n, rows, columns, dtype=dtype, device=stack.device)
     shape = dict(COLS=columns, NB=stack.blocks, num_warps=stack.warps)
     table, grid, mu = stack.addresses(), (n * rows,), group["momentum"]
-    kernels.muon_ahead[grid](
-        table, ahead, stack.step, float(mu), float(group["nu"]), rows, G=stack.grad_type,
-        BITS=stack.bits, **shape,
+    stack.launch(
+        kernels.muon_ahead, grid, table, ahead, stack.step, float(mu), float(group["nu"]), rows,
+        G=stack.grad_type, BITS=stack.bits, **shape,
     )
     update = orthogonalize(ahead, group).contiguous()
     del ahead
     scales, parts, factors = stack.floats(n, rows), stack.floats(n, rows), stack.floats(n)
-    kernels.muon_rows[grid](
-        table, update, scales, parts, 1.0 - group["row_beta2"], float(correction),
-        float(group["eps"]), rows, **shape,
+    stack.launch(
+        kernels.muon_rows, grid, table, update, scales, parts, 1.0 - group["row_beta2"],
+        float(correction), float(group["eps"]), rows, **shape,
     )
-    kernels.muon_rms[(n,)](parts, factors, float(group["update_rms"]), rows, num_warps=4)
+    rms = float(group["update_rms"])
+    stack.launch(kernels.muon_rms, (n,), parts, factors, rms, rows, num_warps=4)
     decay, rate = stack.decay_and_rate()
-    kernels.muon_write[grid](
-        table, update, scales, factors, stack.step, decay, rate, rows, **shape, **stack.weight
+    stack.launch(
+        kernels.muon_write, grid, table, update, scales, factors, stack.step, decay, rate, rows,
+        **shape, **stack.weight,
     )
