@@ -35,7 +35,7 @@ from checkpoint import load_checkpoint, model_from_checkpoint
 from configurator import parse_config
 from dataset import load_dataset
 from errors import UserError, exit_cleanly
-from experiments.common import RESULTS, provenance, write_csv
+from experiments.common import RESULTS, provenance, read_csv, write_csv
 from generation import calibration
 from int4 import GROUP_SIZES, dequantize, quantize_
 from kv_cache import build_cache
@@ -57,6 +57,7 @@ class Settings:
     windows: int = 8  # of the text, for the published weights
     tokens: int = 768  # in each window
     seeds: int = 4  # calibration texts tried
+    part: str = "all"  # all | characters | pretrained: the rows of the other stay as they are
     out: str = str(RESULTS / "generation_quality.csv")  # where the rows go
 
 
@@ -64,19 +65,29 @@ def main(argv=None):
     settings, _ = parse_config(Settings, argv)
     if settings.tokens <= CONTEXT or settings.windows < 1 or settings.seeds < 1:
         raise UserError(f"tokens must be more than {CONTEXT}, windows and seeds at least 1")
-    model = model_from_checkpoint(load_checkpoint(Path(settings.out_dir) / "ckpt.pt")).eval()
-    dataset = load_dataset(settings.dataset, settings.data_dir)
-    batches = list(dataset.full_split_batches("val", model.config.block_size, ROWS))
-    rows = measure("characters", model, batches, 0, settings.seeds)
-    if settings.pretrained:
+    if settings.part not in ("all", "characters", "pretrained"):
+        raise UserError("part must be all, characters or pretrained")
+    dataset, origin = load_dataset(settings.dataset, settings.data_dir), provenance()
+    if settings.part != "pretrained":
+        model = model_from_checkpoint(load_checkpoint(Path(settings.out_dir) / "ckpt.pt")).eval()
+        batches = list(dataset.full_split_batches("val", model.config.block_size, ROWS))
+        rows = measure("characters", model, batches, 0, settings.seeds)
+        replace(settings.out, rows, origin)
+    if settings.part != "characters" and settings.pretrained:
         model = load_pretrained(settings.pretrained)
         text = dataset.tokenizer().decode(dataset.split("val").tolist())
         ids = load_pretrained_text(settings.pretrained).tokenizer.encode(text)
         batches = windows(ids, settings.windows, settings.tokens)
-        rows += measure("SmolLM2-135M", model, batches, CONTEXT, settings.seeds, groups=(32,))
-    origin = provenance()
-    write_csv(settings.out, [row | origin for row in rows])
+        rows = measure("SmolLM2-135M", model, batches, CONTEXT, settings.seeds, groups=(32,))
+        replace(settings.out, rows, origin)
     print(f"wrote {settings.out}")
+
+
+def replace(path, rows, origin):
+    """Write these rows of one model in place of those that the file has of it."""
+    old = read_csv(path) if Path(path).exists() else []
+    kept = [row for row in old if row.get("model", rows[0]["model"]) != rows[0]["model"]]
+    write_csv(path, kept + [row | origin for row in rows])
 
 
 def windows(ids, count, tokens):
