@@ -12,6 +12,7 @@ rounded, the head's copy too:
     torchao, torchao HQQ  torchao's 4-bit weights for CPUs, where it can be imported
     clipping range        ours from the weights alone (int4_rounding.fit_groups)
     calibrated            ours on a text that the model writes itself, once for each seed
+    calibrated on data    ours on SAMPLE tokens of the training split: text like that measured
 
 Keys and values: each window decoded token by token from a cache, so that every prediction sees
 quantised rows but for the newest RECENT; SmolLM2's predictions count from CONTEXT tokens on.
@@ -45,6 +46,7 @@ from pretrained_text import load_pretrained_text
 ROWS = 256  # blocks of the character model at a time
 CONTEXT = 512  # tokens before SmolLM2's first counted prediction from quantised keys and values
 TOKENS = 4096  # whose logits are held at a time
+SAMPLE = 2**14  # tokens of the training split to calibrate on
 KV_BITS = (None, 8, 4)  # the exact cache first
 
 
@@ -71,14 +73,17 @@ def main(argv=None):
     if settings.part != "pretrained":
         model = model_from_checkpoint(load_checkpoint(Path(settings.out_dir) / "ckpt.pt")).eval()
         batches = list(dataset.full_split_batches("val", model.config.block_size, ROWS))
-        rows = measure("characters", model, batches, 0, settings.seeds)
+        rows = measure("characters", model, batches, 0, settings.seeds,
+                       sample=sample(dataset.split("train"), model.config.block_size))
         replace(settings.out, rows, origin)
     if settings.part != "characters" and settings.pretrained:
         model = load_pretrained(settings.pretrained)
-        text = dataset.tokenizer().decode(dataset.split("val").tolist())
-        ids = load_pretrained_text(settings.pretrained).tokenizer.encode(text)
-        batches = windows(ids, settings.windows, settings.tokens)
-        rows = measure("SmolLM2-135M", model, batches, CONTEXT, settings.seeds, groups=(32,))
+        encode = load_pretrained_text(settings.pretrained).tokenizer.encode
+        val, train = (encode(dataset.tokenizer().decode(part.tolist())) for part in (
+            dataset.split("val"), dataset.split("train")[:8 * SAMPLE]))
+        batches = windows(val, settings.windows, settings.tokens)
+        rows = measure("SmolLM2-135M", model, batches, CONTEXT, settings.seeds, groups=(32,),
+                       sample=sample(train, model.config.block_size))
         replace(settings.out, rows, origin)
     print(f"wrote {settings.out}")
 
@@ -98,8 +103,17 @@ def windows(ids, count, tokens):
     return [(ids[:-1].view(count, tokens), ids[1:].view(count, tokens))]
 
 
-def measure(name, model, batches, context, seeds, groups=GROUP_SIZES):
-    """Rows (dicts) of every rounding of the model's weights, then of its keys and values."""
+def sample(ids, block_size):
+    """The first SAMPLE ids as texts (n, tokens) int64."""
+    tokens = min(256, block_size)
+    return torch.tensor(ids[:SAMPLE // tokens * tokens]).long().view(-1, tokens)
+
+
+def measure(name, model, batches, context, seeds, groups=GROUP_SIZES, sample=None):
+    """Rows (dicts) of every rounding of the model's weights, then of its keys and values.
+
+    sample (rows, tokens) int64: text to calibrate on, besides the model's own.
+    """
     rows = []
 
     def report(what, rule, group, bits, found, exact, seed=""):
@@ -130,6 +144,11 @@ def measure(name, model, batches, context, seeds, groups=GROUP_SIZES):
             quantize_(rounded, group, calibration(rounded, seed=seed))
             report("weights", "calibrated", group, bits, compare(rounded, model, batches), exact,
                    seed)
+        if sample is not None:
+            rounded = copy.deepcopy(model)
+            quantize_(rounded, group, calibration(rounded, text=sample))
+            report("weights", "calibrated on data", group, bits, compare(rounded, model, batches),
+                   exact)
     found = decode(model, batches, context)
     for kv_bits, one in zip(KV_BITS, found):
         report("kv cache", "minimum and maximum" if kv_bits else "exact",
