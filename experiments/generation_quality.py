@@ -24,6 +24,7 @@ from the exact model's predictions, in nats a token.
 import copy
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -124,7 +125,8 @@ def measure(name, model, batches, context, seeds, groups=GROUP_SIZES, sample=Non
         print(f"{name:12} {what:8} {rule:22} group {group:4} {bits:5} bits: {loss:.5f} "
               f"({loss - exact:+.5f}), divergence {divergence:.5f}", flush=True)
 
-    found = compare(model, model, batches)
+    quality = partial(compare, exact=list(predictions(model, batches)), batches=batches)
+    found = quality(model)
     exact = found[0]
     report("weights", "exact", "", 32, found, exact)
     for group in groups:
@@ -132,23 +134,20 @@ def measure(name, model, batches, context, seeds, groups=GROUP_SIZES, sample=Non
             continue
         bits = 4 + 32 / group
         rounded = with_weights(model, lambda weight, group=group: min_max(weight, group))
-        report("weights", "minimum and maximum", group, bits, compare(rounded, model, batches),
-               exact)
+        report("weights", "minimum and maximum", group, bits, quality(rounded), exact)
         for rule, rounding in torchao_rules(group).items():
             rounded = with_weights(model, rounding)
-            report("weights", rule, group, 4 + 64 / group, compare(rounded, model, batches), exact)
+            report("weights", rule, group, 4 + 64 / group, quality(rounded), exact)
         rounded = quantize_(copy.deepcopy(model), group, calibrate=False)
-        report("weights", "clipping range", group, bits, compare(rounded, model, batches), exact)
+        report("weights", "clipping range", group, bits, quality(rounded), exact)
         for seed in range(seeds):
             rounded = copy.deepcopy(model)
             quantize_(rounded, group, calibration(rounded, seed=seed))
-            report("weights", "calibrated", group, bits, compare(rounded, model, batches), exact,
-                   seed)
+            report("weights", "calibrated", group, bits, quality(rounded), exact, seed)
         if sample is not None:
             rounded = copy.deepcopy(model)
             quantize_(rounded, group, calibration(rounded, text=sample))
-            report("weights", "calibrated on data", group, bits, compare(rounded, model, batches),
-                   exact)
+            report("weights", "calibrated on data", group, bits, quality(rounded), exact)
     found = decode(model, batches, context)
     for kv_bits, one in zip(KV_BITS, found):
         report("kv cache", "minimum and maximum" if kv_bits else "exact",
@@ -157,15 +156,19 @@ def measure(name, model, batches, context, seeds, groups=GROUP_SIZES, sample=Non
 
 
 @torch.no_grad()
+def predictions(model, batches):
+    """Log probabilities (n, T, V) of whole forwards over the batches, TOKENS at a time."""
+    for x, _ in batches:
+        for rows in x.split(max(1, TOKENS // x.size(1))):
+            yield model(rows, None)[0].float().log_softmax(-1)
+
+
 def compare(model, exact, batches):
-    """(mean loss, mean divergence from `exact`) of a model over the batches, in whole forwards."""
+    """(mean loss, mean divergence from `exact`, a list of predictions) of a model."""
     total = Sums()
-    for whole in batches:
-        rows = max(1, TOKENS // whole[0].size(1))
-        for x, y in zip(*(part.split(rows) for part in whole)):
-            log_p = exact(x, None)[0].float().log_softmax(-1)
-            log_q = log_p if model is exact else model(x, None)[0].float().log_softmax(-1)
-            total.add(log_p, log_q, y)
+    wanted = (y for _, whole in batches for y in whole.split(max(1, TOKENS // whole.size(1))))
+    for log_p, log_q, y in zip(exact, predictions(model, batches), wanted):
+        total.add(log_p, log_q, y)
     return total.means()
 
 
