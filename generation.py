@@ -301,12 +301,15 @@ def bytes_read(model, length, kv_bits=None):
     return weights, cache.bytes_per_token * min(length, model.config.block_size)
 
 
-def calibration(model, rows=None, tokens=64, seed=0):
+def calibration(model, rows=None, tokens=64, seed=0, text=None):
     """For int4.quantize_: a function that runs the model once on a text it has written itself.
 
-    Its own text is as good as its training data for this, and always at hand: `rows` texts of
-    `tokens` tokens, by default 512 for a small model, down to 64 for a large one.
+    That is always at hand: `rows` texts of `tokens` tokens, by default 512 for a small model, down
+    to 64 for a large one. A model that was trained on much more than it will be used for is better
+    rounded on `text` (rows, tokens) int64 of that use, at least some 10,000 tokens of it.
     """
+    if text is not None:
+        return partial(run_linears, model, text)
     tokens = min(tokens, model.config.block_size)
     if rows is None:
         rows = max(64, min(512, 2**32 // sum(p.numel() for p in model.parameters())))
@@ -315,13 +318,13 @@ def calibration(model, rows=None, tokens=64, seed=0):
     text = torch.randint(model.config.vocab_size, (rows, 1), generator=generator, device=device)
     if tokens > 1:
         text = generate(model, text, tokens - 1, generator=generator)
+    return partial(run_linears, model, text, every=4)
 
-    @torch.no_grad()
-    def run():
-        x = model.embed(text)
-        for block in model.transformer.h:
-            x = block.plain(x)
-        x = model.transformer.ln_f(x[:, ::4])  # a quarter is enough for the head, the widest layer
-        model.lm_head(x)
 
-    return run
+@torch.no_grad()
+def run_linears(model, text, every=1):
+    """Call each linear once on text (rows, tokens) int64, the head on one position of `every`."""
+    x = model.embed(text)
+    for block in model.transformer.h:
+        x = block.plain(x)
+    model.lm_head(model.transformer.ln_f(x[:, ::every]))

@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import cpu_kernels
+import huge_pages
 from errors import UserError
 from int4_rounding import fit_groups, round_to_inputs
 
@@ -252,7 +253,14 @@ def quantize_(module, group_size=32, calibrate=None):
         parent, _, child = name.rpartition(".")
         layer = rounded.pop(name, None) or Int4Linear.from_linear(linear, group_size)
         setattr(module.get_submodule(parent), child, layer)
+    gather_(module)
     return module
+
+
+def gather_(module):
+    """Put the 4-bit weights in module side by side, on huge pages where they can be; in place."""
+    layers = [m for m in module.modules() if isinstance(m, Int4Linear)]
+    huge_pages.gather_(layers, ("packed", "scale_zero"))
 
 
 def replace_linears(module, group_size=32, device="cpu"):

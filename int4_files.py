@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from errors import UserError
 from gpt_config import config_from_dict
-from int4 import Int4Linear, replace_linears
+from int4 import Int4Linear, gather_, replace_linears
 from model import GPT
 
 FORMAT = "int4-groups"
@@ -82,7 +82,10 @@ def load_int4(path, device="cpu", dtype=torch.bfloat16, **overrides):
         if tensor.is_floating_point() and not name.endswith("scale_zero"):
             tensors[name] = tensor.to(dtype)
     model.load_state_dict(tensors, assign=True)
-    return model.to(device).eval(), notes
+    model.to(device)
+    del tensors
+    gather_(model)
+    return model.eval(), notes
 
 
 def saved_shapes(model):

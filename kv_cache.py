@@ -36,9 +36,12 @@ until `span` grows, so a step can be captured in a CUDA graph. Otherwise the hos
 bounds the views, which costs nothing on a CPU.
 """
 
+import math
+
 import torch
 from torch.nn import functional as F
 
+import huge_pages
 import kv_kernels
 from errors import UserError
 
@@ -49,10 +52,10 @@ SMALLEST_SPAN = 256  # fixed shapes start at this many slots and double
 
 
 class Rows:
-    """(B, G, S, D) rows in the model's own dtype; slot s of S holds one token's row."""
+    """data (B, G, S, D): rows in the model's own dtype; slot s of S holds one token's row."""
 
-    def __init__(self, batch, heads, slots, width, device, dtype):
-        self.data = torch.zeros(batch, heads, slots, width, device=device, dtype=dtype)
+    def __init__(self, data):
+        self.data = data
 
     def write(self, slots, rows, newest, batch):
         """Put rows (b, G, t, D) of batch, a slice, at slots: a slice, or (B, 1, 1, 1), t = 1."""
@@ -421,19 +424,21 @@ def build_cache(config, batch_size, max_length, device="cpu", dtype=torch.float3
     if cache.suits_kernels:
         cache.arrived = torch.zeros(batch_size * config.kv_heads, dtype=torch.int32, device=device)
 
-    def rows(heads, width):
-        shape = (batch_size, heads, cache.slot_count, width)
-        if kv_bits is None:
-            return Rows(*shape, device, dtype)
-        return QuantizedRows(*shape, device, dtype, kv_bits)
-
-    for _ in range(config.n_layer):
-        if recompute and kv_bits is None:
-            layer = Inputs(cache, rows(1, config.n_embd))
-        elif recompute:  # scales for each half of D numbers, as keys and values have them
-            layer = Inputs(cache, rows(config.n_head, config.head_dim))
-        else:
-            keys, values = (rows(config.kv_heads, config.head_dim) for _ in range(2))
-            layer = KeysValues(cache, keys, values)
-        cache.layers.append(layer)
+    if not recompute:
+        heads, width = config.kv_heads, config.head_dim
+    elif kv_bits is None:
+        heads, width = 1, config.n_embd
+    else:  # scales for each half of D numbers, as keys and values have them
+        heads, width = config.n_head, config.head_dim
+    shape, count = (batch_size, heads, cache.slot_count, width), config.n_layer * (2 - recompute)
+    if kv_bits is None:
+        size = math.prod(shape) * dtype.itemsize
+        memory = huge_pages.empty(count * size, device).zero_().split(size)
+        rows = [Rows(part.view(dtype).view(shape)) for part in memory]
+    else:
+        rows = [QuantizedRows(*shape, device, dtype, kv_bits) for _ in range(count)]
+    if recompute:
+        cache.layers = [Inputs(cache, each) for each in rows]
+    else:
+        cache.layers = [KeysValues(cache, *pair) for pair in zip(rows[::2], rows[1::2])]
     return cache

@@ -77,7 +77,7 @@ def main(argv=None):
     if settings.attention_policy:
         set_policy(model, settings.attention_policy)
     ids = text.tokenizer.encode(text.chat(prompt) if settings.chat else prompt)
-    if not ids:
+    if not ids or not prompt:  # an empty message in a chat's format is no empty text
         raise UserError("the prompt is empty: give --start at least one character")
     if len(ids) > model.config.block_size:
         raise UserError(f"the prompt has {len(ids)} tokens, the model reads at most "
@@ -91,7 +91,8 @@ def main(argv=None):
     packed = f", 4-bit layers of {storage_bits(model):.3g} bits a weight" if (
         is_4bit(settings)) else ""
     print(f"model: {parameters / 1e6:.1f}M parameters in {str(dtype).removeprefix('torch.')}"
-          f"{packed}; {model.config.attention_policy} cache; {runtime.device} ({runtime.reason})")
+          f"{packed}; attention policy {model.config.attention_policy}; {runtime.device} "
+          f"({runtime.reason})")
     write(model, text, ids, settings, runtime)
 
 

@@ -12,6 +12,7 @@ rounded, the head's copy too:
     torchao, torchao HQQ  torchao's 4-bit weights for CPUs, where it can be imported
     clipping range        ours from the weights alone (int4_rounding.fit_groups)
     calibrated            ours on a text that the model writes itself, once for each seed
+    calibrated on data    ours on SAMPLE tokens of the training split: text like that measured
 
 Keys and values: each window decoded token by token from a cache, so that every prediction sees
 quantised rows but for the newest RECENT; SmolLM2's predictions count from CONTEXT tokens on.
@@ -23,6 +24,7 @@ from the exact model's predictions, in nats a token.
 import copy
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +37,7 @@ from checkpoint import load_checkpoint, model_from_checkpoint
 from configurator import parse_config
 from dataset import load_dataset
 from errors import UserError, exit_cleanly
-from experiments.common import RESULTS, provenance, write_csv
+from experiments.common import RESULTS, provenance, read_csv, write_csv
 from generation import calibration
 from int4 import GROUP_SIZES, dequantize, quantize_
 from kv_cache import build_cache
@@ -45,6 +47,7 @@ from pretrained_text import load_pretrained_text
 ROWS = 256  # blocks of the character model at a time
 CONTEXT = 512  # tokens before SmolLM2's first counted prediction from quantised keys and values
 TOKENS = 4096  # whose logits are held at a time
+SAMPLE = 2**14  # tokens of the training split to calibrate on
 KV_BITS = (None, 8, 4)  # the exact cache first
 
 
@@ -57,6 +60,7 @@ class Settings:
     windows: int = 8  # of the text, for the published weights
     tokens: int = 768  # in each window
     seeds: int = 4  # calibration texts tried
+    part: str = "all"  # all | characters | pretrained: the rows of the other stay as they are
     out: str = str(RESULTS / "generation_quality.csv")  # where the rows go
 
 
@@ -64,19 +68,32 @@ def main(argv=None):
     settings, _ = parse_config(Settings, argv)
     if settings.tokens <= CONTEXT or settings.windows < 1 or settings.seeds < 1:
         raise UserError(f"tokens must be more than {CONTEXT}, windows and seeds at least 1")
-    model = model_from_checkpoint(load_checkpoint(Path(settings.out_dir) / "ckpt.pt")).eval()
-    dataset = load_dataset(settings.dataset, settings.data_dir)
-    batches = list(dataset.full_split_batches("val", model.config.block_size, ROWS))
-    rows = measure("characters", model, batches, 0, settings.seeds)
-    if settings.pretrained:
+    if settings.part not in ("all", "characters", "pretrained"):
+        raise UserError("part must be all, characters or pretrained")
+    dataset, origin = load_dataset(settings.dataset, settings.data_dir), provenance()
+    if settings.part != "pretrained":
+        model = model_from_checkpoint(load_checkpoint(Path(settings.out_dir) / "ckpt.pt")).eval()
+        batches = list(dataset.full_split_batches("val", model.config.block_size, ROWS))
+        rows = measure("characters", model, batches, 0, settings.seeds,
+                       sample=sample(dataset.split("train"), model.config.block_size))
+        replace(settings.out, rows, origin)
+    if settings.part != "characters" and settings.pretrained:
         model = load_pretrained(settings.pretrained)
-        text = dataset.tokenizer().decode(dataset.split("val").tolist())
-        ids = load_pretrained_text(settings.pretrained).tokenizer.encode(text)
-        batches = windows(ids, settings.windows, settings.tokens)
-        rows += measure("SmolLM2-135M", model, batches, CONTEXT, settings.seeds, groups=(32,))
-    origin = provenance()
-    write_csv(settings.out, [row | origin for row in rows])
+        encode = load_pretrained_text(settings.pretrained).tokenizer.encode
+        val, train = (encode(dataset.tokenizer().decode(part.tolist())) for part in (
+            dataset.split("val"), dataset.split("train")[:8 * SAMPLE]))
+        batches = windows(val, settings.windows, settings.tokens)
+        rows = measure("SmolLM2-135M", model, batches, CONTEXT, settings.seeds, groups=(32,),
+                       sample=sample(train, model.config.block_size))
+        replace(settings.out, rows, origin)
     print(f"wrote {settings.out}")
+
+
+def replace(path, rows, origin):
+    """Write these rows of one model in place of those that the file has of it."""
+    old = read_csv(path) if Path(path).exists() else []
+    kept = [row for row in old if row.get("model", rows[0]["model"]) != rows[0]["model"]]
+    write_csv(path, kept + [row | origin for row in rows])
 
 
 def windows(ids, count, tokens):
@@ -87,8 +104,17 @@ def windows(ids, count, tokens):
     return [(ids[:-1].view(count, tokens), ids[1:].view(count, tokens))]
 
 
-def measure(name, model, batches, context, seeds, groups=GROUP_SIZES):
-    """Rows (dicts) of every rounding of the model's weights, then of its keys and values."""
+def sample(ids, block_size):
+    """The first SAMPLE ids as texts (n, tokens) int64."""
+    tokens = min(256, block_size)
+    return torch.tensor(ids[:SAMPLE // tokens * tokens]).long().view(-1, tokens)
+
+
+def measure(name, model, batches, context, seeds, groups=GROUP_SIZES, sample=None):
+    """Rows (dicts) of every rounding of the model's weights, then of its keys and values.
+
+    sample (rows, tokens) int64: text to calibrate on, besides the model's own.
+    """
     rows = []
 
     def report(what, rule, group, bits, found, exact, seed=""):
@@ -99,7 +125,8 @@ def measure(name, model, batches, context, seeds, groups=GROUP_SIZES):
         print(f"{name:12} {what:8} {rule:22} group {group:4} {bits:5} bits: {loss:.5f} "
               f"({loss - exact:+.5f}), divergence {divergence:.5f}", flush=True)
 
-    found = compare(model, model, batches)
+    quality = partial(compare, exact=list(predictions(model, batches)), batches=batches)
+    found = quality(model)
     exact = found[0]
     report("weights", "exact", "", 32, found, exact)
     for group in groups:
@@ -107,18 +134,20 @@ def measure(name, model, batches, context, seeds, groups=GROUP_SIZES):
             continue
         bits = 4 + 32 / group
         rounded = with_weights(model, lambda weight, group=group: min_max(weight, group))
-        report("weights", "minimum and maximum", group, bits, compare(rounded, model, batches),
-               exact)
+        report("weights", "minimum and maximum", group, bits, quality(rounded), exact)
         for rule, rounding in torchao_rules(group).items():
             rounded = with_weights(model, rounding)
-            report("weights", rule, group, 4 + 64 / group, compare(rounded, model, batches), exact)
+            report("weights", rule, group, 4 + 64 / group, quality(rounded), exact)
         rounded = quantize_(copy.deepcopy(model), group, calibrate=False)
-        report("weights", "clipping range", group, bits, compare(rounded, model, batches), exact)
+        report("weights", "clipping range", group, bits, quality(rounded), exact)
         for seed in range(seeds):
             rounded = copy.deepcopy(model)
             quantize_(rounded, group, calibration(rounded, seed=seed))
-            report("weights", "calibrated", group, bits, compare(rounded, model, batches), exact,
-                   seed)
+            report("weights", "calibrated", group, bits, quality(rounded), exact, seed)
+        if sample is not None:
+            rounded = copy.deepcopy(model)
+            quantize_(rounded, group, calibration(rounded, text=sample))
+            report("weights", "calibrated on data", group, bits, quality(rounded), exact)
     found = decode(model, batches, context)
     for kv_bits, one in zip(KV_BITS, found):
         report("kv cache", "minimum and maximum" if kv_bits else "exact",
@@ -127,15 +156,19 @@ def measure(name, model, batches, context, seeds, groups=GROUP_SIZES):
 
 
 @torch.no_grad()
+def predictions(model, batches):
+    """Log probabilities (n, T, V) of whole forwards over the batches, TOKENS at a time."""
+    for x, _ in batches:
+        for rows in x.split(max(1, TOKENS // x.size(1))):
+            yield model(rows, None)[0].float().log_softmax(-1)
+
+
 def compare(model, exact, batches):
-    """(mean loss, mean divergence from `exact`) of a model over the batches, in whole forwards."""
+    """(mean loss, mean divergence from `exact`, a list of predictions) of a model."""
     total = Sums()
-    for whole in batches:
-        rows = max(1, TOKENS // whole[0].size(1))
-        for x, y in zip(*(part.split(rows) for part in whole)):
-            log_p = exact(x, None)[0].float().log_softmax(-1)
-            log_q = log_p if model is exact else model(x, None)[0].float().log_softmax(-1)
-            total.add(log_p, log_q, y)
+    wanted = (y for _, whole in batches for y in whole.split(max(1, TOKENS // whole.size(1))))
+    for log_p, log_q, y in zip(exact, predictions(model, batches), wanted):
+        total.add(log_p, log_q, y)
     return total.means()
 
 

@@ -213,6 +213,17 @@ def test_calibration_runs_every_linear_on_its_own_text():
     assert len(seen) == 4 * 2 + 1 and len(set(seen)) == len(seen)
 
 
+def test_calibration_on_a_given_text_shows_every_linear_all_of_it():
+    model, given = make(), prompt()
+    shapes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(
+                lambda m, x, y, name=name: shapes.update({name: tuple(x[0].shape[:2])}))
+    calibration(model, text=given)()
+    assert len(shapes) == 4 * 2 + 1 and set(shapes.values()) == {tuple(given.shape)}
+
+
 @pytest.mark.parametrize("change,message", [
     (dict(idx=torch.zeros(1, 0, dtype=torch.int64)), "prompt is empty"),
     (dict(idx=torch.zeros(1, 25, dtype=torch.int64)), "25 tokens.*block_size=24"),

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from errors import UserError
-from experiments.generation_quality import measure, windows
+from experiments.common import read_csv, write_csv
+from experiments.generation_quality import measure, replace, windows
 from model import GPT, GPTConfig
 
 
@@ -32,3 +33,12 @@ def test_windows_follow_one_another():
     assert x.tolist() == [list(range(10)), list(range(10, 20))] and torch.equal(y, x + 1)
     with pytest.raises(UserError, match="100 tokens"):
         windows(list(range(100)), 10, 10)
+
+
+def test_the_other_models_rows_stay(tmp_path):
+    path = tmp_path / "q.csv"
+    write_csv(path, [dict(what="weights", loss=1.5, commit="old")])  # of before there were two
+    for model, loss in (("a", 1.0), ("b", 2.0), ("a", 3.0)):
+        replace(path, [dict(model=model, loss=loss)], dict(commit="new"))
+    assert read_csv(path) == [dict(model="b", loss=2, commit="new"),
+                              dict(model="a", loss=3, commit="new")]

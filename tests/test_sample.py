@@ -53,7 +53,7 @@ def test_writes_num_samples_texts_that_start_with_the_prompt(capsys, out_dir):
     texts, first, last = run(capsys, out_dir)
     assert len(texts) == 2 and texts[0] != texts[1]
     assert all(text.startswith("hello") and len(text) == 45 for text in texts)
-    assert first.startswith("model: 0.1M parameters in float32; cache cache")
+    assert first.startswith("model: 0.1M parameters in float32; attention policy cache")
     assert "tokens/s" in last and "GB/s" in last
 
 
