@@ -321,9 +321,9 @@ class GPT(nn.Module):
         return self
 
     def compile_rows(self):
-        """Compile the parts of the blocks that treat rows alike, one graph for all layers."""
+        """Compile the parts of the blocks that tiles call, one graph for all layers."""
         for block in self.transformer.h:
-            for name in ("norm_qkv", "norm_q", "norm_kv", "finish"):
+            for name in ("norm_qkv", "norm_q", "norm_kv", "finish", "plain"):
                 setattr(block, name, torch.compile(getattr(block, name)))
 
     def last_logits(self, idx):

@@ -26,7 +26,7 @@ from torch._compile import _disable_dynamo as graph_break
 from attention_policies import attend_rows, row_source
 from errors import UserError
 from offload import fetch, stash
-from tiled_backward import ParameterGradients, backward_tiles
+from tiled_backward import ParameterGradients, backward_tiles, backward_whole
 
 
 def tile_sizes(config, T, device_type, training=None):
@@ -74,6 +74,11 @@ def heads_at_once(config, T, q_chunk, sequences, device_type):
     return G
 
 
+def few_launches(device, training):
+    """Are large tiles worth their memory? To a CUDA device while training, which else waits."""
+    return device.type == "cuda" and training
+
+
 class Tiles:
     """One block's row tiles over x (B, T, C): how each part of it is computed."""
 
@@ -84,9 +89,11 @@ class Tiles:
         # rows of the batch at once: a tile holds about q_chunk rows in all
         tile = min(self.length, self.q_chunk)
         self.b_chunk = min(self.batch, max(1, self.q_chunk // tile))
-        # rows through the MLP at once, in all: a CUDA device wants few launches while training
-        few = device.type == "cuda" and training
+        # rows through the MLP at once, in all
+        few = few_launches(device, training)
         self.m_chunk = self.q_chunk if few else max(1, self.b_chunk * tile // 4)
+        # nor is there anything to gain from parts where a tile holds whole sequences
+        self.whole = few and block.config.checkpoint_layers and self.length <= self.q_chunk
         # cuDNN builds a plan for each shape: worth it where all tiles but the last are alike
         self.fixed_shapes = self.q_chunk % self.k_chunk == 0 and (
             self.length > self.q_chunk or self.length % 128 == 0)
@@ -134,6 +141,11 @@ class Tiles:
         """Output projection, residual, MLP, residual, with the dropout of exactly this tile."""
         with self._dropout_seed(start, batch_start):
             return self.block.finish(x, out)
+
+    def plain(self, x, batch_start):
+        """The plain block over whole sequences x (b, T, C), where `whole`."""
+        with self._dropout_seed(0, batch_start):
+            return self.block.plain(x)
 
     def _dropout_seed(self, start, batch_start):
         if self.seed is None:
@@ -224,9 +236,10 @@ class _TiledBlock(torch.autograd.Function):
         config = block.config
         B, T, C = x.shape
         wide = torch.promote_types(x.dtype, torch.float32)
-        lse = torch.empty(B, config.n_head, T, dtype=wide, device=device)
         ctx.out_dtype = ctx.autocast["dtype"] if ctx.autocast["enabled"] else x.dtype
-        out = None
+        out = lse = None
+        if not tiles.whole:
+            lse = torch.empty(B, config.n_head, T, dtype=wide, device=device)
         if not config.checkpoint_layers:
             out = torch.empty(B, T, C, dtype=ctx.out_dtype, device=device)
 
@@ -237,7 +250,11 @@ class _TiledBlock(torch.autograd.Function):
 
         ctx.host_x = stash(x) if config.offload else None  # first: the tiles hide its time
         y = torch.empty_like(x)
-        forward_tiles(tiles, x, y, keep)
+        if tiles.whole:
+            for batch in tiles.batches():
+                y[batch] = tiles.plain(x[batch], batch.start)
+        else:
+            forward_tiles(tiles, x, y, keep)
         ctx.save_for_backward(None if config.offload else x, lse, *parameters)
         ctx.out = out  # not saved: backward writes over it, and a second one recomputes it
         return y
@@ -252,7 +269,10 @@ class _TiledBlock(torch.autograd.Function):
         out, ctx.out = ctx.out, None
         weights = ParameterGradients(parameters, ctx.needs_input_grad[4:])
         with torch.autocast(**ctx.autocast):
-            grad_x = backward_tiles(ctx.tiles, x, lse, out, ctx.out_dtype, grad, weights)
+            if ctx.tiles.whole:
+                grad_x = backward_whole(ctx.tiles, x, grad, weights)
+            else:
+                grad_x = backward_tiles(ctx.tiles, x, lse, out, ctx.out_dtype, grad, weights)
         return (grad_x, None, None, None, *(weights.total(p) for p in parameters))
 
 

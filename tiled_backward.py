@@ -48,6 +48,18 @@ class ParameterGradients:
         return None if found is None else found.to(parameter.dtype)
 
 
+def backward_whole(tiles, x, grad, weights):
+    """Gradient of x (B, T, C) where a tile holds whole sequences: the plain block once more."""
+    grad_x = torch.empty_like(x)
+    for batch in tiles.batches():
+        xb = x[batch].detach().requires_grad_()
+        with torch.enable_grad():
+            y = tiles.plain(xb, batch.start)
+        grad_x[batch], = weights.backward([y], [xb], [grad[batch].to(y.dtype)])
+        del xb, y  # before the next sequences' are made
+    return grad_x
+
+
 def backward_tiles(tiles, x, lse, out, out_dtype, grad, weights):
     """Gradient of x (B, T, C); the parameters' are added up in `weights` (ParameterGradients).
 

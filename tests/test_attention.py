@@ -281,3 +281,33 @@ def test_backward_of_a_long_sequence_takes_a_quarter_of_plain_memory():
     plain = peak_beyond_input(4096, **config)
     assert peak_beyond_input(4096, attention_policy="recompute", q_chunk=128, k_chunk=128,
                              **config) < plain / 4
+
+
+@pytest.mark.parametrize("compiled", (False, True))
+def test_checkpointed_whole_sequences(monkeypatch, compiled):
+    """As a CUDA device does it: no tiles where one would hold whole sequences."""
+    monkeypatch.setattr(tiled, "few_launches", lambda device, training: training)
+    block, twin = block_pair(torch.float64, 9, attention_policy="recompute", q_chunk=20, k_chunk=4,
+                             checkpoint_layers=True, dropout=0.5, attention_dropout=0.0)
+    if compiled:
+        block.plain = torch.compile(block.plain, backend="aot_eager")
+    x = torch.randn(5, 9, 32, dtype=torch.float64, requires_grad=True)  # 2 + 2 + 1 sequences
+    block.train()
+    torch.manual_seed(1)
+    out = block(x)
+    found = torch.autograd.grad(out, [x, *block.parameters()], torch.ones_like(out))
+    torch.manual_seed(1)
+    again = block(x)
+    assert torch.equal(out, again) and not torch.equal(out, block(x))  # dropout is on, and seeded
+    replayed = torch.autograd.grad(again, [x, *block.parameters()], torch.ones_like(out))
+    assert all(torch.equal(a, b) for a, b in zip(found, replayed))
+    step = 1e-6 * torch.randn_like(x)
+    torch.manual_seed(1)
+    rise = (block(x + step) - out).sum()  # the same elements were dropped going back
+    assert relative_error(rise, (found[0] * step).sum()) < 1e-4
+
+    block.eval()
+    grad = torch.randn_like(x)
+    expected = torch.autograd.grad(plain_block(twin, x), [x, *twin.parameters()], grad)
+    found = torch.autograd.grad(block(x), [x, *block.parameters()], grad)
+    assert max(relative_error(a, b) for a, b in zip(found, expected)) < 1e-10
