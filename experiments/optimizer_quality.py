@@ -153,11 +153,11 @@ def summarise(rows):
     fresh = {}
     for row in rows:
         if row["seed"] > FRESH:
-            fresh.setdefault((row["setup"], row["variant"]), []).append(row)
+            fresh.setdefault((row["setup"], row["iterations"], row["variant"]), []).append(row)
     table = []
-    for (setup, variant), mine in fresh.items():
+    for (setup, iterations, variant), mine in fresh.items():
         reference = {row["seed"]: row["best_val_loss"]
-                     for row in fresh.get((setup, REFERENCE), [])}
+                     for row in fresh.get((setup, iterations, REFERENCE), [])}
         losses = {row["seed"]: row["best_val_loss"] for row in mine}
         common = sorted(losses.keys() & reference.keys())
         mean, half = mean_interval(list(losses.values()))
@@ -166,13 +166,14 @@ def summarise(rows):
             if common else (math.nan,) * 3)
         first = mine[0]
         table.append(dict(
-            setup=setup, variant=variant, learning_rate=first["learning_rate"],
+            setup=setup, iterations=iterations, variant=variant,
+            learning_rate=first["learning_rate"],
             embedding_lr=first["embedding_lr"], seeds=len(losses), val_loss=round(mean, 4),
             interval=round(half, 4), to_adamw=round(difference, 4),
             to_adamw_interval=round(difference_half, 4), p=float(f"{p:.2g}"),
             state_bytes=first["state_bytes"],
             state_percent=round(100 * first["state_bytes"] / (8 * first["parameters"]), 2)))
-    return sorted(table, key=lambda row: (row["setup"], row["val_loss"]))
+    return sorted(table, key=lambda row: (row["setup"], row["iterations"], row["val_loss"]))
 
 
 def print_table(table):

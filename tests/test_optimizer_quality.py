@@ -139,8 +139,8 @@ def test_finished_runs_are_not_run_again():
 
 def test_summary_pairs_by_seed():
     def row(variant, seed, loss):
-        return dict(setup="seed", variant=variant, learning_rate=1.0, embedding_lr=1.0, seed=seed,
-                    best_val_loss=loss, state_bytes=8, parameters=2)
+        return dict(setup="seed", iterations=1, variant=variant, learning_rate=1.0,
+                    embedding_lr=1.0, seed=seed, best_val_loss=loss, state_bytes=8, parameters=2)
     rows = [row("torch_adamw", 1001, 2.0), row("torch_adamw", 1002, 3.0),
             row("adamsn", 1002, 2.5), row("adamsn", 1001, 1.6), row("adamsn", 1, 0.0)]
     best, reference = summarise(rows)
