@@ -184,10 +184,11 @@ def describe_machine(device="cpu"):
 def commit_id():
     """Short id of the checked-out commit, with + where Python files differ from it.
 
-    Where git cannot tell (a machine that got a copy of the files), what the environment variable
-    LEANGPT_COMMIT says: set it to the output of this function on the machine that sent the copy.
-    '' where nothing is known.
+    The environment variable LEANGPT_COMMIT has precedence: on a machine that got a copy of the
+    files, set it to the output of this function where they came from. '' where nothing is known.
     """
+    if told := os.environ.get("LEANGPT_COMMIT"):
+        return told
     folder = Path(__file__).parent
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
 
@@ -201,6 +202,4 @@ def commit_id():
         changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
     except OSError:  # no git on this machine
         commit = ""
-    if not commit:
-        return os.environ.get("LEANGPT_COMMIT", "")
-    return commit + ("+" if changed else "")
+    return commit and commit + ("+" if changed else "")

@@ -3,9 +3,9 @@
 A script under experiments/ begins with the two lines that put the repository's root on the path,
 then imports this file; it writes results/<its own name>.csv.
 
-Every row ends with the commit that made it. A machine without git is told which one:
+Every row ends with the commit that made it. A machine with a mere copy is told which one:
 
-    LEANGPT_COMMIT=$(git rev-parse --short HEAD)     where git is; then, where it is not,
+    LEANGPT_COMMIT=$(git rev-parse --short HEAD)     where the copy comes from; then there
     LEANGPT_COMMIT=1a2b3c4 python experiments/attention_gpu.py
 """
 

@@ -149,13 +149,15 @@ def work(setup, runs, path, device, precision):
 
 
 def summarise(rows):
-    """One row a variant from its fresh seeds, sorted by loss."""
+    """One row a variant from its fresh seeds, two or more, sorted by loss."""
     fresh = {}
     for row in rows:
         if row["seed"] > FRESH:
             fresh.setdefault((row["setup"], row["iterations"], row["variant"]), []).append(row)
     table = []
     for (setup, iterations, variant), mine in fresh.items():
+        if len(mine) < 2:  # its runs are not finished
+            continue
         reference = {row["seed"]: row["best_val_loss"]
                      for row in fresh.get((setup, iterations, REFERENCE), [])}
         losses = {row["seed"]: row["best_val_loss"] for row in mine}

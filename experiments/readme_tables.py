@@ -4,8 +4,8 @@
   python experiments/readme_tables.py --check    exit 1 if README.md is stale, change nothing
 
 A block in README.md is everything between `<!-- table: NAME -->` and `<!-- end table -->`; a
-figure in a sentence is `<!-- figure: NAME -->0.18<!-- end -->`. NAME is a function below,
-registered with the CSV it reads; to add one, write one more function.
+figure in a sentence is `<!-- figure: NAME -->0.18<!-- end -->`. NAME is a function below, or in
+optimizer_tables.py, registered with the CSV it reads; to add one, write one more function.
 """
 
 import math
@@ -19,11 +19,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configurator import parse_config
 from errors import UserError, exit_cleanly
+from experiments import optimizer_tables  # noqa: F401, registers its tables
 from experiments.common import RESULTS, ROOT, read_csv
+from experiments.table_tools import (
+    FIGURES,
+    TABLES,
+    figure,
+    gigabytes,
+    made_on,
+    markdown,
+    megabytes,
+    seconds,
+    table,
+)
 
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 FIGURE = re.compile(r"(<!-- figure: (\S+) -->).*?(<!-- end -->)", re.DOTALL)
-TABLES, FIGURES = {}, {}  # name -> (function of the CSV's rows, file under results/)
 
 
 @dataclass
@@ -31,38 +42,6 @@ class Settings:
     check: bool = False  # only say whether README.md agrees with results/
     readme: tuple[str, ...] = (str(ROOT / "README.md"), str(ROOT / "docs/RESULTS.md"))  # the files
     results: str = str(RESULTS)  # folder of the CSV files
-
-
-def table(name, file, registry=TABLES):
-    """Register a function: rows of results/`file` (list of dicts) -> Markdown."""
-    def register(function):
-        registry[name] = (function, file)
-        return function
-    return register
-
-
-def figure(name, file):
-    """Register a function: rows of results/`file` -> a number in words, with its unit."""
-    return table(name, file, FIGURES)
-
-
-def markdown(header, rows):
-    """A Markdown table; numbers belong to the right."""
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, rule, *rows])
-
-
-def made_on(row):
-    """A line under a table that says what it was measured with."""
-    return f"\n\n{row['machine']}; torch {row['torch']}; commit {row['commit']}."
-
-
-def megabytes(value):
-    return f"{value:,.0f} MB" if value >= 100 else f"{value:.3g} MB"
-
-
-def seconds(value):
-    return f"{value:.2f} s" if value >= 0.1 else f"{value * 1000:.1f} ms"
 
 
 def time_and_peak(rows, mode):
@@ -127,10 +106,6 @@ def attention_chunks(rows):
     ) + made_on(rows[0])
 
 
-def gigabytes(value):
-    return f"{value:.2f} GB" if value < 10 else f"{value:.1f} GB"
-
-
 def of_gpu(rows, prefix):
     """Rows of attention_gpu.csv whose name starts so, and a line on how they were made."""
     rows = [row for row in rows if row["name"].startswith(prefix)]
@@ -188,37 +163,6 @@ def gpu_errors(rows):
         lines.append([kind, f"{max(row['out_error'] for row in found):.1e}",
                       f"{max(row['grad_error'] for row in found):.1e}"])
     return markdown(["what", "output", "gradients"], lines) + made
-
-
-@table("optimizers", "optimizer_quality_summary.csv")
-def optimizers(rows):
-    """Each variant at the best of its own grid, five fresh seeds."""
-    rows = sorted((row for row in rows if row["setup"] == "seed"),
-                  key=lambda row: row["val_loss"])
-    return markdown(
-        ["optimizer", "validation loss", "against tuned AdamW", "p (paired)", "state, of Adam's",
-         "lr: linear / rest"],
-        [[f"`{row['variant']}`", f"{row['val_loss']:.4f} ± {row['interval']:.4f}",
-          f"{row['to_adamw']:+.4f} ± {row['to_adamw_interval']:.4f}"
-          if row["variant"] != "torch_adamw" else "–",
-          f"{row['p']:.1g}" if row["variant"] != "torch_adamw" else "–",
-          f"{row['state_percent']:.1f}%",
-          f"{row['learning_rate']:g} / {row['embedding_lr']:g}"] for row in rows])
-
-
-@table("optimizer_speed", "optimizer_speed.csv")
-def optimizer_speed(rows):
-    """One step on 124M parameters against torch's fused AdamW, and the bytes of state."""
-    devices = dict.fromkeys(row["device"] for row in rows)
-    parts = []
-    for device in devices:
-        mine = [row for row in rows if row["device"] == device]
-        parts.append(markdown(
-            ["optimizer", "a step", "of fused AdamW's", "state, bytes a parameter"],
-            [[f"`{row['variant']}`", f"{row['step_ms']:.3g} ms", f"{row['ratio']:.2f}×",
-              f"{row['state_bytes'] / row['parameters']:.2f}"]
-             for row in sorted(mine, key=lambda row: row["ratio"])]) + made_on(mine[0]))
-    return "\n\n".join(parts)
 
 
 @table("generation", "generation.csv")
@@ -283,15 +227,6 @@ def long_training(rows):
                       gigabytes(row["peak_GB"])] for row in rows]) + made_on(rows[0])
 
 
-@table("time_to_loss", "time_to_loss.csv")
-def time_to_loss(rows):
-    """Seconds of training until nanoGPT's final loss."""
-    return markdown(["recipe", "seed", "reached", "iterations", "training time"],
-                    [[row["side"], row["seed"], "yes" if row["reached"] == "True" else "no",
-                      row["iterations"], f"{row['seconds']:.1f} s"] for row in rows]
-                    ) + made_on(rows[0])
-
-
 @table("two_commands", "two_commands.csv")
 def two_commands(rows):
     """How long the README's two commands take on a fresh copy, and what the demo prints."""
@@ -311,29 +246,6 @@ def two_commands(rows):
 
 def minutes(value):
     return f"{value // 60:.0f} min {value % 60:.0f} s"
-
-
-def of_variant(rows, variant):
-    """The row of one optimizer at the seed setup."""
-    return next(row for row in rows if (row["setup"], row["variant"]) == ("seed", variant))
-
-
-@figure("muonsn8_gain", "optimizer_quality_summary.csv")
-def muonsn8_gain(rows):
-    """Nats below tuned AdamW."""
-    return f"{-of_variant(rows, 'muonsn8')['to_adamw']:.2f} nats"
-
-
-@figure("muonsn8_state", "optimizer_quality_summary.csv")
-def muonsn8_state(rows):
-    """Of AdamW's bytes."""
-    return f"{of_variant(rows, 'muonsn8')['state_percent']:.0f}%"
-
-
-@figure("adamsn_loss", "optimizer_quality_summary.csv")
-def adamsn_loss(rows):
-    """Nats above tuned AdamW: the worse of adamsn and adafactor."""
-    return f"{max(of_variant(rows, name)['to_adamw'] for name in ('adamsn', 'adafactor')):.2f} nats"
 
 
 @figure("long_training_peak", "long_training.csv")

@@ -219,21 +219,22 @@ def test_the_fit_recovers_a_line():
     assert fit["intercept_MB"] == round(1000 / 2**20, 3)
 
 
-def test_the_commit_comes_from_git_or_else_from_the_environment(monkeypatch, tmp_path, repository):
-    monkeypatch.setenv("LEANGPT_COMMIT", "given")
+def test_the_commit_is_what_the_environment_says_or_else_git(monkeypatch, tmp_path, repository):
+    monkeypatch.delenv("LEANGPT_COMMIT", raising=False)
     commit = measure.commit_id.__wrapped__  # what a run's first call found is cached
     monkeypatch.setattr(measure, "__file__", str(repository / "measure.py"))
     clean = commit()
     assert len(clean) >= 4 and int(clean, 16) >= 0
     (repository / "code.py").write_text("edited\n")
     assert commit() == clean + "+"
+    monkeypatch.setenv("LEANGPT_COMMIT", "given")  # a copy may lie in some other repository
+    assert commit() == "given"
+    monkeypatch.delenv("LEANGPT_COMMIT")
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     (tmp_path / "copy").mkdir()  # the files without their repository
     monkeypatch.setattr(measure, "__file__", str(tmp_path / "copy" / "measure.py"))
-    assert commit() == "given"
+    assert commit() == ""
     monkeypatch.setenv("PATH", str(tmp_path))  # nor is there a git
-    assert commit() == "given"
-    monkeypatch.delenv("LEANGPT_COMMIT")
     assert commit() == ""
 
 

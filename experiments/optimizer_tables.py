@@ -1,0 +1,158 @@
+"""The README's tables and figures on optimizers; readme_tables.py writes them."""
+
+from experiments.paired import paired_difference
+from experiments.table_tools import figure, gigabytes, made_on, markdown, table
+
+
+def losses(rows):
+    """Loss, its difference to AdamW's and p of summary rows, as cells."""
+    for row in sorted(rows, key=lambda row: row["val_loss"]):
+        reference = row["variant"] == "torch_adamw"
+        yield row, [
+            f"{row['val_loss']:.4f} ± {row['interval']:.4f}",
+            "–" if reference else f"{row['to_adamw']:+.4f} ± {row['to_adamw_interval']:.4f}",
+            "–" if reference else f"{row['p']:.1g}", row["seeds"], f"{row['state_percent']:.1f}%",
+            f"{row['learning_rate']:g} / {row['embedding_lr']:g}"]
+
+
+LOSSES = ["validation loss", "against tuned AdamW", "p (paired)", "seeds", "state, of Adam's",
+          "lr: linear / rest"]
+
+
+@table("optimizers", "optimizer_quality_summary.csv")
+def optimizers(rows):
+    """Each variant at the best of its own grid, on fresh seeds."""
+    rows = [row for row in rows if row["setup"] == "seed"]
+    return markdown(["optimizer", *LOSSES],
+                    [[f"`{row['variant']}`", *cells] for row, cells in losses(rows)])
+
+
+SETUPS = {  # (setup, iterations) -> what the table calls it
+    ("char384", 1000): "characters, 16 passes", ("char384", 2000): "characters, 32 passes",
+    ("bpe51m", 1000): "GPT-2 tokens, 51M",
+}
+
+
+@table("optimizers_larger", "optimizer_quality_summary.csv")
+def optimizers_larger(rows):
+    """The same for larger models."""
+    lines = []
+    for key, name in SETUPS.items():
+        mine = [row for row in rows if (row["setup"], row["iterations"]) == key]
+        lines += [[name, f"`{row['variant']}`", *cells] for row, cells in losses(mine)]
+    return markdown(["setup", "optimizer", *LOSSES], lines)
+
+
+@table("low_byte", "optimizer_quality.csv")
+def low_byte(rows):
+    """Weights in bfloat16, and updates inside backward, against float32, paired by seed."""
+    names = {"seed": "float32, clipped by the norm of all gradients",
+             "seed_bf16": "bfloat16, rounded stochastically; the same clip",
+             "seed_fused": "bfloat16, each tensor's update clipped, as inside backward"}
+    found = {setup: {row["seed"]: row["best_val_loss"] for row in rows
+                     if row["setup"] == setup and row["variant"] == "muonsn8" and row["seed"] > 1000
+                     and row["iterations"] == 2000}
+             for setup in names}
+    seeds = sorted(set.intersection(*(set(losses) for losses in found.values())))
+    reference = [found["seed"][seed] for seed in seeds]
+    lines = []
+    for setup, name in names.items():
+        mine = [found[setup][seed] for seed in seeds]
+        difference, half, _ = paired_difference(mine, reference)
+        lines.append([name, f"{sum(mine) / len(mine):.4f}",
+                      "–" if setup == "seed" else f"{difference:+.4f} ± {half:.4f}", len(seeds)])
+    return markdown(["`muonsn8`, weights", "validation loss", "against float32", "seeds"], lines)
+
+
+@table("memory_variants", "optimizer_memory.csv")
+def memory_variants(rows):
+    """GPT-2 XL, one sequence of 1,024 tokens: bytes a parameter, and the whole peak."""
+    rows = [row for row in rows if row["part"] == "variants"]
+    return markdown(
+        ["optimizer", "weights", "gradients", "bytes a parameter: state",
+         "weights + gradients + state", "peak of a training step"],
+        [[f"`{row['variant']}`", row["weights"],
+          "freed inside backward" if row["fused_backward"] == "True" else row["weights"],
+          f"{row['state_bytes'] / row['parameters']:.3f}", f"{row['bytes_per_parameter']:.2f}",
+          gigabytes(row["peak_bytes"] / 1e9)] for row in rows]) + made_on(rows[0])
+
+
+@table("memory_largest", "optimizer_memory.csv")
+def memory_largest(rows):
+    """Models that trained on one GPU, three whole steps each."""
+    rows = [row for row in rows if row["part"] == "largest" and row["fits"] == "True"]
+    return markdown(
+        ["parameters", "bytes a parameter", "peak", "a step", "loss on one batch, 3 steps"],
+        [[f"{row['parameters'] / 1e9:.1f}B", f"{row['bytes_per_parameter']:.2f}",
+          gigabytes(row["peak_bytes"] / 1e9), f"{row['step_seconds']:.1f} s",
+          f"{row['loss_first']:.2f} → {row['loss_last']:.2f}"] for row in rows]
+    ) + made_on(rows[0])
+
+
+@table("optimizer_speed", "optimizer_speed.csv")
+def optimizer_speed(rows):
+    """One step on 124M parameters against torch's fused AdamW, and the bytes of state."""
+    devices = dict.fromkeys(row["device"] for row in rows)
+    parts = []
+    for device in devices:
+        mine = [row for row in rows if row["device"] == device]
+        parts.append(markdown(
+            ["optimizer", "a step", "of fused AdamW's", "state, bytes a parameter"],
+            [[f"`{row['variant']}`", f"{row['step_ms']:.3g} ms", f"{row['ratio']:.2f}×",
+              f"{row['state_bytes'] / row['parameters']:.2f}"]
+             for row in sorted(mine, key=lambda row: row["ratio"])]) + made_on(mine[0]))
+    return "\n\n".join(parts)
+
+
+@table("time_to_loss", "time_to_loss.csv")
+def time_to_loss(rows):
+    """Seconds of training until nanoGPT's final loss."""
+    return markdown(["recipe", "seed", "reached", "iterations", "training time"],
+                    [[row["side"], row["seed"], "yes" if row["reached"] == "True" else "no",
+                      row["iterations"], f"{row['seconds']:.1f} s"] for row in rows]
+                    ) + made_on(rows[0])
+
+
+def of_variant(rows, variant):
+    """The row of one optimizer at the seed setup."""
+    return next(row for row in rows if (row["setup"], row["variant"]) == ("seed", variant))
+
+
+@figure("muonsn8_gain", "optimizer_quality_summary.csv")
+def muonsn8_gain(rows):
+    """Nats below tuned AdamW."""
+    return f"{-of_variant(rows, 'muonsn8')['to_adamw']:.2f} nats"
+
+
+@figure("muonsn8_state", "optimizer_quality_summary.csv")
+def muonsn8_state(rows):
+    """Of AdamW's bytes."""
+    return f"{of_variant(rows, 'muonsn8')['state_percent']:.0f}%"
+
+
+@figure("adamsn_loss", "optimizer_quality_summary.csv")
+def adamsn_loss(rows):
+    """Nats above tuned AdamW: the worse of adamsn and adafactor."""
+    return f"{max(of_variant(rows, name)['to_adamw'] for name in ('adamsn', 'adafactor')):.2f} nats"
+
+
+@figure("low_byte_bytes", "optimizer_memory.csv")
+def low_byte_bytes(rows):
+    """Of weights and state, `muonsn8` in bfloat16 with updates inside backward."""
+    row = next(row for row in rows if (row["part"], row["variant"], row["fused_backward"])
+               == ("variants", "muonsn8", "True"))
+    return f"{row['bytes_per_parameter']:.2f} bytes"
+
+
+@figure("adam_bytes", "optimizer_memory.csv")
+def adam_bytes(rows):
+    """Of weights, gradients and state, AdamW in float32."""
+    row = next(row for row in rows if (row["part"], row["variant"]) == ("variants", "adam"))
+    return f"{row['bytes_per_parameter']:.0f}"
+
+
+@figure("largest_model", "optimizer_memory.csv")
+def largest_model(rows):
+    """Parameters of the largest that fitted."""
+    fitting = [row for row in rows if row["part"] == "largest" and row["fits"] == "True"]
+    return f"{max(row['parameters'] for row in fitting) / 1e9:.1f}B"
