@@ -34,6 +34,7 @@ import typing
 from pathlib import Path
 
 from errors import UserError
+from whole_files import written_whole
 
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
@@ -85,12 +86,9 @@ def describe_changes(config):
 
 
 def save_config(config, path):
-    """Write the settings as JSON: to a temporary name first, so that no half file is ever seen."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(config_dict(config), file, indent=2)
-        file.write("\n")
-    os.replace(temporary, path)
+    """Write the settings as JSON, whole or not at all. Raises UserError where that fails."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(config_dict(config), indent=2) + "\n", encoding="utf-8")
 
 
 def help_text(settings):

@@ -66,8 +66,11 @@ class MetricsFile:
         self.writer = csv.DictWriter(self.file, COLUMNS, lineterminator="\n")
 
     def write(self, **cells):
-        self.writer.writerow(cells)
-        self.file.flush()
+        try:
+            self.writer.writerow(cells)
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.file.name}: {error.strerror}") from error
 
     def sync(self):
         """Before a checkpoint: its rows must not be lost where the checkpoint is not."""
