@@ -3,7 +3,8 @@
     python train.py config/train_shakespeare_char.py --n_layer=6 --compile=0
 
 A script declares its settings once, as a dataclass whose fields all have a default and, after it,
-a comment that says what the field is for (the comment is the help text):
+a comment that says what the field is for (the comment is the help text, unless the field's metadata
+has a "help"):
 
     @dataclass
     class Settings:
@@ -109,7 +110,7 @@ def help_text(settings):
         if headings.get(field.name):
             lines += ["", headings[field.name]]
         left = f"  --{field.name}: {_type_name(kinds[field.name])} = {_default(field)!r}"
-        comment = comments.get(field.name, "")
+        comment = field.metadata.get("help", comments.get(field.name, ""))
         separator = "  " if len(left) <= 42 else "\n" + " " * 44
         lines.append(f"{left:<42}{separator}{comment}".rstrip())
     return "\n".join(lines)
