@@ -3,7 +3,8 @@
     python train.py config/train_shakespeare_char.py --n_layer=6 --compile=0
 
 A script declares its settings once, as a dataclass whose fields all have a default and, after it,
-a comment that says what the field is for (the comment is the help text):
+a comment that says what the field is for (the comment is the help text, unless the field's metadata
+has a "help"):
 
     @dataclass
     class Settings:
@@ -34,6 +35,7 @@ import typing
 from pathlib import Path
 
 from errors import UserError
+from whole_files import written_whole
 
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
@@ -85,12 +87,9 @@ def describe_changes(config):
 
 
 def save_config(config, path):
-    """Write the settings as JSON: to a temporary name first, so that no half file is ever seen."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(config_dict(config), file, indent=2)
-        file.write("\n")
-    os.replace(temporary, path)
+    """Write the settings as JSON, whole or not at all. Raises UserError where that fails."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(config_dict(config), indent=2) + "\n", encoding="utf-8")
 
 
 def help_text(settings):
@@ -111,7 +110,7 @@ def help_text(settings):
         if headings.get(field.name):
             lines += ["", headings[field.name]]
         left = f"  --{field.name}: {_type_name(kinds[field.name])} = {_default(field)!r}"
-        comment = comments.get(field.name, "")
+        comment = field.metadata.get("help", comments.get(field.name, ""))
         separator = "  " if len(left) <= 42 else "\n" + " " * 44
         lines.append(f"{left:<42}{separator}{comment}".rstrip())
     return "\n".join(lines)

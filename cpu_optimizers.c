@@ -62,23 +62,22 @@ INLINE void average8(float *restrict x, int8_t *restrict codes, uint16_t *scale,
                      uint32_t seed, uint32_t at) {
     const float old = load_bf16(*scale);
     float most = 0;
-#pragma omp simd reduction(max : most)
+#pragma omp simd simdlen(16) reduction(max : most)
     for (int j = 0; j < BLOCK; j++) {
         const float m = codes[j] * old;
         x[j] = m + fresh * (x[j] - m);
         most = fabsf(x[j]) > most ? fabsf(x[j]) : most;
     }
     *scale = store_bf16(most * ((1 + 0x1p-7f) / 127)); /* rounded up: |x| / scale <= 127 */
-    const float rounded = load_bf16(*scale), inverse = 1 / (rounded > FLT_MIN ? rounded : FLT_MIN);
+    const float new = load_bf16(*scale), inverse = 1 / (new > FLT_MIN ? new : FLT_MIN);
+    int32_t whole[BLOCK]; /* narrowed in a loop of its own: gcc 12 would not vectorise both */
 #pragma omp simd
     for (int j = 0; j < BLOCK; j++) {
         const float uniform = (int32_t)(mix(seed + at + j) >> 8) * 0x1p-24f;
-        float code = x[j] * inverse + uniform;
-        code = code < 127 ? code : 127; /* nan too */
-        code = code > -127 ? code : -127;
-        const int32_t whole = (int32_t)code;
-        codes[j] = (int8_t)(whole - ((float)whole > code)); /* the floor */
+        const float code = floorf(x[j] * inverse + uniform); /* in [-127, 127], or nan */
+        whole[j] = (int32_t)(code == code ? code : 0);
     }
+    for (int j = 0; j < BLOCK; j++) codes[j] = (int8_t)whole[j];
 }
 
 /* p <- decay p - rate m of row i, m the momentum of x, or x itself. x = g w k; w null: x = g. */

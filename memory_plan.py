@@ -49,10 +49,13 @@ def predict_block_peak(config, B, T, element_size=4, device_type="cpu"):
     return predict_forward_peak(config, B, T, element_size, device_type) - stream
 
 
-def predict_training_peak(config, B, T, element_size=4, device_type="cpu"):
+def predict_training_peak(config, B, T, element_size=4, device_type="cpu", gradient_size=4,
+                          fused_backward=False):
     """Bytes beyond weights of one forward and backward of GPT(config) over (B, T) tokens.
 
-    Parameter gradients (float32) are included; weights and optimizer state are not.
+    Parameter gradients are included, of gradient_size bytes a number, as weights have; with
+    fused_backward each is freed as soon as it is complete. Weights and optimizer state are not,
+    nor what an update needs for a moment.
     """
     C, L, V = config.n_embd, config.n_layer, config.vocab_size
     g, r = _ratios(config)
@@ -64,7 +67,7 @@ def predict_training_peak(config, B, T, element_size=4, device_type="cpu"):
         inside = 5 * r if config.mlp == "swiglu" else 2 * r
         saved = (6 + 2 / g + inside) * row + lse
         # backward of the MLP: the stream's gradient and one as wide as its inside
-        working, scratch = (1 + r) * row * B * T, layer_weights * 4
+        working, scratch = (1 + r) * row * B * T, layer_weights * gradient_size
     else:
         b, q, k = sizes
         saved = lse + (0 if config.offload else row if config.checkpoint_layers else 2 * row)
@@ -74,24 +77,27 @@ def predict_training_peak(config, B, T, element_size=4, device_type="cpu"):
         scratch = b * _backward_peak(config, T, b, q, k, element_size, device_type)
         scratch += layer_weights * 4 * 4 / 3  # sums, and the MLP's share of one tile's
     workspace = _workspace(config, sizes[1] if sizes else T, device_type)
-    head = V * C * 4  # float32 gradient of the tied head
+    head = V * C * 4  # float32 gradient of the tied head, then in the weights' own numbers
+    head_kept = V * C * gradient_size
+    standing = 0 if fused_backward else (L - 1) * layer_weights * gradient_size
     copies = 1 if device_type == "cuda" else 3  # logits, softmax and their temporaries
     logits = copies * chunk_rows(B * T, V, device_type, element_size) * V * element_size
     all_saved = L * saved * B * T
     in_loss = all_saved + 3 * row * B * T + head + max(logits, head)
-    first_backward = all_saved + working + scratch + head
-    last_backward = saved * B * T + working + scratch + head + (L - 1) * layer_weights * 4
+    first_backward = all_saved + working + scratch + head_kept
+    last_backward = saved * B * T + working + scratch + head_kept + standing
     return int(max(in_loss, first_backward, last_backward) + workspace)
 
 
-def advise_oom(config, B, T, bytes_available, element_size=4, device_type="cpu"):
+def advise_oom(config, B, T, bytes_available, element_size=4, device_type="cpu", **gradients):
     """One sentence: which policy and tile would have trained (B, T) tokens in that much memory.
 
-    bytes_available: what there is beyond weights and optimizer state. Candidates are tried from
+    bytes_available: what there is beyond weights and optimizer state; gradients: as
+    predict_training_peak's last arguments. Candidates are tried from
     the cheapest in time to the dearest; where none fits, the longest T that would is named.
     """
     def needs(candidate, length=T):
-        return predict_training_peak(candidate, B, length, element_size, device_type)
+        return predict_training_peak(candidate, B, length, element_size, device_type, **gradients)
 
     budget = bytes_available * (1 - RESERVE)
     said = (f"{B} x {T:,} tokens under {_describe(config)} need about {_size(needs(config))} "

@@ -20,8 +20,8 @@ import torch
 from errors import UserError
 from kernel_plans import Plans
 from optimizer_arithmetic import clip_update, compute_dtype, shift, stack
-from optimizer_shards import RowShards, is_sharded, local, shard_like
-from quantized_state import MOMENTUM_BITS, round_to_bfloat16
+from optimizer_shards import RowShards, is_sharded, local, local_state, shard_state
+from quantized_state import BLOCK, MOMENTUM_BITS, round_to_bfloat16
 
 STACK_EACH = 1 << 18  # tensors of at most this many numbers are stacked ...
 STACK_TOTAL = 1 << 24  # ... up to this many numbers in one stack
@@ -150,7 +150,18 @@ class MemoryOptimizer(torch.optim.Optimizer):
             raise UserError(f"{name} needs dense gradients: build the embedding with sparse=False")
 
     def state_dict(self):
-        """As torch's, and `skipped_steps` beside the state and the groups."""
+        """As torch's, and `skipped_steps` beside the state and the groups.
+
+        Raises UserError where the state of sharded weights has pieces that no checkpoint could
+        put together again.
+        """
+        for p, state in self.state.items():
+            if is_sharded(p) and any(torch.is_tensor(v) and not is_sharded(v)
+                                     for v in state.values()):
+                raise UserError(
+                    f"sharded weights of shape {tuple(p.shape)}: momentum in 8 or 4 bits can only "
+                    f"be saved where a row is a multiple of {BLOCK} numbers; use momentum_bits=16"
+                )
         return super().state_dict() | {"skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state_dict):
@@ -216,12 +227,13 @@ class MemoryOptimizer(torch.optim.Optimizer):
         if not state:
             state["step"] = 0
             for name, value in self.new_state(local(p), group, shards).items():
-                if shards and value.is_floating_point() and name != "momentum_scale":
+                if shards:
                     spans = self.spans_rows(name, local(p), group, shards)
-                    value = shard_like(value, p, replicated=spans)
+                    value = shard_state(name, value, p, spans)
                 state[name] = value
         state["step"] += 1
-        tensors = {name: local(value) for name, value in state.items() if name != "step"}
+        tensors = {name: local_state(name, value, state)
+                   for name, value in state.items() if name != "step"}
         grad = local(p.grad)
         grad = -grad if group["maximize"] else grad
         if p not in self._numbers:

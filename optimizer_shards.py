@@ -5,9 +5,12 @@ matrix) goes through `RowShards`. Only Shard(0) and Replicate placements exist u
 are refused. Imports of torch.distributed stay inside: a plain run never pays for them.
 """
 
+import math
+
 import torch
 
 from errors import UserError
+from quantized_state import BLOCK
 
 
 def is_sharded(tensor):
@@ -61,8 +64,32 @@ class RowShards:
         return whole.redistribute(placements=self.placements).to_local().unsqueeze(0)
 
 
+QUANTIZED = ("momentum", "momentum_scale")
+
+
+def shard_state(name, value, param, replicated):
+    """A new local state tensor as a DTensor beside `param`, so that checkpoints can reshard it.
+
+    Codes and scales of a quantised momentum, (blocks, width), become (rows, blocks a row, width);
+    where a block spans rows they stay as they are, and MemoryOptimizer.state_dict refuses them.
+    """
+    if name == "momentum_scale" or not value.is_floating_point():
+        columns = math.prod(param.shape[1:])
+        if columns % BLOCK:
+            return value
+        value = value.view(len(local(param)), columns // BLOCK, value.shape[1])
+    return shard_like(value, param, replicated)
+
+
+def local_state(name, value, state):
+    """A state tensor as an Item has it: this rank's; codes and scales as (blocks, width) again."""
+    if is_sharded(value) and "momentum_scale" in state and name in QUANTIZED:
+        return local(value).flatten(0, 1)
+    return local(value)
+
+
 def shard_like(value, param, replicated):
-    """Wrap a local state tensor as a DTensor beside `param`, so that checkpoints can reshard it."""
+    """A local tensor of `param`'s rows, or of which all ranks have the whole, as a DTensor."""
     from torch.distributed.tensor import DTensor, Replicate
 
     if replicated:

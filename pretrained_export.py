@@ -4,12 +4,13 @@ GPT-2-shaped models become GPT2LMHeadModel, Llama-shaped ones LlamaForCausalLM, 
 logits; what neither can express is an error that names the setting.
 """
 
+import contextlib
 import json
-import os
 from pathlib import Path
 
 from errors import UserError
 from hf_weights import config_to_hf, hf_pieces
+from whole_files import written_whole
 
 SHARD_BYTES = 5 * 2**30
 
@@ -19,7 +20,8 @@ def export_pretrained(model, directory):
 
     model: a GPT in any floating dtype, with plain weights (not int4). Returns the directory as a
     Path; the tokenizer's files are pretrained_text.copy_text_files's business.
-    Raises UserError, with nothing written, where transformers has no such architecture.
+    Raises UserError, with nothing written, where transformers has no such architecture, and where
+    the folder or the disk does not take it.
     """
     config = config_to_hf(model.config)
     tensors = _their_tensors(model, config["model_type"])
@@ -27,18 +29,20 @@ def export_pretrained(model, directory):
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"export: {directory} is a file, not a folder")
-    directory.mkdir(parents=True, exist_ok=True)
     shards = _shards(tensors)
-    for file, names in shards.items():
-        _write_shard(directory / file, {name: tensors[name] for name in names})
     index_file = directory / "model.safetensors.index.json"
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in shards.items() for name in names}
-        total = sum(_bytes(tensor) for tensor in tensors.values())
-        _write_json(index_file, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    else:
+    with contextlib.ExitStack() as files:  # all get their names at the end, the last here first
+        _write_json(files.enter_context(written_whole(directory / "config.json")), config)
+        if len(shards) > 1:
+            weight_map = {name: file for file, names in shards.items() for name in names}
+            total = sum(_bytes(tensor) for tensor in tensors.values())
+            _write_json(files.enter_context(written_whole(index_file)),
+                        {"metadata": {"total_size": total}, "weight_map": weight_map})
+        for file, names in shards.items():
+            _write_shard(files.enter_context(written_whole(directory / file)),
+                         {name: tensors[name] for name in names})
+    if len(shards) == 1:
         index_file.unlink(missing_ok=True)  # an older export's index would name its shards
-    _write_json(directory / "config.json", config)
     return directory
 
 
@@ -81,15 +85,15 @@ def _shards(tensors):
 
 
 def _write_shard(file, tensors):
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    temporary = file.with_name(file.name + ".tmp")
     whole = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
-    save_file(whole, temporary, metadata={"format": "pt"})
-    os.replace(temporary, file)
+    try:
+        save_file(whole, file, metadata={"format": "pt"})
+    except SafetensorError as error:  # its class for a full disk, too
+        raise OSError(str(error)) from error
 
 
 def _write_json(file, content):
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

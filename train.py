@@ -12,7 +12,7 @@ import math
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ from errors import UserError
 from evaluation import evaluate
 from memory import is_out_of_memory
 from optimizer_setup import check_param_dtype, lr_factor, make_optimizer
+from optimizers import VARIANTS
 from processor import keep_freed_memory
 from runtime import (
     DATA_STREAM,
@@ -84,7 +85,7 @@ class Settings:
     offload: bool = False  # keep those inputs in pinned host memory (CUDA)
     int4: bool = False  # for sample.py; training refuses it
     # optimizer
-    optimizer_variant: str = "adam"  # adam | adamsn | adafactor | ...
+    optimizer_variant: str = field(default="adam", metadata={"help": " | ".join(VARIANTS)})
     optimizer_options: str = ""  # the variant's own, as in "partition=row,norm=mean"
     learning_rate: float | None = None  # of linear weights; None: the variant's own
     embedding_lr: float | None = None  # of everything else; None: the variant's own

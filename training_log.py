@@ -66,8 +66,11 @@ class MetricsFile:
         self.writer = csv.DictWriter(self.file, COLUMNS, lineterminator="\n")
 
     def write(self, **cells):
-        self.writer.writerow(cells)
-        self.file.flush()
+        try:
+            self.writer.writerow(cells)
+            self.file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {self.file.name}: {error.strerror}") from error
 
     def sync(self):
         """Before a checkpoint: its rows must not be lost where the checkpoint is not."""
@@ -178,7 +181,7 @@ def startup_summary(trainer):
     parameters = list(model.parameters())
     state = optimizer_bytes(trainer.optimizer)
     weights = tensor_bytes(parameters)
-    fused = getattr(trainer.optimizer, "fused", None) is not None  # low_byte.py
+    fused = updates_inside_backward(trainer.optimizer)
     gradients = "freed one by one" if fused else megabytes(weights)
     compiled = ", compiled (the first step takes a while)" if trainer.compiled else ""
     lines = {
@@ -202,6 +205,11 @@ def startup_summary(trainer):
     return "\n".join(text + [f"note: {notice}" for notice in trainer.notices])
 
 
+def updates_inside_backward(optimizer):
+    """Is every gradient applied and freed while backward still runs? (low_byte.py)"""
+    return getattr(optimizer, "fused", None) is not None
+
+
 def optimizer_bytes(optimizer):
     """Bytes of state the optimizer has, or will have after its first step."""
     return sum(planned_bytes(optimizer, p, group)
@@ -209,15 +217,18 @@ def optimizer_bytes(optimizer):
 
 
 def advise_oom(settings, trainer=None):
-    """One line: what did not fit, and what would: by memory_plan's formulas where the GPU's size
-    and the model are known, else the settings that lower it and are not used yet."""
+    """One line: what did not fit, and what would: by memory_plan's formulas where the GPU's free
+    memory and the model are known, else the settings that lower it and are not used yet."""
     if trainer is not None and trainer.runtime.device_type == "cuda":
         model, device = trainer.raw_model, trainer.runtime.device
-        room = torch.cuda.get_device_properties(device).total_memory - tensor_bytes(model) \
-            - optimizer_bytes(trainer.optimizer)
+        # what others left free, and what this process holds already, its allocator's cache included
+        room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) \
+            - tensor_bytes(model) - optimizer_bytes(trainer.optimizer)
         element_size = 4 if trainer.runtime.dtype == torch.float32 else 2
         return "out of memory: " + memory_plan.advise_oom(
-            model.config, settings.batch_size, settings.block_size, room, element_size, "cuda"
+            model.config, settings.batch_size, settings.block_size, room, element_size, "cuda",
+            gradient_size=next(model.parameters()).element_size(),
+            fused_backward=updates_inside_backward(trainer.optimizer),
         ) + low_byte_advice(settings)
     advice = []
     if settings.attention_policy != "recompute":

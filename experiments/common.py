@@ -12,6 +12,8 @@ Every row ends with the commit that made it. A machine with a mere copy is told 
 import csv
 from pathlib import Path
 
+from whole_files import written_whole
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
 
@@ -27,15 +29,11 @@ def provenance(device="cpu"):
 
 
 def write_csv(path, rows):
-    """Write rows (dicts with the same keys) to `path`, whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
+    """Write rows (dicts with the same keys) to `path`, whole or not at all: else a UserError."""
+    with written_whole(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    temporary.replace(path)
 
 
 def read_csv(path):

@@ -198,6 +198,10 @@ def test_attention_scaling_writes_its_three_files(tmp_path):
          f"--out_dir={tmp_path}"], cwd=ROOT, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = read_csv(tmp_path / "attention_scaling.csv")
+    for row in rows:
+        assert (row["predicted_MB"] is None) == (row["mode"] == "forward+backward")
+        if row["mode"] == "forward":
+            assert 0.8 < row["predicted_MB"] / row["peak_MB"] < 1.5
     assert len(rows) == 2 * (4 + 5) + 1  # checkpoint joins for backward
     assert all(row["max_rel_err"] < 1e-6 for row in rows)
     assert all(row["grad_rel_err"] < 1e-5 for row in rows if row["mode"] == "forward+backward")

@@ -58,7 +58,15 @@ def test_they_are_built_where_they_can_be():
     )
 
 
-def test_without_a_compiler_pytorch_does_the_same(tmp_path, monkeypatch, taken):
+NO_COMPILER = {
+    "none": None,
+    "fails": "echo unknown flag >&2; exit 1",
+    "makes rubbish": 'for a; do [ "$o" = -o ] && echo x > "$a"; o=$a; done',
+}
+
+
+@pytest.mark.parametrize("cc", NO_COMPILER)
+def test_without_a_compiler_pytorch_does_the_same(cc, tmp_path, monkeypatch, taken, capfd):
     results = []
     for path in (c_library.CACHE, tmp_path / "cache"):
         monkeypatch.setattr(c_library, "CACHE", path)
@@ -66,8 +74,12 @@ def test_without_a_compiler_pytorch_does_the_same(tmp_path, monkeypatch, taken):
         monkeypatch.setattr(cpu_optimizers, "library", library)
         results.append(matrices())
         run(AdamSN(results[-1], lr=1e-2), results[-1], gradients())
-        monkeypatch.setenv("PATH", "")
+        if NO_COMPILER[cc] is not None:
+            (tmp_path / "cc").write_text(f"#!/bin/sh\n{NO_COMPILER[cc]}\n")
+            (tmp_path / "cc").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
     assert len(taken) in (0, 3 * len(SHAPES))  # the first round's alone
+    assert capfd.readouterr() == ("", "")
     for p, q in zip(*results):
         assert torch.allclose(p, q, rtol=2e-5, atol=2e-5)
 
@@ -183,8 +195,57 @@ def test_8_bit_momentum_is_rounded_without_bias(taken):
 
 
 @needs_kernels
+@pytest.mark.parametrize("cls, options", [(AdamSN, {}), (Adafactor, dict(momentum=0.9))])
+@pytest.mark.parametrize("shape", [(1, 32), (33, 96), (3, 2, 4, 8), (300, 544)])
+@pytest.mark.parametrize("size", [1.0, 0.0, 1e-37, 1e18])
+def test_8_bit_codes_are_a_neighbour_of_what_they_stand_for(cls, options, shape, size, taken):
+    """Scales as PyTorch's, each code one of the two integers around momentum / scale."""
+    kept = []
+    for foreach in (True, False):
+        p, stored = nn.Parameter(torch.ones(shape)), torch.zeros(shape)
+        optimizer = cls([p], lr=0.0, momentum_bits=8, foreach=foreach, **options)
+        exact = cls([q := nn.Parameter(torch.ones(shape))], lr=0.0, foreach=False, **options)
+        for step, grads in enumerate(gradients([shape], size=size)):
+            if step:
+                exact.state[q]["momentum"].copy_(stored)  # what this step starts from
+            run(optimizer, [p], [grads])
+            run(exact, [q], [grads])
+            wanted = exact.state[q]["momentum"].view(-1, 32)
+            codes, scales = (optimizer.state[p][k] for k in ("momentum", "momentum_scale"))
+            rounded_up = (wanted.abs().amax(1, keepdim=True) * ((1 + 2**-7) / 127)).bfloat16()
+            assert torch.allclose(scales.float(), rounded_up.float(), rtol=2**-7, atol=1e-40)
+            ideal = wanted / scales.float().clamp_min(torch.finfo(torch.float32).tiny)
+            assert (codes - ideal).abs().max() < 1 + 1e-3 and codes.abs().max() <= 127
+            if size == 1.0 and codes.numel() > 1000:  # up as often as the fraction says
+                up = (codes > ideal).float().mean() - (ideal - ideal.floor()).mean()
+                assert up.abs() < 3 / codes.numel() ** 0.5
+            stored = dequantize(codes[None], scales[None], torch.Size((1, *shape)))[0]
+        kept.append(optimizer.state[p])
+    assert len(taken) == 3
+    assert (kept[0]["momentum"] - kept[1]["momentum"].float()).abs().max() <= 6
+
+
+@needs_kernels
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), 3e38])
+def test_8_bit_momentum_of_odd_gradients_spoils_no_other_block(odd, taken):
+    results = []
+    for foreach in (True, False):
+        p, grad = nn.Parameter(torch.ones(4, 96)), torch.ones(4, 96)
+        grad[1, 40] = odd
+        optimizer = AdamSN([p], lr=1e-2, momentum_bits=8, foreach=foreach)
+        run(optimizer, [p], [[grad]])
+        codes = optimizer.state[p]["momentum"]  # (blocks, 32); all of others' gradients are 1
+        results.append((p, codes))
+        assert (codes[[i for i in range(12) if i != 4]] >= 126).all()
+    (p, codes), (q, _) = results
+    assert torch.equal(p.isfinite(), q.isfinite()) and codes.abs().max() <= 127
+    assert len(taken) == 1
+
+
+@needs_kernels
 @pytest.mark.parametrize("cls, options", [(AdamSN, {}), (AdamSN, dict(momentum_bits=8)),
-                                          (Adafactor, {}), (Adafactor, dict(momentum=0.5))])
+                                          (Adafactor, {}), (Adafactor, dict(momentum=0.5)),
+                                          (Adafactor, dict(momentum=0.5, momentum_bits=8))])
 def test_bits_do_not_depend_on_the_threads(cls, options, taken):
     results, before = [], torch.get_num_threads()
     shapes = [(300, 64), (1030, 256), (7, 32)]
@@ -202,12 +263,12 @@ def test_bits_do_not_depend_on_the_threads(cls, options, taken):
 
 
 RESUME = """
-import sys, torch
+import ast, sys, torch
 from optimizers import build_optimizer
 saved = torch.load(sys.argv[1], weights_only=True)
 net = torch.nn.Linear(64, 50)
 net.load_state_dict(saved["net"])
-optimizer = build_optimizer(net, sys.argv[2])
+optimizer = build_optimizer(net, sys.argv[2], **ast.literal_eval(sys.argv[3]))
 optimizer.load_state_dict(saved["optimizer"])
 for weight, bias in saved["grads"]:
     net.weight.grad, net.bias.grad = weight, bias
@@ -217,17 +278,20 @@ torch.save(net.state_dict(), sys.argv[1] + ".out")
 
 
 @needs_kernels
-@pytest.mark.parametrize("variant", ["adamsn", "adamsn8", "adafactor"])
-def test_resuming_in_another_process_is_bitwise(variant, tmp_path, taken):
+@pytest.mark.parametrize("variant, options", [
+    ("adamsn", {}), ("adamsn8", {}), ("adafactor", {}),
+    ("adafactor", dict(momentum=0.8, momentum_bits=8))])
+def test_resuming_in_another_process_is_bitwise(variant, options, tmp_path, taken):
     net, grads = nn.Linear(64, 50), gradients([(50, 64), (50,)], steps=6)
-    optimizer = build_optimizer(net, variant)
+    optimizer = build_optimizer(net, variant, **options)
     params, file = [net.weight, net.bias], str(tmp_path / "state.pt")
     run(optimizer, params, grads[:3])
     saved = dict(net=net.state_dict(), optimizer=optimizer.state_dict(), grads=grads[3:])
     torch.save(saved, file)
     run(optimizer, params, grads[3:])
     assert len(taken) == 6
-    subprocess.run([sys.executable, "-c", RESUME, file, variant], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", RESUME, file, variant, repr(options)], cwd=ROOT,
+                   check=True)
     for name, value in torch.load(file + ".out").items():
         assert torch.equal(value, net.state_dict()[name])
 

@@ -1,13 +1,16 @@
 """The formulas against measured peaks, and the advice against what really fits."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from memory import measure_peak
+import training_log
+from memory import measure_peak, tensor_bytes
 from memory_plan import advise_oom, predict_forward_peak, predict_training_peak
 from model import GPT, GPTConfig
+from optimizers import build_optimizer
 
 SMALL = GPTConfig(block_size=4096, vocab_size=96, n_layer=3, n_head=4, n_embd=64, position="none")
 TILES = {"q_chunk": 128, "k_chunk": 128}
@@ -65,6 +68,51 @@ def test_a_large_vocabulary_costs_one_chunk_of_logits_not_all_of_them():
     predicted = predict_training_peak(config, 1, 2048)
     assert 0.9 < predicted / training < 1.35
     assert training < 2 * 2048 * 8192 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["plain", "checkpointed"])
+def test_gradients_count_by_their_dtype_and_not_where_each_is_freed(name, fused, dtype):
+    """A wide model and few tokens: nearly all that is allocated is gradients."""
+    config = replace(SMALL, n_layer=6, n_embd=256, **VARIANTS[name])
+    B, T = 1, 256
+    torch.manual_seed(0)
+    model = GPT(config).to(dtype)
+    idx = torch.randint(config.vocab_size, (B, T))
+    for p in model.parameters():  # as low_byte.py's hooks, but for the update itself
+        if fused:
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+
+    def train():
+        model(idx, idx)[1].backward()
+
+    size = 4 if dtype == torch.float32 else 2
+    peak, standing = measure_peak(train), predict_training_peak(config, B, T, size, "cpu", size)
+    predicted = predict_training_peak(config, B, T, size, "cpu", size, fused)
+    assert 0.8 < predicted / peak < 1.35
+    if name == "checkpointed":  # plain's peak comes before most of the gradients do
+        assert (peak < 0.85 * standing) == (predicted < 0.85 * standing) == fused
+
+
+@pytest.mark.parametrize("dtype, fused", [(torch.float32, False), (torch.bfloat16, True)])
+def test_advice_on_a_gpu_counts_what_is_free_there(dtype, fused, monkeypatch):
+    """Others hold most of it; this process holds some, cache included; gradients by their dtype."""
+    model = GPT(SMALL).to(dtype)
+    optimizer = build_optimizer(model, "muonsn8", fused_backward=fused)
+    free, reserved = 30_000_000, 20_000_000
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    runtime = SimpleNamespace(device_type="cuda", device=torch.device("cuda"), dtype=dtype)
+    trainer = SimpleNamespace(raw_model=model, runtime=runtime, optimizer=optimizer)
+    settings = SimpleNamespace(batch_size=1, block_size=65536, optimizer_options="x",
+                               param_dtype=str(dtype).removeprefix("torch."))
+    room = free + reserved - tensor_bytes(model) - training_log.optimizer_bytes(optimizer)
+    size = dtype.itemsize
+    wanted = advise_oom(SMALL, 1, 65536, room, size, "cuda", gradient_size=size,
+                        fused_backward=fused)
+    assert training_log.advise_oom(settings, trainer) == "out of memory: " + wanted
+    assert f"of {room / 1e6:.0f} MB at hand" in wanted
 
 
 @pytest.mark.parametrize("share, policy", [(0.5, "cache"), (0.25, "recompute")])

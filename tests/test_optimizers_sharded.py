@@ -11,6 +11,7 @@ from torch import nn
 
 from errors import UserError
 from optimizers import Adafactor, AdamSN, MuonSN, state_bytes
+from quantized_state import dequantize
 
 CASES = {
     "row": (AdamSN, dict(partition="row")),
@@ -74,8 +75,48 @@ def work(rank, port, failures):
             failures.append(f"{case}: state is not sharded")
         saved = optimizer.state_dict()
         optimizer.load_state_dict(saved)
+    check_quantized(rank, failures)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def check_quantized(rank, failures):
+    """Codes are sharded by whole rows, so their parts make up the momentum; other shapes are
+    refused when saved, not saved wrongly."""
+    from torch.distributed.fsdp import fully_shard
+
+    for rows, bits in ((9, 8), (64, 4), (1, 8)):
+        net = nn.Linear(64, rows, bias=False)
+        torch.nn.init.ones_(net.weight)
+        fully_shard(net, mesh=dist.init_device_mesh("cpu", (2,)))
+        optimizer = AdamSN(net.parameters(), lr=1e-2, momentum_bits=bits)
+        exact = torch.zeros(rows, 64)
+        for step in range(3):
+            grad = torch.randn(rows, 64, generator=torch.Generator().manual_seed(step))
+            net(torch.eye(64)).mul(grad.T).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            exact.lerp_(grad, 0.1)
+        before = optimizer.state_dict()
+        optimizer.load_state_dict(before)
+        state = optimizer.state_dict()["state"][0]
+        codes, scales = (state[k].full_tensor() for k in ("momentum", "momentum_scale"))
+        if codes.shape != (rows, 2, 32 * bits // 8) or scales.shape != (rows, 2, 1):
+            failures.append(f"codes of {rows} rows have shape {tuple(codes.shape)}")
+        shape = torch.Size((1, rows, 64))
+        read = dequantize(codes.flatten(0, 1)[None], scales.flatten(0, 1)[None], shape)
+        step = scales.float().max().item()
+        if not (read[0] - exact).abs().max() <= 2.8 * step:
+            failures.append(f"{bits}-bit momentum of {rows} rows, rank {rank}")
+    net = fully_shard(nn.Linear(40, 8, bias=False), mesh=dist.init_device_mesh("cpu", (2,)))
+    optimizer = AdamSN(net.parameters(), momentum_bits=8)
+    net(torch.ones(1, 40)).sum().backward()
+    optimizer.step()
+    try:
+        optimizer.state_dict()
+        failures.append("codes that span rows were saved")
+    except UserError:
+        pass
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")

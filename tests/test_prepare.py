@@ -168,8 +168,9 @@ def test_the_plays_read_like_tiny_shakespeare():
 @pytest.fixture
 def clone(tmp_path):
     """The files that preparing needs, as in a fresh clone."""
-    for path in ("errors.py", "configurator.py", "data/__init__.py", "data/sources.py",
-                 "data/tokens.py", "data/prepare_text.py", "data/shakespeare_char/prepare.py"):
+    for path in ("errors.py", "whole_files.py", "configurator.py", "data/__init__.py",
+                 "data/sources.py", "data/tokens.py", "data/prepare_text.py",
+                 "data/shakespeare_char/prepare.py"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
     (tmp_path / "book.txt").write_text(TEXT, encoding="utf-8")

@@ -17,6 +17,7 @@ from dataset import load_dataset
 from errors import UserError
 from model import GPT, GPTConfig
 from optimizer_setup import lr_factor, parse_options
+from optimizers import VARIANTS
 
 SHORT = ["--max_iters=4", "--eval_interval=2"]
 
@@ -431,3 +432,4 @@ def test_help_lists_every_setting():
     assert result.returncode == 0
     for name in vars(settings()):
         assert f"--{name}: " in result.stdout
+    assert "  " + " | ".join(VARIANTS) + "\n" in result.stdout

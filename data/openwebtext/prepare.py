@@ -52,11 +52,16 @@ def main(argv=None):
     if report_if_prepared(directory, "gpt2"):
         return
     documents = local_documents(config.input) if config.input else hub_documents()
-    directory.mkdir(parents=True, exist_ok=True)
-    progress = read_progress(directory, config)
-    if not progress["complete"]:
-        tokenize(documents, directory, config, progress)
-    finish(directory, config, progress)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        progress = read_progress(directory, config)
+        if not progress["complete"]:
+            tokenize(documents, directory, config, progress)
+        finish(directory, config, progress)
+    except OSError as error:  # disk full, folder not writable, network gone
+        raise UserError(f"{directory}: {error}; run it again to go on from there") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{config.input} is not UTF-8 text ({error.reason}): convert it") from error
 
 
 # ---- documents: functions of how many to skip -> an iterator over texts -------------------------

