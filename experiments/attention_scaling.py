@@ -6,7 +6,8 @@ Writes results/attention_scaling.csv, a row for each length, policy and mode, an
 results/attention_scaling_fit.csv, the straight line through each policy's peaks: its slope, in
 units of one residual stream (T C 4 bytes), is what a policy costs per token. The third file,
 results/attention_chunks.csv, is `recompute` at one length with tiles of every size: what less
-memory costs in time.
+memory costs in time. The fourth, results/attention_defaults.csv, is `recompute` with tiles of its
+own choosing, as a user gets it who sets no size; --part=defaults runs that alone (two minutes).
 
 Every contestant runs once a round, rounds are interleaved, a row is the median of its rounds.
 `forward` is a pass without gradients, where tiles overwrite the residual stream as they do in a
@@ -23,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configurator import parse_config
-from errors import exit_cleanly
+from errors import UserError, exit_cleanly
 from experiments.common import RESULTS, interleaved, provenance, write_csv
 from measure import (
     MIB,
@@ -57,14 +58,32 @@ class Settings:
     d_model: int = 256  # width of the residual stream, C
     heads: int = 8  # attention heads, H
     runs: int = 3  # interleaved rounds
+    part: str = "all"  # all | defaults
     sweep_seq: int = 16384  # length at which recompute's tile size is swept
     sweep_chunk: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192)  # q_chunk = k_chunk
-    out_dir: str = str(RESULTS)  # folder of the three CSV files
+    default_seq: tuple[int, ...] = (1024, 2048, 3072, 4096, 8192)  # for tiles of its own choosing
+    out_dir: str = str(RESULTS)  # folder of the CSV files
 
 
 def main():
     settings, _ = parse_config(Settings)
-    out_dir, rows = Path(settings.out_dir), []
+    if settings.part not in ("all", "defaults"):
+        raise UserError(f"part must be all or defaults, not {settings.part!r}")
+    if settings.part == "all":
+        scaling(settings, Path(settings.out_dir))
+    rows = []
+    for T in settings.default_seq:
+        for mode in MODES:
+            configs = {policy: block_config(policy, T, settings.d_model, settings.heads)
+                       for policy in ("plain", "recompute")}
+            rows += race(settings, [Contestant(policy, config, T, mode)
+                                    for policy, config in configs.items()])
+    write_csv(Path(settings.out_dir) / "attention_defaults.csv", rows)
+
+
+def scaling(settings, out_dir):
+    """The first three files."""
+    rows = []
     for T in settings.seq + settings.long_seq:
         policies = settings.policy if T in settings.seq else ("recompute",)
         for mode in MODES:

@@ -73,6 +73,13 @@ def attention_backward(rows):
     return time_and_peak(rows, "forward+backward")
 
 
+@table("attention_defaults", "attention_defaults.csv")
+def attention_defaults(rows):
+    """`recompute` with tiles of its own choosing beside plain, both modes."""
+    return "\n\n".join(f"{mode.replace('+', ' and ').capitalize()}:\n\n{time_and_peak(rows, mode)}"
+                       for mode in dict.fromkeys(row["mode"] for row in rows))
+
+
 @table("attention_fit", "attention_scaling_fit.csv")
 def attention_fit(rows):
     """How the peak grows: streams of T C numbers, and what does not grow at all."""

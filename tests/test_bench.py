@@ -190,18 +190,20 @@ def test_the_peak_of_a_block_is_what_the_formula_says(policy, B, T):
     assert 0.97 < predict_block_peak(config, B, T) / peak < 1.1
 
 
-def test_attention_scaling_writes_its_three_files(tmp_path):
+def test_attention_scaling_writes_its_files(tmp_path):
     done = subprocess.run(
         [sys.executable, "experiments/attention_scaling.py", "--seq=128,256", "--long_seq=512",
          "--q_chunk=32", "--k_chunk=32", "--backward_chunk=32", "--d_model=32",
          "--heads=4", "--runs=2", "--sweep_seq=128", "--sweep_chunk=16,64",
-         f"--out_dir={tmp_path}"], cwd=ROOT, text=True, capture_output=True, timeout=120)
+         "--default_seq=64,128", f"--out_dir={tmp_path}"],
+        cwd=ROOT, text=True, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = read_csv(tmp_path / "attention_scaling.csv")
     for row in rows:
         assert (row["predicted_MB"] is None) == (row["mode"] == "forward+backward")
         if row["mode"] == "forward":
-            assert 0.8 < row["predicted_MB"] / row["peak_MB"] < 1.5
+            # for blocks so small the fused kernel's workspace is overestimated
+            assert 0.8 * row["peak_MB"] < row["predicted_MB"] < 1.2 * row["peak_MB"] + 0.15
     assert len(rows) == 2 * (4 + 5) + 1  # checkpoint joins for backward
     assert all(row["max_rel_err"] < 1e-6 for row in rows)
     assert all(row["grad_rel_err"] < 1e-5 for row in rows if row["mode"] == "forward+backward")
@@ -212,6 +214,10 @@ def test_attention_scaling_writes_its_three_files(tmp_path):
     assert slopes["recompute", "forward+backward"] < slopes["plain", "forward+backward"] / 2
     chunks = read_csv(tmp_path / "attention_chunks.csv")
     assert [row["q_chunk"] for row in chunks] == [None, 16, 64]
+    defaults = read_csv(tmp_path / "attention_defaults.csv")
+    assert [(row["seq"], row["policy"], row["mode"]) for row in defaults] == [
+        (T, policy, mode) for T in (64, 128) for mode in attention_scaling.MODES
+        for policy in ("plain", "recompute")]
 
 
 def test_the_fit_recovers_a_line():
