@@ -32,10 +32,12 @@ class StackedGPT:
     def __init__(self, config, seeds, device="cpu", dtype=torch.float32):
         plain = (config.position == "learned" and config.norm == "layernorm" and not config.bias
                  and config.mlp == "gelu" and config.kv_heads == config.n_head
-                 and config.tie_embeddings)
+                 and config.tie_embeddings
+                 and config.attention_dropout in (None, config.dropout))
         if not plain:
             raise UserError("StackedGPT knows nanoGPT's architecture only: learned positions, "
-                            "layernorm without bias, gelu, one key/value head a head, tied head")
+                            "layernorm without bias, gelu, one key/value head a head, tied head, "
+                            "one dropout rate")
         self.config = config
         self.training = True
         self.replicas = []

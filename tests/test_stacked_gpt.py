@@ -102,8 +102,9 @@ def test_dropout_is_off_in_evaluation_and_on_in_training():
 
 
 def test_other_architectures_are_refused():
-    with pytest.raises(UserError, match="nanoGPT's architecture only"):
-        StackedGPT(GPTConfig(**CONFIG, norm="rmsnorm"), SEEDS)
+    for other in (dict(norm="rmsnorm"), dict(attention_dropout=0.5)):
+        with pytest.raises(UserError, match="nanoGPT's architecture only"):
+            StackedGPT(GPTConfig(**CONFIG | other), SEEDS)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
