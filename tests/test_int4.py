@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import cpu_kernels
+import cpu_rounding
 import int4
 import int4_rounding
 from errors import UserError
@@ -160,6 +161,22 @@ def test_weights_on_a_grid_stay_there():
     weight = (codes.view(96, 4, 32) * (0.01 + scale[..., None]) - zero[..., None]).flatten(1)
     x = torch.randn(500, 24) @ torch.randn(24, 128) + 0.1 * torch.randn(500, 128)
     assert relative(x @ back(round_to_inputs(weight, 32, x)).T, x @ weight.T) < 3e-3
+
+
+@pytest.mark.skipif(cpu_rounding.library() is None, reason="no C compiler")
+@pytest.mark.parametrize("rows,inputs,group_size", [(70, 96, 32), (33, 128, 64), (16, 256, 128)])
+def test_rounding_in_c_equals_pytorchs(rows, inputs, group_size, monkeypatch):
+    weight = linear(rows, inputs).weight.detach()
+    weight[3] = 0.25  # all alike: no slope to fit
+    x = torch.randn(600, inputs) @ torch.randn(inputs, inputs) + torch.randn(600, inputs)
+    in_c = round_to_inputs(weight, group_size, x)
+    monkeypatch.setattr(cpu_rounding, "library", lambda: None)
+    plain = round_to_inputs(weight, group_size, x)
+    for found, want in zip(in_c, plain):  # but for codes that were as near to two values
+        assert found.shape == want.shape and found.dtype == want.dtype
+        assert (found == want).float().mean() > 0.995
+    errors = [((back(rounded) - weight) @ x.T).norm().item() for rounded in (in_c, plain)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
 
 
 def test_each_sweep_lowers_the_error(monkeypatch):
