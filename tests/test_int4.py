@@ -245,6 +245,21 @@ def test_a_quantised_model_decodes_what_it_forwards(policy, position):
     assert (logits[:, 8:].amax(-1) - chosen).max() < 0.02  # bf16 activations may swap near ties
 
 
+def test_calibration_ends_with_the_last_linear():
+    """By then all is known; the logits of a whole text would be the largest thing in memory."""
+    model, reached = make_model(), []
+    idx = torch.randint(65, (2, 9))
+
+    def run():
+        model(idx)
+        reached.append(True)
+
+    quantize_(model, 32, run)
+    assert isinstance(model.lm_head, Int4Linear) and not reached
+    quantize_(model, 32, run)  # nothing left to round: runs to its end
+    assert reached
+
+
 def test_calibrated_rounding_moves_the_logits_less():
     model = make_model(n_embd=128, n_layer=3)
     with torch.no_grad():
