@@ -318,13 +318,13 @@ def calibration(model, rows=None, tokens=64, seed=0, text=None):
     text = torch.randint(model.config.vocab_size, (rows, 1), generator=generator, device=device)
     if tokens > 1:
         text = generate(model, text, tokens - 1, generator=generator)
-    return partial(run_linears, model, text, every=4)
+    return partial(run_linears, model, text)
 
 
 @torch.no_grad()
-def run_linears(model, text, every=1):
-    """Call each linear once on text (rows, tokens) int64, the head on one position of `every`."""
+def run_linears(model, text):
+    """Call each linear once on text (rows, tokens) int64."""
     x = model.embed(text)
     for block in model.transformer.h:
         x = block.plain(x)
-    model.lm_head(model.transformer.ln_f(x[:, ::every]))
+    model.lm_head(model.transformer.ln_f(x))

@@ -219,6 +219,10 @@ def check_group_size(group_size, in_features, name="a layer"):
                         f"of {name}")
 
 
+class AllRounded(Exception):
+    """Ends a calibration: a large head's logits, which nobody asked for, are never computed."""
+
+
 def quantize_(module, group_size=32, calibrate=None):
     """Replace every nn.Linear in `module` by an Int4Linear, in place; returns module.
 
@@ -227,11 +231,14 @@ def quantize_(module, group_size=32, calibrate=None):
     rounded when its turn comes, to fit the inputs it gets from the layers rounded before it. With
     calibrate=False, or where the run never calls a linear, its weights alone decide.
     Tied embeddings are not touched: the head gets its own 4-bit copy and look-up stays exact.
+    A GPT's head is evened out first, GPT.even_head, which changes its last norm.
     Raises UserError where group_size is not 32, 64, 128 or does not divide a layer's inputs.
     """
     linears = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
     for name, linear in linears.items():
         check_group_size(group_size, linear.in_features, name)
+    if "lm_head" in linears and hasattr(module, "even_head"):
+        module.even_head()
     rounded = {}
     if calibrate is None and hasattr(module, "calibration"):
         calibrate = module.calibration()
@@ -239,6 +246,8 @@ def quantize_(module, group_size=32, calibrate=None):
         def observe(name, x):
             if name not in rounded:
                 rounded[name] = Int4Linear.from_linear(linears[name], group_size, x)
+            if len(rounded) == len(linears):
+                raise AllRounded
             return rounded[name](x)
 
         for name, linear in linears.items():
@@ -246,6 +255,8 @@ def quantize_(module, group_size=32, calibrate=None):
         try:
             with torch.no_grad():
                 calibrate()
+        except AllRounded:
+            pass
         finally:
             for linear in linears.values():
                 del linear.forward

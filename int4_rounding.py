@@ -14,7 +14,13 @@ Least squares lowers |w - w'|^2 without GPTQ too, and yet raised the loss (by 0.
 on the character model): it shrinks the weights a little, and nothing then makes up for that.
 """
 
+from types import SimpleNamespace
+
 import torch
+from torch.nn import functional as F
+
+import cpu_rounding
+from cpu_rounding import LANES
 
 SHRINK = (1.0, 0.92, 0.84, 0.76, 0.68)  # clipping ranges tried, as parts of the full one
 REFITS = 2  # least-squares rounds for each
@@ -90,81 +96,114 @@ def round_to_inputs(weight, group_size, inputs):
     # gram^-1 = spread^T spread; its row j says how the inputs after j make up for j's error
     factor = torch.linalg.cholesky(gram.flip(0, 1)).float()
     identity = torch.eye(K, device=x.device)
-    spread = torch.linalg.solve_triangular(factor, identity, upper=False).flip(0, 1)
-    gram, step, parts = gram.float(), max(1, GPTQ_ROWS // K), []
+    spread = torch.linalg.solve_triangular(factor, identity, upper=False).flip(0, 1).contiguous()
+    gram, step, parts = gram.float(), max(LANES, GPTQ_ROWS // K // LANES * LANES), []
+    steps = steps_for(weight.device)
     for i in range(0, N, step):
-        target = weight[i:i + step].T.float().contiguous()  # (K, n): an input's weights together
-        codes, scale, zero = _start(target, group_size, importance, spread, gram)
-        _descend(target, codes, scale, zero, gram)
-        parts.append(((codes + 8).T.to(torch.uint8), scale.T.bfloat16(), zero.T.bfloat16()))
+        rows = weight[i:i + step]
+        target = F.pad(rows.float(), (0, 0, 0, -len(rows) % LANES)).T.contiguous()  # (K, n)
+        codes, scale, zero = _start(target, group_size, importance, spread, gram, steps)
+        _descend(target, codes, scale, zero, gram, steps)
+        codes, scale, zero = (found[:, :len(rows)].T for found in (codes, scale, zero))
+        parts.append(((codes + 8).to(torch.uint8), scale.bfloat16(), zero.bfloat16()))
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
-def _start(target, group_size, importance, spread, gram):
+def steps_for(device):
+    """fit, compensate and descend, each for one group of inputs: in C where that can be."""
+    return cpu_rounding if device.type == "cpu" and cpu_rounding.library() else PLAIN
+
+
+def _start(target, group_size, importance, spread, gram, steps):
     """The better of GPTQ and rounding to nearest, row by row: where the weights lie on 4-bit grids
     already, as those of GGUF files do, nothing is lost by the latter, and much by the former."""
-    gptq = _compensate(target, group_size, importance, spread)
-    nearest = fit_groups(target.T.contiguous(), group_size, importance)
-    nearest = (nearest[0].T.float() - 8, nearest[1].T.float(), nearest[2].T.float())
-    errors = []
-    for codes, scale, zero in (gptq, nearest):
-        lost = target - _rounded(codes, scale, zero)
-        errors.append((lost * (gram @ lost)).sum(0))
-    return [torch.where(errors[1] < errors[0], b, a) for a, b in zip(gptq, nearest)]
+    *gptq, error = _gptq(target, group_size, importance, spread, steps)
+    *nearest, lost = _nearest(target, group_size, importance, steps)
+    better = (lost * (gram @ lost)).sum(0) < error
+    return [torch.where(better, b, a) for a, b in zip(gptq, nearest)]
 
 
-def _rounded(codes, scale, zero):
-    """codes (K, n), scale and zero (K/group, n) -> weights (K, n)."""
-    group = len(codes) // len(scale)
-    return codes * scale.repeat_interleave(group, 0) + zero.repeat_interleave(group, 0)
+def _weights_of_errors(importance):
+    """importance (group,) -> the same, positive, of sum 1."""
+    h = importance + 1e-8 * importance.max() + 1e-20
+    return h / h.sum()
 
 
-def _compensate(target, group_size, importance, spread):
-    """GPTQ (its algorithm 1): target (K, n) -> codes (K, n), scale and zero (K/group, n)."""
-    w, codes, found = target.clone(), torch.empty_like(target), []
-    for start in range(0, len(w), group_size):
-        stop = start + group_size
-        block = w[start:stop]
-        _, scale, zero = fit_groups(block.T.contiguous(), group_size, importance[start:stop])
-        scale, zero = scale[:, 0].float(), zero[:, 0].float()
+def _gptq(target, group_size, importance, spread, steps):
+    """GPTQ (its algorithm 1): target (K, n) -> codes (K, n), scale and zero (K/group, n), and
+    e^T gram e (n), e = target - rounded."""
+    codes, errors, found = torch.empty_like(target), torch.empty_like(target), []
+    for start in range(0, len(target), group_size):
+        at = slice(start, start + group_size)
+        block = target[at] - spread[:start, at].T @ errors[:start]
+        scale, zero = steps.fit(block, _weights_of_errors(importance[at]), SHRINK, REFITS)
+        steps.compensate(block, spread[at, at].contiguous(), scale, zero, codes[at], errors[at])
         found.append((scale, zero))
-        errors = torch.empty_like(block)
-        for j in range(group_size):
-            row = spread[start + j, start:stop]
-            codes[start + j] = _codes(block[j], scale, zero)
-            errors[j] = (block[j] - (codes[start + j] * scale + zero)) / row[j]
-            block[j:].addr_(row[j:], errors[j], alpha=-1)
-        w[stop:] -= spread[start:stop, stop:].T @ errors
     scale, zero = (torch.stack(each) for each in zip(*found))
-    return codes, scale, zero
+    return codes, scale, zero, errors.square().sum(0)
 
 
-def _descend(target, codes, scale, zero, gram):
+def _nearest(target, group_size, importance, steps):
+    """Each weight to the nearest code, scales for `importance`: as _gptq, but e last."""
+    codes, lost, found = torch.empty_like(target), torch.empty_like(target), []
+    for start in range(0, len(target), group_size):
+        at = slice(start, start + group_size)
+        scale, zero = steps.fit(target[at], _weights_of_errors(importance[at]), SHRINK, REFITS)
+        codes[at] = _codes(target[at], scale, zero)
+        lost[at] = target[at] - (codes[at] * scale + zero)
+        found.append((scale, zero))
+    scale, zero = (torch.stack(each) for each in zip(*found))
+    return codes, scale, zero, lost
+
+
+def _descend(target, codes, scale, zero, gram, steps):
     """SWEEPS over all groups, in place, each step lowering e^T gram e, e = target - rounded.
 
     A group's scale and zero are fitted to its codes by least squares, then its codes one by one.
     """
     group = len(target) // len(scale)
-    pull = gram @ (target - _rounded(codes, scale, zero))  # (K, n): half the slope, downwards
+    lost = target - codes * scale.repeat_interleave(group, 0) - zero.repeat_interleave(group, 0)
     for g in [*range(len(scale))] * SWEEPS:
         at = slice(g * group, (g + 1) * group)
-        own, c, s, z, here = gram[at, at], codes[at], scale[g], zero[g], pull[at].clone()
-        before = c * s + z
-        # normal equations of a change of scale and zero
-        cc, c1, one = (c * (own @ c)).sum(0), own.sum(0) @ c, own.sum()
-        rc, r1 = (c * here).sum(0), here.sum(0)
-        determinant = cc * one - c1 * c1
-        new_s, new_z = _storable(s + (one * rc - c1 * r1) / determinant,
-                                 z + (cc * r1 - c1 * rc) / determinant)
-        change = c * (new_s - s) + (new_z - z)
-        pulled = own @ change
-        better = (change * (pulled - 2 * here)).sum(0) < 0  # never where determinant is 0
-        s.copy_(torch.where(better, new_s, s))
-        z.copy_(torch.where(better, new_z, z))
-        here -= torch.where(better, pulled, 0)
-        now = c * s + z
-        for j in range(group):
-            c[j] = _codes(now[j] + here[j] / own[j, j], s, z)
-            moved = c[j] * s + z - now[j]
-            here.addr_(own[j], moved, alpha=-1)
-        pull -= gram[:, at] @ (c * s + z - before)
+        pull = gram[at] @ lost  # (group, n): half the slope of the error, downwards
+        steps.descend(gram[at, at].contiguous(), pull, lost[at], codes[at], scale[g], zero[g])
+
+
+# The three steps, as PyTorch operators; what they take and give: cpu_rounding.py
+
+
+def _fit_step(block, importance, shrink, refits):
+    assert (shrink, refits) == (SHRINK, REFITS)
+    _, scale, zero = _fit(block.T.contiguous(), len(block), importance)
+    return scale[:, 0].float(), zero[:, 0].float()
+
+
+def _compensate_step(block, spread, scale, zero, codes, errors):
+    for j, row in enumerate(spread):
+        codes[j] = _codes(block[j], scale, zero)
+        errors[j] = (block[j] - (codes[j] * scale + zero)) / row[j]
+        block[j:].addr_(row[j:], errors[j], alpha=-1)
+
+
+def _descend_step(own, pull, lost, codes, scale, zero):
+    # normal equations of a change of scale and zero
+    before = codes * scale + zero
+    cc, c1, one = (codes * (own @ codes)).sum(0), own.sum(0) @ codes, own.sum()
+    rc, r1 = (codes * pull).sum(0), pull.sum(0)
+    determinant = cc * one - c1 * c1
+    new_scale, new_zero = _storable(scale + (one * rc - c1 * r1) / determinant,
+                                    zero + (cc * r1 - c1 * rc) / determinant)
+    change = codes * (new_scale - scale) + (new_zero - zero)
+    pulled = own @ change
+    better = (change * (pulled - 2 * pull)).sum(0) < 0  # never where determinant is 0
+    scale.copy_(torch.where(better, new_scale, scale))
+    zero.copy_(torch.where(better, new_zero, zero))
+    pull -= torch.where(better, pulled, 0)
+    now = codes * scale + zero
+    for j, row in enumerate(own):
+        codes[j] = _codes(now[j] + pull[j] / row[j], scale, zero)
+        pull.addr_(row, codes[j] * scale + zero - now[j], alpha=-1)
+    lost -= codes * scale + zero - before
+
+
+PLAIN = SimpleNamespace(fit=_fit_step, compensate=_compensate_step, descend=_descend_step)

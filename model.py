@@ -365,6 +365,20 @@ class GPT(nn.Module):
 
         return calibration(self)
 
+    @torch.no_grad()
+    def even_head(self):
+        """The same function from a head that rounds better to few bits; it is untied from then on.
+
+        A column of large weights coarsens the steps of all the others in its group. So each is
+        divided by the root of its size, and the last norm's output multiplied by it.
+        """
+        weight, norm = self.lm_head.weight, self.transformer.ln_f
+        size = weight.float().square().mean(0).sqrt()
+        root = (size / size.mean().clamp(min=1e-20)).clamp(min=0.01).sqrt()
+        self.lm_head.weight = nn.Parameter((weight / root).to(weight.dtype))
+        for parameter in norm.parameters():
+            parameter.mul_(root)
+
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
         """Sample after idx (B, T) -> (B, T + max_new_tokens); see generation.generate."""
         from generation import generate

@@ -18,11 +18,13 @@ Keys and values: each window decoded token by token from a cache, so that every 
 quantised rows but for the newest RECENT; SmolLM2's predictions count from CONTEXT tokens on.
 
 Writes results/generation_quality.csv: mean loss, its change and the Kullback-Leibler divergence
-from the exact model's predictions, in nats a token.
+from the exact model's predictions, in nats a token; and the seconds that calibrated rounding took,
+writing its text included, there and for weights in the shape of GPT-2 124M.
 """
 
 import copy
 import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +43,7 @@ from experiments.common import RESULTS, provenance, read_csv, write_csv
 from generation import calibration
 from int4 import GROUP_SIZES, dequantize, quantize_
 from kv_cache import build_cache
+from model import GPT, GPTConfig
 from pretrained import load_pretrained
 from pretrained_text import load_pretrained_text
 
@@ -49,6 +52,7 @@ CONTEXT = 512  # tokens before SmolLM2's first counted prediction from quantised
 TOKENS = 4096  # whose logits are held at a time
 SAMPLE = 2**14  # tokens of the training split to calibrate on
 KV_BITS = (None, 8, 4)  # the exact cache first
+PARTS = ("all", "characters", "pretrained", "seconds")
 
 
 @dataclass
@@ -60,7 +64,7 @@ class Settings:
     windows: int = 8  # of the text, for the published weights
     tokens: int = 768  # in each window
     seeds: int = 4  # calibration texts tried
-    part: str = "all"  # all | characters | pretrained: the rows of the other stay as they are
+    part: str = "all"  # all | characters | pretrained | seconds: the others' rows stay
     out: str = str(RESULTS / "generation_quality.csv")  # where the rows go
 
 
@@ -68,16 +72,18 @@ def main(argv=None):
     settings, _ = parse_config(Settings, argv)
     if settings.tokens <= CONTEXT or settings.windows < 1 or settings.seeds < 1:
         raise UserError(f"tokens must be more than {CONTEXT}, windows and seeds at least 1")
-    if settings.part not in ("all", "characters", "pretrained"):
-        raise UserError("part must be all, characters or pretrained")
+    if settings.part not in PARTS:
+        raise UserError(f"part must be {', '.join(PARTS)}")
     dataset, origin = load_dataset(settings.dataset, settings.data_dir), provenance()
-    if settings.part != "pretrained":
+    if settings.part in ("all", "seconds"):
+        replace(settings.out, [seconds_of_gpt2()], origin)
+    if settings.part in ("all", "characters"):
         model = model_from_checkpoint(load_checkpoint(Path(settings.out_dir) / "ckpt.pt")).eval()
         batches = list(dataset.full_split_batches("val", model.config.block_size, ROWS))
         rows = measure("characters", model, batches, 0, settings.seeds,
                        sample=sample(dataset.split("train"), model.config.block_size))
         replace(settings.out, rows, origin)
-    if settings.part != "characters" and settings.pretrained:
+    if settings.part in ("all", "pretrained") and settings.pretrained:
         model = load_pretrained(settings.pretrained)
         encode = load_pretrained_text(settings.pretrained).tokenizer.encode
         val, train = (encode(dataset.tokenizer().decode(part.tolist())) for part in (
@@ -93,7 +99,25 @@ def replace(path, rows, origin):
     """Write these rows of one model in place of those that the file has of it."""
     old = read_csv(path) if Path(path).exists() else []
     kept = [row for row in old if row.get("model", rows[0]["model"]) != rows[0]["model"]]
-    write_csv(path, kept + [row | origin for row in rows])
+    new = [row | origin for row in rows]
+    write_csv(path, [{name: row.get(name) for name in new[0]} for row in kept] + new)
+
+
+def seconds_of_gpt2():
+    """A row: how long it takes to quantise the shape of GPT-2 124M, its text written included."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768))
+    quantize_(GPT(GPTConfig(block_size=64, vocab_size=64, n_layer=1, n_head=2, n_embd=64)))  # warm
+    began = time.perf_counter()
+    quantize_(model.eval())
+    seconds = round(time.perf_counter() - began, 1)
+    print(f"GPT-2 124M's shape quantised in {seconds} s", flush=True)
+    return row_of("GPT-2 124M shape", "weights", "calibrated", 32, 5.0, 0, seconds=seconds)
+
+
+def row_of(model, what, rule, group, bits, seed="", seconds="", loss="", change="", divergence=""):
+    return dict(model=model, what=what, rule=rule, group=group, bits=bits, seed=seed, loss=loss,
+                change=change, divergence=divergence, seconds=seconds)
 
 
 def windows(ids, count, tokens):
@@ -117,11 +141,10 @@ def measure(name, model, batches, context, seeds, groups=GROUP_SIZES, sample=Non
     """
     rows = []
 
-    def report(what, rule, group, bits, found, exact, seed=""):
+    def report(what, rule, group, bits, found, exact, seed="", seconds=""):
         loss, divergence = found
-        rows.append(dict(model=name, what=what, rule=rule, group=group, bits=bits, seed=seed,
-                         loss=round(loss, 5), change=round(loss - exact, 5),
-                         divergence=round(divergence, 5)))
+        rows.append(row_of(name, what, rule, group, bits, seed, seconds, round(loss, 5),
+                           round(loss - exact, 5), round(divergence, 5)))
         print(f"{name:12} {what:8} {rule:22} group {group:4} {bits:5} bits: {loss:.5f} "
               f"({loss - exact:+.5f}), divergence {divergence:.5f}", flush=True)
 
@@ -141,9 +164,10 @@ def measure(name, model, batches, context, seeds, groups=GROUP_SIZES, sample=Non
         rounded = quantize_(copy.deepcopy(model), group, calibrate=False)
         report("weights", "clipping range", group, bits, quality(rounded), exact)
         for seed in range(seeds):
-            rounded = copy.deepcopy(model)
+            rounded, began = copy.deepcopy(model), time.perf_counter()
             quantize_(rounded, group, calibration(rounded, seed=seed))
-            report("weights", "calibrated", group, bits, quality(rounded), exact, seed)
+            seconds = round(time.perf_counter() - began, 1)
+            report("weights", "calibrated", group, bits, quality(rounded), exact, seed, seconds)
         if sample is not None:
             rounded = copy.deepcopy(model)
             quantize_(rounded, group, calibration(rounded, text=sample))

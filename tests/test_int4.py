@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import cpu_kernels
+import cpu_rounding
 import int4
 import int4_rounding
 from errors import UserError
@@ -162,6 +163,22 @@ def test_weights_on_a_grid_stay_there():
     assert relative(x @ back(round_to_inputs(weight, 32, x)).T, x @ weight.T) < 3e-3
 
 
+@pytest.mark.skipif(cpu_rounding.library() is None, reason="no C compiler")
+@pytest.mark.parametrize("rows,inputs,group_size", [(70, 96, 32), (33, 128, 64), (16, 256, 128)])
+def test_rounding_in_c_equals_pytorchs(rows, inputs, group_size, monkeypatch):
+    weight = linear(rows, inputs).weight.detach()
+    weight[3] = 0.25  # all alike: no slope to fit
+    x = torch.randn(600, inputs) @ torch.randn(inputs, inputs) + torch.randn(600, inputs)
+    in_c = round_to_inputs(weight, group_size, x)
+    monkeypatch.setattr(cpu_rounding, "library", lambda: None)
+    plain = round_to_inputs(weight, group_size, x)
+    for found, want in zip(in_c, plain):  # but for codes that were as near to two values
+        assert found.shape == want.shape and found.dtype == want.dtype
+        assert (found == want).float().mean() > 0.995
+    errors = [((back(rounded) - weight) @ x.T).norm().item() for rounded in (in_c, plain)]
+    assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+
+
 def test_each_sweep_lowers_the_error(monkeypatch):
     """Never raised by any sweep, in float64, scales and zeros as bfloat16 holds them."""
     weight = linear(70, 128).weight.detach()
@@ -226,6 +243,21 @@ def test_a_quantised_model_decodes_what_it_forwards(policy, position):
         logits, _ = model(text[:, :-1])
     chosen = logits[:, 8:].gather(-1, text[:, 9:, None]).squeeze(-1)
     assert (logits[:, 8:].amax(-1) - chosen).max() < 0.02  # bf16 activations may swap near ties
+
+
+def test_calibration_ends_with_the_last_linear():
+    """By then all is known; the logits of a whole text would be the largest thing in memory."""
+    model, reached = make_model(), []
+    idx = torch.randint(65, (2, 9))
+
+    def run():
+        model(idx)
+        reached.append(True)
+
+    quantize_(model, 32, run)
+    assert isinstance(model.lm_head, Int4Linear) and not reached
+    quantize_(model, 32, run)  # nothing left to round: runs to its end
+    assert reached
 
 
 def test_calibrated_rounding_moves_the_logits_less():
