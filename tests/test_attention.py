@@ -311,3 +311,12 @@ def test_checkpointed_whole_sequences(monkeypatch, compiled):
     expected = torch.autograd.grad(plain_block(twin, x), [x, *twin.parameters()], grad)
     found = torch.autograd.grad(block(x), [x, *block.parameters()], grad)
     assert max(relative_error(a, b) for a, b in zip(found, expected)) < 1e-10
+
+
+def test_short_sequences_train_on_the_plain_block():
+    config = GPTConfig(n_head=8, n_embd=256, attention_policy="recompute")
+    chunk = tiled.default_chunk(config, "cpu")
+    assert chunk == 2048
+    assert tiled.tile_sizes(config, 3 * chunk // 2, "cpu", training=True) is None
+    assert tiled.tile_sizes(config, 3 * chunk // 2 + 1, "cpu", training=True) == (chunk, chunk)
+    assert tiled.tile_sizes(config, 1024, "cpu", training=False) == (chunk, chunk)

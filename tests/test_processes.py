@@ -55,8 +55,9 @@ def work(rank, port, failures):
         trained(exact, variant.removesuffix("8"))
         trained(plain, variant)
         state = trained(net, variant).state[net[2].weight]
-        if state["momentum"].numel() != 64 * 64 // 2:  # bytes: this rank's half of the rows
-            failures.append(f"rank {rank}, {variant}: {state['momentum'].shape} of momentum")
+        momentum = state["momentum"].to_local()
+        if momentum.numel() != 64 * 64 // 2:  # bytes: this rank's half of the rows
+            failures.append(f"rank {rank}, {variant}: {momentum.shape} of momentum")
         # each rank draws its own rounding: as far from one process as that is from no rounding
         rounding = (plain[2].weight - exact[2].weight).norm()
         difference = (net[2].weight.full_tensor() - plain[2].weight).norm()
