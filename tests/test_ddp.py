@@ -2,12 +2,12 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 
 import pytest
 from tiny_run import ROOT, arguments, determined, run_script
+from two_processes import free_port
 
 import train
 from checkpoint import LAST, load_checkpoint
@@ -15,11 +15,8 @@ from checkpoint import LAST, load_checkpoint
 
 def torchrun(*flags):
     """The command line of train.py in two processes on this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     return ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1",
-            f"--master_port={port}", "train.py", *flags]
+            f"--master_port={free_port()}", "train.py", *flags]
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -1,13 +1,11 @@
 """Rows sharded over two gloo processes (FSDP2): the same weights as one process gives."""
 
-import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+from two_processes import failures_of
 
 from errors import UserError
 from optimizers import Adafactor, AdamSN, MuonSN, state_bytes
@@ -44,10 +42,7 @@ def train(net, case, steps=4):
     return optimizer
 
 
-def work(rank, port, failures):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def work(rank, failures):
     from torch.distributed.fsdp import fully_shard
 
     for case in CASES:
@@ -76,8 +71,6 @@ def work(rank, port, failures):
         saved = optimizer.state_dict()
         optimizer.load_state_dict(saved)
     check_quantized(rank, failures)
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def check_quantized(rank, failures):
@@ -121,12 +114,7 @@ def check_quantized(rank, failures):
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_sharded_training_equals_one_process():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    failures = mp.get_context("spawn").Manager().list()
-    mp.spawn(work, args=(port, failures), nprocs=2)
-    assert not list(failures)
+    assert not failures_of(work)
 
 
 def test_other_placements_are_refused():

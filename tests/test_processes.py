@@ -1,13 +1,11 @@
 """Low-byte training in two real processes (gloo): what is refused, and what works sharded."""
 
-import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
+from two_processes import failures_of
 
 from errors import UserError
 from optimizers import build_optimizer
@@ -43,10 +41,7 @@ def trained(net, variant, steps=5):
     return optimizer
 
 
-def work(rank, port, failures):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def work(rank, failures):
     for shard in (False, True):
         if refusal(shard) != BEFORE_THE_REDUCTION:
             failures.append(f"rank {rank}, sharded {shard}: not refused")
@@ -63,15 +58,8 @@ def work(rank, port, failures):
         difference = (net[2].weight.full_tensor() - plain[2].weight).norm()
         if not difference < 2 * rounding:
             failures.append(f"rank {rank}, {variant}: {difference}, rounding {rounding}")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_two_processes():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    failures = mp.get_context("spawn").Manager().list()
-    mp.spawn(work, args=(port, failures), nprocs=2)
-    assert not list(failures)
+    assert not failures_of(work)
