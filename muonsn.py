@@ -5,6 +5,7 @@ For a matrix gradient G (n, m), rows counted as i:
     M <- mu M + (1 - mu) G                      momentum
     X  = (1 - nu) G + nu M                      quasi-hyperbolic (Ma & Yarats, 1810.06801); nu = mu
                                                 is Nesterov's look-ahead, nu = 1 plain momentum
+    X_j = X_j / |X_j|                           every input's column made as long as the others
     O  = U Vᵀ of X = U S Vᵀ                     five Newton-Schulz iterations: Muon (Jordan et al.
                                                 2024, kellerjordan.github.io/posts/muon)
     v_i <- b v_i + (1 - b) mean_j O_ij²         one second moment per output row: Subset-Norm
@@ -43,6 +44,7 @@ class MuonSN(AdamSN):
     row_beta2      b, the decay of the row second moments
     ns_steps       Newton-Schulz iterations
     update_rms     root mean square of an update before lr
+    column_norm    normalise X's columns before Newton-Schulz; False: X as it is, as in Muon
     per_head       orthogonalise q and k head by head (needs row_blocks and head_dim)
     orthogonalize  False: this group is AdamSN's, with its betas, partition and norm
     momentum_bits, head_dim, row_blocks, betas, eps, weight_decay, partition, norm: as AdamSN's.
@@ -53,15 +55,16 @@ class MuonSN(AdamSN):
 
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, *, momentum=0.95,
-        nu=0.8, row_beta2=0.95, ns_steps=5, update_rms=0.2, per_head=False,
+        nu=0.8, row_beta2=0.95, ns_steps=5, update_rms=0.2, column_norm=True, per_head=False,
         orthogonalize=True, partition="element", norm="mean", momentum_bits=32, head_dim=None,
         row_blocks=None, **common,
     ):  # fmt: skip
         defaults = dict(
             lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, momentum=momentum,
             nu=nu, row_beta2=row_beta2, ns_steps=ns_steps, update_rms=update_rms,
-            per_head=per_head, orthogonalize=orthogonalize, partition=partition, norm=norm,
-            momentum_bits=momentum_bits, head_dim=head_dim, row_blocks=row_blocks,
+            column_norm=column_norm, per_head=per_head, orthogonalize=orthogonalize,
+            partition=partition, norm=norm, momentum_bits=momentum_bits, head_dim=head_dim,
+            row_blocks=row_blocks,
         )  # fmt: skip
         MemoryOptimizer.__init__(self, params, defaults, **common)
 
@@ -140,34 +143,39 @@ def is_orthogonalized(tensor, group):
 def orthogonalize_blocks(matrices, group):
     """Orthogonalise the row blocks of N matrices (N, n, m) apart: q, k, v, or heads of q and k."""
     blocks, head_dim = group["row_blocks"], group["head_dim"]
+    how = group["ns_steps"], group["column_norm"]
     if blocks is None or sum(blocks) != matrices.shape[1]:
-        return orthogonalize(matrices, group["ns_steps"])
+        return orthogonalize(matrices, *how)
     equal = len(set(blocks)) == 1 and matrices.is_contiguous()
     if equal and not (group["per_head"] and head_dim):  # q, k, v of all layers in one stack
         shape = matrices.shape
-        return orthogonalize(matrices.view(-1, blocks[0], shape[2]), group["ns_steps"]).view(shape)
+        return orthogonalize(matrices.view(-1, blocks[0], shape[2]), *how).view(shape)
     done = []
     for index, block in enumerate(matrices.split(list(blocks), dim=1)):
         shape = block.shape  # (N, rows of q, k or v, m)
         if group["per_head"] and head_dim and index < 2:
             block = block.reshape(-1, head_dim, shape[2])  # (N * heads, D, m)
-        done.append(orthogonalize(block, group["ns_steps"]).view(shape))
+        done.append(orthogonalize(block, *how).view(shape))
     return torch.cat(done, dim=1)
 
 
-def orthogonalize(matrices, steps=5):
+def orthogonalize(matrices, steps=5, column_norm=False):
     """The nearest semi-orthogonal matrices, roughly: singular values end in about [0.7, 1.2].
 
     (N, n, m) -> (N, n, m) in the input's dtype. X <- a X + (b A + c A²) X with A = X Xᵀ (Jordan et
-    al. 2024). The products are bfloat16 on CUDA, and on CPUs with fast ones for float32 input of at
-    least BFLOAT16_SIDE rows and columns; elsewhere they keep the input's dtype.
+    al. 2024), from X of Frobenius norm 1: as a whole, or with m columns of norm 1/sqrt(m) each
+    (column_norm), so that inputs with small gradients are learnt as fast as others. The products
+    are bfloat16 on CUDA, and on CPUs with fast ones for float32 input of at least BFLOAT16_SIDE
+    rows and columns; elsewhere they keep the input's dtype.
     """
     a, b, c = QUINTIC
-    dtype = matrices.dtype
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    norm = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True)
-    x = x / norm.clamp_min_(torch.finfo(dtype).tiny ** 0.5)
+    dtype, (n, m) = matrices.dtype, matrices.shape[1:]
+    if column_norm:
+        norm = torch.linalg.vector_norm(matrices, dim=1, keepdim=True) * m**0.5
+    else:
+        norm = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
+    x = matrices / norm.clamp_min_(torch.finfo(dtype).tiny ** 0.5)
+    x = x.mT if n > m else x
     narrow = dtype == torch.float32 and x.shape[1] >= BFLOAT16_SIDE
     if x.is_cuda or x.device.type == "cpu" and narrow and fast_bfloat16():
         x = x.to(torch.bfloat16)
@@ -175,5 +183,5 @@ def orthogonalize(matrices, steps=5):
         gram = torch.bmm(x, x.mT)
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    x = x.mT if tall else x
+    x = x.mT if n > m else x
     return x.to(dtype, memory_format=torch.contiguous_format).contiguous()

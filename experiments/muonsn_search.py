@@ -38,7 +38,8 @@ TINY = 1e-20
 
 @dataclass(frozen=True)
 class Recipe:
-    """One optimizer. The defaults are MuonSN's; a role is q, k, v, o, f (MLP in) or p (MLP out)."""
+    """One optimizer. The defaults are MuonSN's, without the columns' norms; a role is q, k, v, o,
+    f (MLP in) or p (MLP out)."""
 
     lr: float = 8e-3  # of linear weights
     embedding_lr: float = 8e-3

@@ -149,11 +149,18 @@ def work(setup, runs, path, device, precision):
 
 
 def summarise(rows):
-    """One row a variant from its fresh seeds, two or more, sorted by loss."""
+    """One row a variant from its fresh seeds, two or more, sorted by loss.
+
+    All of one setting of learning rates: where there are fresh seeds of several, that with the
+    most; of as many, the one run last.
+    """
     fresh = {}
     for row in rows:
         if row["seed"] > FRESH:
-            fresh.setdefault((row["setup"], row["iterations"], row["variant"]), []).append(row)
+            rates = row["learning_rate"], row["embedding_lr"]
+            settings = fresh.setdefault((row["setup"], row["iterations"], row["variant"]), {})
+            settings.setdefault(rates, []).append(row)
+    fresh = {key: max(reversed(settings.values()), key=len) for key, settings in fresh.items()}
     table = []
     for (setup, iterations, variant), mine in fresh.items():
         if len(mine) < 2:  # its runs are not finished

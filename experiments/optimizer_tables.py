@@ -45,22 +45,23 @@ def optimizers_larger(rows):
 
 @table("low_byte", "optimizer_quality.csv")
 def low_byte(rows):
-    """Weights in bfloat16, and updates inside backward, against float32, paired by seed."""
+    """Weights in bfloat16, and updates inside backward, against float32; paired by seed, at the
+    same rates."""
     names = {"seed": "float32, clipped by the norm of all gradients",
              "seed_bf16": "bfloat16, rounded stochastically; the same clip",
              "seed_fused": "bfloat16, each tensor's update clipped, as inside backward"}
-    found = {setup: {row["seed"]: row["best_val_loss"] for row in rows
-                     if row["setup"] == setup and row["variant"] == "muonsn8" and row["seed"] > 1000
-                     and row["iterations"] == 2000}
+    found = {setup: {(row["learning_rate"], row["embedding_lr"], row["seed"]): row["best_val_loss"]
+                     for row in rows if row["setup"] == setup and row["variant"] == "muonsn8"
+                     and row["seed"] > 1000 and row["iterations"] == 2000}
              for setup in names}
-    seeds = sorted(set.intersection(*(set(losses) for losses in found.values())))
-    reference = [found["seed"][seed] for seed in seeds]
+    runs = sorted(set.intersection(*(set(losses) for losses in found.values())))
+    reference = [found["seed"][run] for run in runs]
     lines = []
     for setup, name in names.items():
-        mine = [found[setup][seed] for seed in seeds]
+        mine = [found[setup][run] for run in runs]
         difference, half, _ = paired_difference(mine, reference)
         lines.append([name, f"{sum(mine) / len(mine):.4f}",
-                      "–" if setup == "seed" else f"{difference:+.4f} ± {half:.4f}", len(seeds)])
+                      "–" if setup == "seed" else f"{difference:+.4f} ± {half:.4f}", len(runs)])
     return markdown(["`muonsn8`, weights", "validation loss", "against float32", "seeds"], lines)
 
 

@@ -67,7 +67,8 @@ def adafactor(p, grads, lr, beta2, decay, clip, weight_decay, momentum, relative
     return p
 
 
-def muonsn(p, grads, blocks, lr, mu, nu, row_beta2, eps, weight_decay, rms=0.2):
+def muonsn(p, grads, blocks, lr, mu, nu, row_beta2, eps, weight_decay, rms=0.2,
+           column_norm=True):
     """Newton-Schulz on each block of rows (a list of (start, end)), then Subset-Norm by rows."""
     a, b, c = QUINTIC
     p, m, v = p.clone(), torch.zeros_like(p), torch.zeros(p.shape[0], 1, dtype=p.dtype)
@@ -76,7 +77,10 @@ def muonsn(p, grads, blocks, lr, mu, nu, row_beta2, eps, weight_decay, rms=0.2):
         ahead = (1 - nu) * g + nu * m
         o = torch.zeros_like(p)
         for start, end in blocks:
-            x = ahead[start:end] / ahead[start:end].norm()
+            x = ahead[start:end]
+            if column_norm:
+                x = x / x.norm(dim=0, keepdim=True).clamp_min(1e-150)
+            x = x / x.norm()
             for _ in range(5):
                 gram = x @ x.T
                 x = a * x + b * gram @ x + c * gram @ gram @ x

@@ -22,11 +22,11 @@ def text():
 
 
 @pytest.mark.parametrize("variant, overrides", [
-    ("muonsn:nu=0.95+betas=(0.9,0.99)", {}),
-    ("muonsn:nu=0.95+betas=(0.9,0.99)+per_head=True", dict(per_head="qk")),
-    ("muonsn:momentum=0.9+nu=0.9+betas=(0.9,0.99)+weight_decay=0.3",
+    ("muonsn:nu=0.95+betas=(0.9,0.99)+column_norm=False", {}),
+    ("muonsn:nu=0.95+betas=(0.9,0.99)+per_head=True+column_norm=False", dict(per_head="qk")),
+    ("muonsn:momentum=0.9+nu=0.9+betas=(0.9,0.99)+weight_decay=0.3+column_norm=False",
      dict(mu=0.9, weight_decay=0.3, embedding_decay=0.3)),
-    ("muonsn", dict(look=0.8, embedding_beta1=0.5)),
+    ("muonsn", dict(look=0.8, embedding_beta1=0.5, pre="now")),
 ])
 def test_a_recipe_of_defaults_is_muonsn(variant, overrides, text):
     recipe = replace(Recipe(), lr=8e-3, embedding_lr=4e-3, **overrides)

@@ -147,6 +147,9 @@ def test_summary_pairs_by_seed():
     assert best["variant"] == "adamsn" and best["val_loss"] == 2.05
     assert best["to_adamw"] == -0.45 and best["state_percent"] == 50.0
     assert reference["to_adamw"] == 0 and reference["p"] == 1
+    other = [{**row("adamsn", seed, 9.0), "learning_rate": 1.0} for seed in (1001, 1002, 1003)]
+    worst = summarise([*rows, *other])[1]  # one setting's seeds, never two settings' under one name
+    assert (worst["learning_rate"], worst["val_loss"], worst["seeds"]) == (1.0, 9.0, 3)
 
 
 def test_student_t():

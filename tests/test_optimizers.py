@@ -279,3 +279,14 @@ def test_foreign_state_is_refused():
     two = AdamSN([dict(params=[p]), dict(params=[nn.Parameter(torch.ones(2))])])
     with pytest.raises(UserError, match="does not fit the model"):
         AdamSN([p]).load_state_dict(two.state_dict())
+
+
+def test_states_saved_before_an_option_existed_mean_what_they_meant():
+    p = nn.Parameter(torch.ones(4, 4))
+    state = MuonSN([p]).state_dict()
+    for group in state["param_groups"]:
+        del group["column_norm"]
+    optimizer = MuonSN([p])
+    assert optimizer.param_groups[0]["column_norm"]
+    optimizer.load_state_dict(state)
+    assert not optimizer.param_groups[0]["column_norm"]

@@ -71,8 +71,10 @@ def test_adafactor_follows_the_paper(shape, momentum, relative_step, clip):
 
 
 @pytest.mark.parametrize("shape", [(24, 10), (10, 24)])
-@pytest.mark.parametrize("momentum, nu", [(0.95, 0.8), (0.9, 0.9), (0.9, 1.0), (0.0, 0.8)])
-def test_muonsn_follows_its_equations(shape, momentum, nu):
+@pytest.mark.parametrize(
+    "momentum, nu, even", [(0.95, 0.8, True), (0.9, 0.9, True), (0.9, 1.0, False), (0.0, 0.8, True)]
+)
+def test_muonsn_follows_its_equations(shape, momentum, nu, even):
     for per_head, split in ((False, [0, shape[0]]), (True, None), (None, None)):
         p = nn.Parameter(torch.linspace(-1, 1, 240, dtype=torch.float64).view(shape))
         n, layout = shape[0], {}
@@ -86,11 +88,11 @@ def test_muonsn_follows_its_equations(shape, momentum, nu):
         grads = gradients(shape)
         blocks = list(zip(split, split[1:]))
         expected = reference.muonsn(
-            p.detach(), grads, blocks, 1e-2, momentum, nu, 0.9, 1e-8, 0.1
+            p.detach(), grads, blocks, 1e-2, momentum, nu, 0.9, 1e-8, 0.1, column_norm=even
         )
         optimizer = MuonSN(
             [p], lr=1e-2, momentum=momentum, nu=nu, row_beta2=0.9, weight_decay=0.1,
-            **layout,
+            column_norm=even, **layout,
         )  # fmt: skip
         run(optimizer, [p], [[g] for g in grads])
         assert (p.detach() - expected).abs().max() < 1e-9
@@ -105,6 +107,19 @@ def test_muonsn_singular_values_and_matched_rms():
     p = nn.Parameter(torch.zeros(40, 24))
     run(MuonSN([p], lr=1e-2), [p], [[torch.randn(40, 24)]])
     assert abs(p.detach().square().mean().sqrt() - 2e-3) < 1e-6  # lr times 0.2
+
+
+def test_muonsn_with_normalised_columns_does_not_see_their_scale():
+    from muonsn import orthogonalize
+
+    torch.manual_seed(0)
+    x, scale = torch.randn(2, 40, 24, dtype=torch.float64), torch.rand(24).double() + 0.01
+    expected = orthogonalize(x, column_norm=True)
+    assert torch.allclose(orthogonalize(x * scale, column_norm=True), expected, atol=1e-12)
+    assert (orthogonalize(x * scale) - orthogonalize(x)).abs().max() > 1e-2
+    scale[3] = 0  # an input that never came: its column stays zero, the others count
+    found = orthogonalize(x * scale, column_norm=True)
+    assert found.isfinite().all() and not found[:, :, 3].any() and found[:, :, 4].any()
 
 
 @pytest.mark.parametrize("fast", [False, True])
