@@ -390,7 +390,8 @@ COMMON = dict(  # the options every optimizer here has
     maximize=False, foreach=True, compile=False, stochastic_rounding=True, update_clip=None,
     skip_nonfinite=False,
 )  # fmt: skip
-ADDED_LATER = dict(factored=True, column_norm=False)  # options that older states lack, and what they meant
+# options that older states lack, and what they meant
+ADDED_LATER = dict(factored=True, column_norm=False)
 COMMON_HELP = """
     maximize             ascend instead
     foreach              stack small tensors of one shape and use multi-tensor kernels;
