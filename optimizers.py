@@ -59,17 +59,17 @@ VARIANTS = {
     ),
     "muonsn": Variant(
         "orthogonalised momentum with a second moment per row: 4 bytes in linear weights, 8 else",
-        MuonSN, 8e-3, 8e-3, dict(betas=(0.5, 0.95)),
+        MuonSN, 6e-3, 1.2e-2, dict(betas=(0.5, 0.95)),
     ),
     "muonsn8": Variant(
         "muonsn with all momentum in 8 bits: about 1.1 bytes",
-        MuonSN, 8e-3, 1.6e-2,
+        MuonSN, 6e-3, 1.2e-2,
         dict(betas=(0.5, 0.95), momentum_bits=8, embedding_partition="row"),
     ),
     "muonsn4": Variant(
         "muonsn with all momentum in 4 bits: about 0.6 bytes",
-        MuonSN, 8e-3, 1.6e-2,
-        dict(betas=(0.5, 0.95), momentum=0.8, momentum_bits=4, embedding_partition="row"),
+        MuonSN, 8e-3, 1.2e-2,
+        dict(betas=(0.5, 0.95), momentum=0.85, momentum_bits=4, embedding_partition="row"),
     ),
     "muonsn0": Variant(
         "muonsn without momentum: about 0.01 bytes",
