@@ -24,6 +24,7 @@ POLICIES = {
     "grouped": "the same with n_kv_head < n_head key/value heads",
     "recompute": "K and V recomputed from x, k_chunk rows at a time",
 }
+ROWS = 1024  # of queries whose attention over one tile of keys the CPU merges at a time
 
 
 def attend(q, k, v, dropout=0.0):
@@ -60,15 +61,20 @@ class StoredRows(RecomputedRows):
         for start in range(0, x.size(1), k_chunk):
             parts = project(x[:, start:start + k_chunk], start)
             if start == 0:
-                B, G, _, D = parts[0].shape
-                # (B, T, G, D) in memory: the kernels read rows of all heads together
-                self.parts = [part.new_empty(B, x.size(1), G, D).transpose(1, 2)
-                              for part in parts]
+                self.parts = [self._buffer(part, x.size(1)) for part in parts]
             for whole, part in zip(self.parts, parts):
                 whole[:, :, start:start + k_chunk] = part
 
     def rows(self, start, stop):
         return tuple(whole[:, :, start:stop] for whole in self.parts)
+
+    @staticmethod
+    def _buffer(like, T):
+        """Uninitialised (B, G, T, D): on CUDA with heads inside rows, as projections have them."""
+        B, G, _, D = like.shape
+        if like.device.type == "cpu":
+            return like.new_empty(B, G, T, D)
+        return like.new_empty(B, T, G, D).transpose(1, 2)
 
 
 def row_source(policy, project, x, k_chunk):
@@ -81,6 +87,15 @@ def key_tiles(start, stop, k_chunk):
     return [(a, min(a + k_chunk, stop)) for a in range(start, stop, k_chunk)]
 
 
+def head_rows(source, start, stop):
+    """k, v (B, G, t, D) of a source; on the CPU a head's rows lie one after the other, as its fused
+    kernel reads them 5% faster than with the other heads between."""
+    k, v = source.rows(start, stop)
+    if k.device.type != "cpu" or k.stride(2) == k.size(3):
+        return k, v
+    return k.contiguous(), v.contiguous()
+
+
 def attend_rows(q, source, start, stop, fixed_shapes):
     """Causal attention of rows [start, stop) over all rows up to each: q (B, H, t, D).
 
@@ -89,7 +104,7 @@ def attend_rows(q, source, start, stop, fixed_shapes):
     """
     diagonal = key_tiles(start, stop, source.k_chunk)
     if len(diagonal) == 1:
-        out, lse = tile_forward(q, *source.rows(start, stop), True, fixed_shapes)
+        out, lse = tile_forward(q, *head_rows(source, start, stop), True, fixed_shapes)
         if start == 0:
             return out, lse
         merged = out.to(torch.promote_types(out.dtype, torch.float32))
@@ -100,14 +115,30 @@ def attend_rows(q, source, start, stop, fixed_shapes):
         merged = torch.zeros_like(q, dtype=wide)  # nothing seen yet: a weight of exp(-inf)
         lse = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
         for a, b in diagonal:
-            k, v = source.rows(a, b)
+            k, v = head_rows(source, a, b)
             here, below = slice(a - start, b - start), slice(b - start, None)
             merge_(merged[:, :, here], lse[:, :, here],
                    *tile_forward(q[:, :, here], k, v, True, fixed_shapes))
             if b < stop:
-                merge_(merged[:, :, below], lse[:, :, below],
-                       *tile_forward(q[:, :, below], k, v, False, fixed_shapes))
+                merge_keys_(merged[:, :, below], lse[:, :, below], q[:, :, below], k, v,
+                            fixed_shapes)
             del k, v
     for a, b in key_tiles(0, start, source.k_chunk):
-        merge_(merged, lse, *tile_forward(q, *source.rows(a, b), False, fixed_shapes))
+        merge_keys_(merged, lse, q, *head_rows(source, a, b), fixed_shapes)
     return merged.to(q.dtype), lse
+
+
+def merge_keys_(merged, lse, q, k, v, fixed_shapes):
+    """Merge attention of q (B, H, t, D) over keys that all its rows may see into (merged, lse).
+
+    On the CPU ROWS of them at a time (more where there are many threads), so that what waits to be
+    merged is never as long as a tile: larger tiles then fit the same memory.
+    """
+    B, H, t, _ = q.shape
+    step = t
+    if q.device.type == "cpu":
+        step = max(ROWS, -(-ROWS * torch.get_num_threads() // (B * H)))
+    for a in range(0, t, step):
+        part = slice(a, a + step)
+        merge_(merged[:, :, part], lse[:, :, part],
+               *tile_forward(q[:, :, part], k, v, False, fixed_shapes))

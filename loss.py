@@ -11,7 +11,7 @@ import torch
 from torch._compile import _disable_dynamo as graph_break
 
 IGNORE = -1  # targets that do not count, as in nanoGPT
-CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 29}  # of logits at once, at most
+CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 30}  # of logits at once, at most
 
 
 def chunked_cross_entropy(hidden, weight, targets, norm=None):

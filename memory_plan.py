@@ -18,8 +18,9 @@ from dataclasses import replace
 
 import torch
 
+from attention_policies import ROWS
 from loss import chunk_rows
-from tiled import default_chunk, heads_at_once, tile_sizes
+from tiled import default_chunk, heads_at_once, mlp_rows, tile_sizes
 
 RESERVE = 0.1  # of the memory at hand, left free in advice
 
@@ -37,7 +38,7 @@ def predict_forward_peak(config, B, T, element_size=4, device_type="cpu"):
         attending = (4 + 2 / g) * stream + _workspace(config, T, device_type)
         return int(max(attending, (3 + inside) * stream))
     b, q, k = sizes
-    rows = B * T + b * _forward_scratch(config, q, k)
+    rows = B * T + b * _forward_scratch(config, q, k, device_type, training=False)
     if config.attention_policy != "recompute":
         rows += 2 / g * T * b
     return int(rows * config.n_embd * element_size + _workspace(config, q, device_type))
@@ -164,11 +165,14 @@ def _tiles(config, B, T, device_type, training):
     return min(B, max(1, q_chunk // min(T, q_chunk))), min(q_chunk, T), min(k_chunk, T)
 
 
-def _forward_scratch(config, q, k):
+def _forward_scratch(config, q, k, device_type, training):
     """Rows of C numbers that a tile of one sequence holds at once: its worst phase."""
     g, r = _ratios(config)
-    attending = max(2 * q + (1 + 2 / g) * k, 3 * q + 2 / g * k)
-    inside_mlp = (1.6 + 0.5 * r) * q
+    merging = min(q, max(k, ROWS)) if device_type == "cpu" else q  # attention yet to be merged
+    attending = max(2 * q + (1 + 2 / g) * k, 2 * q + merging + 2 / g * k)
+    if device_type == "cpu" and config.attention_policy == "recompute":
+        attending = max(attending, 2 * q + 4 / g * k)  # K and V, and them head by head
+    inside_mlp = q + (2.4 + 2 * r) * mlp_rows(q, device_type, training)
     filling = (1 + 4 / g) * k if config.attention_policy != "recompute" else 0
     return max(attending, inside_mlp, filling)
 
@@ -179,9 +183,11 @@ def _backward_peak(config, T, b, q, k, element_size, device_type):
     row = config.n_embd * element_size
     wide = 4 / element_size  # float32 beside numbers of the stream
     kept = 0 if config.attention_policy == "recompute" else 2 / g * T
-    attending = kept + _forward_scratch(config, q, k) if config.checkpoint_layers else 0
-    mlp_rows = q if device_type == "cuda" else q / 4
-    inside_mlp = kept * config.checkpoint_layers + (3 + 3 * r) * mlp_rows
+    attending = 0
+    if config.checkpoint_layers:
+        attending = kept + _forward_scratch(config, q, k, device_type, training=True)
+    at_once = q if device_type == "cuda" else q / 4
+    inside_mlp = kept * config.checkpoint_layers + (3 + 3 * r) * at_once
     heads = heads_at_once(config, T, q, b, device_type)
     share = heads / config.kv_heads
     stored = config.attention_policy != "recompute" or share < 1

@@ -11,7 +11,8 @@ checkpoint_layers) attention's output; all else is recomputed tile by tile (Chen
 arXiv 1604.06174, at the grain of a tile): see tiled_backward.py.
 
 Extra memory beyond x and the output, in numbers (b rows of the batch at once, q = q_chunk,
-k = k_chunk, G D = C/g):  forward  b (3 q C + 2 k C/g + 11 m C), m = q/4 the rows of an MLP tile;
+k = k_chunk, G D = C/g):  forward  the most of  b (3 q C + 2 k C/g), on the CPU 2 q C + 4 k C/g,
+and b (q C + 11 m C), m the rows of an MLP tile, q/4 or, on the CPU, down to q/8;
 `cache` and `grouped` add 2 T C/g for K and V;  backward, of n of the G key/value heads at once,
 adds the gradient of x, T C n/G float32 for dq and, unless `recompute` with n = G, as many for q.
 """
@@ -79,6 +80,13 @@ def few_launches(device, training):
     return device.type == "cuda" and training
 
 
+def mlp_rows(rows, device_type, training):
+    """Rows through the MLP at once, of a tile of `rows`: a quarter, or on the CPU fewer, as long as
+    they keep it busy; there nothing else would then be the peak of a forward pass."""
+    quarter = max(1, rows // 4)
+    return min(quarter, max(512, rows // 8)) if device_type == "cpu" and not training else quarter
+
+
 class Tiles:
     """One block's row tiles over x (B, T, C): how each part of it is computed."""
 
@@ -91,7 +99,7 @@ class Tiles:
         self.b_chunk = min(self.batch, max(1, self.q_chunk // tile))
         # rows through the MLP at once, in all
         few = few_launches(device, training)
-        self.m_chunk = self.q_chunk if few else max(1, self.b_chunk * tile // 4)
+        self.m_chunk = self.q_chunk if few else mlp_rows(self.b_chunk * tile, device.type, training)
         # nor is there anything to gain from parts where a tile holds whole sequences
         self.whole = few and block.config.checkpoint_layers and self.length <= self.q_chunk
         # cuDNN builds a plan for each shape: worth it where all tiles but the last are alike
