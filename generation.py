@@ -310,15 +310,21 @@ def calibration(model, rows=None, tokens=64, seed=0, text=None):
     """
     if text is not None:
         return partial(run_linears, model, text)
-    tokens = min(tokens, model.config.block_size)
     if rows is None:
         rows = max(64, min(512, 2**32 // sum(p.numel() for p in model.parameters())))
+    return partial(run_linears, model, own_text(model, rows, tokens, seed))
+
+
+def own_text(model, rows, tokens, seed=0):
+    """Texts (rows, tokens) int64 that the model writes, each from a token at random.
+
+    tokens: at most block_size of them.
+    """
     device = model.transformer.wte.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     text = torch.randint(model.config.vocab_size, (rows, 1), generator=generator, device=device)
-    if tokens > 1:
-        text = generate(model, text, tokens - 1, generator=generator)
-    return partial(run_linears, model, text)
+    tokens = min(tokens, model.config.block_size)
+    return text if tokens == 1 else generate(model, text, tokens - 1, generator=generator)
 
 
 @torch.no_grad()

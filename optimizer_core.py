@@ -162,7 +162,10 @@ class MemoryOptimizer(torch.optim.Optimizer):
                     f"sharded weights of shape {tuple(p.shape)}: momentum in 8 or 4 bits can only "
                     f"be saved where a row is a multiple of {BLOCK} numbers; use momentum_bits=16"
                 )
-        return super().state_dict() | {"skipped_steps": self.skipped_steps}
+        state = super().state_dict() | {"skipped_steps": self.skipped_steps}
+        if self.fused is not None and self.fused.norm is not None:
+            state["gradient_norm"] = self.fused.norm
+        return state
 
     def load_state_dict(self, state_dict):
         """As torch's, but state keeps the dtype it was saved in (torch casts it to the
@@ -183,6 +186,8 @@ class MemoryOptimizer(torch.optim.Optimizer):
         except ValueError as error:
             raise UserError(f"this optimizer state does not fit the model: {error}") from None
         self.skipped_steps = state_dict.get("skipped_steps", 0)
+        if self.fused is not None:
+            self.fused.norm = state_dict.get("gradient_norm")
         saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         params = [p for group in self.param_groups for p in group["params"]]
         for saved_id, p in zip(saved_ids, params):

@@ -16,10 +16,10 @@ def make_optimizer(settings, model, runtime):
     options = parse_options(settings.optimizer_options)
     check_option_types(settings.optimizer_variant, options)
     if options.get("fused_backward"):  # gradients are gone before anything could use them
-        for name, wanted in (("grad_clip", 0.0), ("gradient_accumulation_steps", 1)):
-            if getattr(settings, name) != wanted:
-                raise UserError(f"fused_backward=True needs {name}={wanted}, not "
-                                f"{getattr(settings, name)}")
+        options["grad_clip"] = settings.grad_clip
+        if settings.gradient_accumulation_steps != 1:
+            raise UserError("fused_backward=True needs gradient_accumulation_steps=1, not "
+                            f"{settings.gradient_accumulation_steps}")
         if runtime.dtype == torch.float16:
             raise UserError("fused_backward=True cannot unscale float16 gradients: use bfloat16")
     betas = None

@@ -47,7 +47,7 @@ VARIANTS = {
     ),
     "adamsn": Variant(
         "Adam with one second moment per output row of a linear weight: 4 bytes there, 8 elsewhere",
-        AdamSN, 4e-3, 4e-3,
+        AdamSN, 4e-3, 8e-3,
     ),
     "adamsn8": Variant(
         "adamsn on embeddings too, momentum in 8 bits: about 1.1 bytes",
@@ -83,7 +83,7 @@ EMBEDDING_OPTIONS = {Adafactor: ("momentum", "factored")}
 
 def build_optimizer(
     model, variant, learning_rate=None, weight_decay=0.1, betas=None, embedding_lr=None, *,
-    partition=None, embedding_partition=None, fused_backward=False, **options,
+    partition=None, embedding_partition=None, fused_backward=False, grad_clip=0.0, **options,
 ):  # fmt: skip
     """The optimizer `variant` for any nn.Module. Every group has a `name` and an `initial_lr`.
 
@@ -101,7 +101,8 @@ def build_optimizer(
     embedding_momentum   adafactor: momentum of embeddings and vectors alone, 2% of GPT-2's weights
                          or so; momentum_bits is theirs too
     embedding_factored   adafactor: False gives embeddings a second moment an element
-    fused_backward       update inside backward (low_byte.py); update_clip defaults to 1
+    fused_backward       update inside backward (low_byte.py)
+    grad_clip            with fused_backward: its max_norm; 0: update_clip defaults to 1 instead
     options              of the variant's class, e.g. momentum_bits=8, foreach=False, compile=True
 
     Raises UserError for an unknown variant or option, and for hyperparameters without meaning.
@@ -150,7 +151,7 @@ def build_optimizer(
         options["beta2"] = options.pop("betas")[1]
     if partition is not None and recipe.cls is not AdamSN:
         raise UserError(f"{variant} has no partition: it is adamsn's")
-    if fused_backward:
+    if fused_backward and not grad_clip:
         options.setdefault("update_clip", 1.0)
     if recipe.cls is torch.optim.AdamW:
         return torch_adamw(groups, options, fused_backward)
@@ -158,7 +159,7 @@ def build_optimizer(
     known |= {f"embedding_{name}" for name in EMBEDDING_OPTIONS.get(recipe.cls, ())}
     check_options(variant, options, known - {"params", "lr", "weight_decay", "common"})
     optimizer = recipe.cls(groups, lr=learning_rate, **options)
-    return fuse_into_backward(optimizer) if fused_backward else optimizer
+    return fuse_into_backward(optimizer, grad_clip) if fused_backward else optimizer
 
 
 def torch_adamw(groups, options, fused_backward):

@@ -23,6 +23,7 @@ from errors import UserError, exit_cleanly
 from generation import bytes_read, calibration, check_settings, generate
 from int4 import GROUP_SIZES, Int4Linear, quantize_, storage_bits
 from int4_files import load_int4, save_int4
+from int4_tuning import quantize_and_tune_
 from pretrained import load_pretrained
 from pretrained_export import export_pretrained
 from pretrained_text import PretrainedText, copy_text_files, load_pretrained_text
@@ -40,6 +41,7 @@ class Settings:
     attention_policy: str | None = None  # cache | grouped | recompute; None: as trained
     int4: bool = False  # pack the linear layers' weights in 4 bits
     group_size: int = 32  # weights that share a scale in 4 bits: 32 | 64 | 128
+    int4_tune: int = 0  # steps that fit 4-bit scales to the exact model's predictions, e.g. 600
     save_int4: str | None = None  # write the 4-bit model to this .safetensors file
     export: str | None = None  # write the model to this folder for transformers, and stop
     # the text
@@ -105,8 +107,11 @@ def check(settings):
         raise UserError(f"kv_bits={settings.kv_bits}: use 8, 4, or None for an exact cache")
     if settings.group_size not in GROUP_SIZES:
         raise UserError(f"group_size={settings.group_size}: use 32, 64 or 128")
-    if settings.save_int4 and not settings.int4:
-        raise UserError("save_int4 needs --int4=True")
+    for name in ("save_int4", "int4_tune"):
+        if getattr(settings, name) and not settings.int4:
+            raise UserError(f"{name} needs --int4=True")
+    if settings.int4_tune < 0:
+        raise UserError(f"int4_tune={settings.int4_tune}: a number of steps, or 0 for none")
     if settings.export and settings.int4:
         raise UserError("export writes float weights; leave out int4")
 
@@ -174,13 +179,23 @@ def set_policy(model, policy):
 def quantise(model, settings, notes):
     """Pack the model in 4 bits, rounded on a text of its own; save it if asked to."""
     began = time.perf_counter()
-    quantize_(model, settings.group_size, calibration(model))
+    if settings.int4_tune:
+        quantize_and_tune_(model, settings.group_size, settings.int4_tune, report=say_tuning)
+    else:
+        quantize_(model, settings.group_size, calibration(model))
     print(f"rounded to {storage_bits(model):.3g} bits a weight in "
           f"{time.perf_counter() - began:.1f} s")
     if settings.save_int4:
         save_int4(model, settings.save_int4, notes)
         size = Path(settings.save_int4).stat().st_size
         print(f"saved {settings.save_int4} ({size / 1e6:.1f} MB); next time give it as init_from")
+
+
+def say_tuning(step, steps, divergence):
+    """A line ten times on the way."""
+    if (step + 1) % max(1, steps // 10) == 0:
+        print(f"fitting 4-bit scales, step {step + 1} of {steps}: {divergence:.5f} nats a token "
+              "from the exact model", flush=True)
 
 
 def write(model, text, ids, settings, runtime):

@@ -44,7 +44,13 @@ from runtime import (
     setup_runtime,
 )
 from starting_point import adopt_model_args, build_model, check_dataset, resumed_settings
-from training_log import StepClock, TrainingLog, advise_oom, startup_summary
+from training_log import (
+    StepClock,
+    TrainingLog,
+    advise_oom,
+    startup_summary,
+    updates_inside_backward,
+)
 
 
 @dataclass
@@ -262,13 +268,16 @@ class Trainer:
                 loss = self.parallel(x, y)[1] / count
             self.scaler.scale(loss).backward()
             total = total + loss.detach()
-        if settings.grad_clip > 0:
+        inside = updates_inside_backward(self.optimizer)  # there gradients are gone by now
+        if settings.grad_clip > 0 and not inside:
             self.scaler.unscale_(self.optimizer)
             self.norm = torch.nn.utils.clip_grad_norm_(
                 self.raw_model.parameters(), settings.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if inside:
+            self.norm = self.optimizer.fused.norm
         return total
 
     def micro_batches(self):

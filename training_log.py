@@ -254,7 +254,7 @@ def low_byte_advice(settings):
     several = settings.gradient_accumulation_steps > 1
     return ("; weights, gradients and optimizer state shrink by --param_dtype=bfloat16 "
             "--optimizer_variant=muonsn8" + ("" if several else
-            ", further by --optimizer_options=fused_backward=True --grad_clip=0"))
+            ", further by --optimizer_options=fused_backward=True"))
 
 
 def clock_time(seconds):

@@ -13,6 +13,8 @@ rounded, the head's copy too:
     clipping range        ours from the weights alone (int4_rounding.fit_groups)
     calibrated            ours on a text that the model writes itself, once for each seed
     calibrated on data    ours on SAMPLE tokens of the training split: text like that measured
+    calibrated, fitted    then scales and zeros fitted to the exact model's predictions
+                          (int4_tuning.py), `tune` steps: the character model, groups of 32
 
 Keys and values: each window decoded token by token from a cache, so that every prediction sees
 quantised rows but for the newest RECENT; SmolLM2's predictions count from CONTEXT tokens on.
@@ -42,6 +44,7 @@ from errors import UserError, exit_cleanly
 from experiments.common import RESULTS, provenance, read_csv, write_csv
 from generation import calibration
 from int4 import GROUP_SIZES, dequantize, quantize_
+from int4_tuning import quantize_and_tune_
 from kv_cache import build_cache
 from model import GPT, GPTConfig
 from pretrained import load_pretrained
@@ -64,6 +67,7 @@ class Settings:
     windows: int = 8  # of the text, for the published weights
     tokens: int = 768  # in each window
     seeds: int = 4  # calibration texts tried
+    tune: int = 600  # steps of fitting, two minutes each time; 0: leave them out
     part: str = "all"  # all | characters | pretrained | seconds: the others' rows stay
     out: str = str(RESULTS / "generation_quality.csv")  # where the rows go
 
@@ -80,7 +84,7 @@ def main(argv=None):
     if settings.part in ("all", "characters"):
         model = model_from_checkpoint(load_checkpoint(Path(settings.out_dir) / "ckpt.pt")).eval()
         batches = list(dataset.full_split_batches("val", model.config.block_size, ROWS))
-        rows = measure("characters", model, batches, 0, settings.seeds,
+        rows = measure("characters", model, batches, 0, settings.seeds, tune=settings.tune,
                        sample=sample(dataset.split("train"), model.config.block_size))
         replace(settings.out, rows, origin)
     if settings.part in ("all", "pretrained") and settings.pretrained:
@@ -134,10 +138,11 @@ def sample(ids, block_size):
     return torch.tensor(ids[:SAMPLE // tokens * tokens]).long().view(-1, tokens)
 
 
-def measure(name, model, batches, context, seeds, groups=GROUP_SIZES, sample=None):
+def measure(name, model, batches, context, seeds, groups=GROUP_SIZES, sample=None, tune=0):
     """Rows (dicts) of every rounding of the model's weights, then of its keys and values.
 
-    sample (rows, tokens) int64: text to calibrate on, besides the model's own.
+    sample (rows, tokens) int64: text to calibrate on, besides the model's own. tune: steps of
+    fitting at the smallest group, or none.
     """
     rows = []
 
@@ -168,6 +173,12 @@ def measure(name, model, batches, context, seeds, groups=GROUP_SIZES, sample=Non
             quantize_(rounded, group, calibration(rounded, seed=seed))
             seconds = round(time.perf_counter() - began, 1)
             report("weights", "calibrated", group, bits, quality(rounded), exact, seed, seconds)
+            if tune and group == min(groups):
+                rounded, began = copy.deepcopy(model), time.perf_counter()
+                quantize_and_tune_(rounded, group, tune, seed)
+                seconds = round(time.perf_counter() - began, 1)
+                report("weights", "calibrated, fitted", group, bits, quality(rounded), exact, seed,
+                       seconds)
         if sample is not None:
             rounded = copy.deepcopy(model)
             quantize_(rounded, group, calibration(rounded, text=sample))

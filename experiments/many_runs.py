@@ -31,7 +31,8 @@ class Setup:
     batch_size: int
     iterations: int
     warmup: int = 100
-    clip: float = 1.0
+    clip: float = 1.0  # of the norm of all gradients
+    clip_late: bool = False  # by the norm of the step before
     weight_decay: float = 0.1
     betas: tuple = (0.9, 0.99)
     eval_interval: int | None = None  # None: the validation loss is taken once, at the end
@@ -49,10 +50,11 @@ SEED = dict(block_size=64, n_layer=4, n_head=4, n_embd=128)
 SETUPS = {
     # 0.8M parameters: the model of a CPU's few minutes
     "seed": Setup("seed", SEED, 12, 2000),
-    # the same with weights, gradients and products in bfloat16; then also without the global clip,
-    # as an update inside backward has it
+    # the same with weights, gradients and products in bfloat16; then also with gradients clipped as
+    # updates inside backward have it, or not at all
     "seed_bf16": Setup("seed_bf16", SEED, 12, 2000, weights=torch.bfloat16),
-    "seed_fused": Setup("seed_fused", SEED, 12, 2000, clip=0.0, weights=torch.bfloat16),
+    "seed_fused": Setup("seed_fused", SEED, 12, 2000, clip_late=True, weights=torch.bfloat16),
+    "seed_unclipped": Setup("seed_unclipped", SEED, 12, 2000, clip=0.0, weights=torch.bfloat16),
     # 10.7M: nanoGPT's config/train_shakespeare_char.py (published best validation loss 1.4697) in
     # a fifth of its iterations, 16 passes over the text: in more, the best only overfit sooner
     "char384": Setup("char384", dict(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
@@ -205,7 +207,7 @@ def train_runs(setup, runs, text, build, device="cpu", graph=None, report=None):
     if device.type == "cuda":
         torch.cuda.manual_seed(runs[0].seed)  # dropout's noise
     step = Step(stack, train, setup.batch_size, block_size, setup.clip, setup.dtype, graph,
-                setup.compile)
+                setup.compile, setup.clip_late)
     last = torch.zeros(len(runs), device=device)
     curve = {}  # iteration -> validation losses (M,)
     started = time.perf_counter()

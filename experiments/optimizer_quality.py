@@ -49,7 +49,7 @@ CLIMBS = 4  # largest number of times a grid is extended
 class Settings:
     input: str = "data/shakespeare_char"  # prepared dataset, or a text file
     variants: str = "ours,peers"  # ours | peers | ablation_* | name[:key=value+...], by commas
-    setup: str = "seed"  # seed | seed_bf16 | seed_fused | char384 | bpe51m, see many_runs.py
+    setup: str = "seed"  # seed | seed_bf16 | seed_fused | ... | char384 | bpe51m, see many_runs.py
     out: str = str(RESULTS / "optimizer_quality.csv")  # rows are added to this file
     grid_seeds: int = 2  # seeds of each grid setting
     confirm_seeds: int = 5  # fresh seeds of the best setting; 0: the grid alone

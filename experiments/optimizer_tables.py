@@ -19,12 +19,25 @@ LOSSES = ["validation loss", "against tuned AdamW", "p (paired)", "seeds", "stat
           "lr: linear / rest"]
 
 
+ABLATED = ("column_norm=False", "nu=")  # options whose worth docs/RESULTS.md shows, not the README
+
+
 @table("optimizers", "optimizer_quality_summary.csv")
 def optimizers(rows):
     """Each variant at the best of its own grid, on fresh seeds."""
+    return optimizers_all([row for row in rows if not ablated(row)])
+
+
+@table("optimizers_all", "optimizer_quality_summary.csv")
+def optimizers_all(rows):
+    """The same with options that other rows are without."""
     rows = [row for row in rows if row["setup"] == "seed"]
     return markdown(["optimizer", *LOSSES],
                     [[f"`{row['variant']}`", *cells] for row, cells in losses(rows)])
+
+
+def ablated(row):
+    return any(option in row["variant"] for option in ABLATED)
 
 
 SETUPS = {  # (setup, iterations) -> what the table calls it
@@ -38,7 +51,8 @@ def optimizers_larger(rows):
     """The same for larger models."""
     lines = []
     for key, name in SETUPS.items():
-        mine = [row for row in rows if (row["setup"], row["iterations"]) == key]
+        mine = [row for row in rows if (row["setup"], row["iterations"]) == key
+                and not ablated(row)]
         lines += [[name, f"`{row['variant']}`", *cells] for row, cells in losses(mine)]
     return markdown(["setup", "optimizer", *LOSSES], lines)
 
@@ -49,17 +63,21 @@ def low_byte(rows):
     same rates."""
     names = {"seed": "float32, clipped by the norm of all gradients",
              "seed_bf16": "bfloat16, rounded stochastically; the same clip",
-             "seed_fused": "bfloat16, each tensor's update clipped, as inside backward"}
-    found = {setup: {(row["learning_rate"], row["embedding_lr"], row["seed"]): row["best_val_loss"]
-                     for row in rows if row["setup"] == setup and row["variant"] == "muonsn8"
-                     and row["seed"] > 1000 and row["iterations"] == 2000}
-             for setup in names}
-    runs = sorted(set.intersection(*(set(losses) for losses in found.values())))
-    reference = [found["seed"][run] for run in runs]
+             "seed_fused": "bfloat16, clipped by the norm of the step before, as inside backward",
+             "seed_unclipped": "bfloat16, each tensor's update clipped instead (`grad_clip=0`)"}
+    found = {setup: {} for setup in names}
+    for row in rows:
+        mine = row["variant"] in ("muonsn8", "muonsn8:update_clip=1.0")
+        if mine and row["setup"] in names and row["seed"] > 1000 and row["iterations"] == 2000:
+            run = row["learning_rate"], row["embedding_lr"], row["seed"]
+            found[row["setup"]][run] = row["best_val_loss"]
     lines = []
     for setup, name in names.items():
+        runs = sorted(found[setup].keys() & found["seed"].keys())
+        if not runs:
+            continue
         mine = [found[setup][run] for run in runs]
-        difference, half, _ = paired_difference(mine, reference)
+        difference, half, _ = paired_difference(mine, [found["seed"][run] for run in runs])
         lines.append([name, f"{sum(mine) / len(mine):.4f}",
                       "–" if setup == "seed" else f"{difference:+.4f} ± {half:.4f}", len(runs)])
     return markdown(["`muonsn8`, weights", "validation loss", "against float32", "seeds"], lines)

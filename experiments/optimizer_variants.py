@@ -150,14 +150,10 @@ def build(cohorts, setup):
 
 
 def build_ours(run, cohort, setup):
-    """build_optimizer on one cohort's replicas, with the setup's decay and second beta.
-
-    Where no global norm is clipped, each tensor's update is, as with fused_backward."""
+    """build_optimizer on one cohort's replicas, with the setup's decay and second beta."""
     name, options = parse_options(run.variant)
     beta1, _ = VARIANTS[name].options.get("betas", setup.betas)
     options = {"weight_decay": setup.weight_decay, "betas": (beta1, setup.betas[1])} | options
-    if not setup.clip:
-        options = {"update_clip": 1.0} | options
     return build_optimizer(cohort.module, name, learning_rate=run.learning_rate,
                            embedding_lr=run.embedding_lr, **options)
 

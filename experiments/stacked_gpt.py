@@ -89,17 +89,22 @@ class StackedGPT:
         losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
         return losses.view(M, -1).mean(1)
 
-    def backward(self, losses, clip=1.0):
+    def backward(self, losses, clip=1.0, before=None):
         """Fill every weight's .grad, each replica's clipped to the norm `clip` (0: unclipped).
 
-        losses: (M,) from `losses()`; returned detached. Nothing here waits for the device.
+        losses: (M,) from `losses()`; returned detached. before (M,): the norms of the step before,
+        to clip by those as low_byte.py does; this step's take their place. Nothing here waits for
+        the device.
         """
         weights = list(self.weights.values())
         grads = torch.autograd.grad(losses.sum(), weights)
         scale = torch.ones_like(losses)
         if clip:  # as torch.nn.utils.clip_grad_norm_ does, for each replica
             squares = torch.stack([g.flatten(1).float().square().sum(1) for g in grads])  # (n, M)
-            scale = (clip / (squares.sum(0).sqrt() + 1e-6)).clamp(max=1.0)
+            norms = squares.sum(0).sqrt()
+            scale = (clip / ((norms if before is None else before) + 1e-6)).clamp(max=1.0)
+            if before is not None:
+                before.copy_(norms)
         for weight, grad in zip(weights, grads):
             torch.mul(grad, scale.view(-1, *[1] * (grad.dim() - 1)), out=weight.grad)
         return losses.detach()
@@ -141,17 +146,21 @@ class Step:
     tokens: (n,) int64 on the device. `step(offsets)` with offsets (M, B) int64 leaves gradients in
     the stack and returns the losses (M,), valid until the next call. With graph=True (CUDA) the
     whole step is recorded once and replayed, so that its hundreds of kernels cost one launch;
-    compile=True fuses its element-wise parts first, which pays for larger models.
+    compile=True fuses its element-wise parts first, which pays for larger models. late=True clips
+    by the norm of the step before.
     """
 
     def __init__(self, stack, tokens, batch_size, block_size, clip=1.0, dtype=torch.float32,
-                 graph=False, compile=False):
+                 graph=False, compile=False, late=False):
         self.stack, self.tokens, self.clip, self.dtype = stack, tokens, clip, dtype
         self.losses_of = torch.compile(stack.losses, dynamic=False) if compile else stack.losses
         self.window = torch.arange(block_size + 1, device=tokens.device)
         self.offsets = torch.zeros(len(stack.replicas), batch_size, dtype=torch.int64,
                                    device=tokens.device)
+        self.norms = torch.zeros(len(stack.replicas), device=tokens.device) if late else None
         self.graph = self._record() if graph else None
+        if late:
+            self.norms.zero_()  # what recording left: the first step is not clipped
 
     def __call__(self, offsets):
         self.offsets.copy_(offsets, non_blocking=True)
@@ -165,7 +174,7 @@ class Step:
         with torch.autocast(self.tokens.device.type, dtype=torch.bfloat16,
                             enabled=self.dtype == torch.bfloat16, cache_enabled=False):
             losses = self.losses_of(text[..., :-1], text[..., 1:])
-        return self.stack.backward(losses, self.clip)
+        return self.stack.backward(losses, self.clip, self.norms)
 
     def _record(self):
         stream = torch.cuda.Stream()

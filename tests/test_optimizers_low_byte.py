@@ -188,6 +188,34 @@ def test_fused_backward_is_the_same_update(cls):
         assert torch.allclose(p, q, atol=1e-6)
 
 
+@pytest.mark.parametrize("cls", [AdamSN, MuonSN])
+def test_fused_backward_clips_by_the_norm_of_the_step_before(cls):
+    x = torch.randn(8, 16, generator=generator())
+    nets = [small_net(), small_net()]
+    plain, fused = (cls(net.parameters(), lr=1e-2) for net in nets)
+    fuse_into_backward(fused, max_norm=0.05)
+    before, scales = None, []
+    for i in range(6):
+        if i == 3:  # what is needed travels with the state
+            fused.load_state_dict(fused.state_dict())
+        for net, optimizer in zip(nets, (plain, fused)):
+            (net(x).square().mean() * 0.2**i).backward()
+            if optimizer is plain:
+                norm = torch.stack([p.grad.norm() for p in net.parameters()]).norm()
+                scales.append(1.0 if before is None else min(1.0, 0.05 / (before + 1e-6)))
+                for p in net.parameters():
+                    p.grad *= scales[-1]
+                before = norm.item()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert fused.fused.norm.item() == pytest.approx(before, rel=1e-4)
+    assert scales[1] < 0.5 and scales[-1] == 1.0
+    for p, q in zip(nets[0].parameters(), nets[1].parameters()):
+        assert torch.allclose(p, q, atol=1e-5)
+    with pytest.raises(UserError, match="max_norm must not be negative"):
+        fuse_into_backward(cls(small_net().parameters()), max_norm=-1.0)
+
+
 def test_fused_backward_goes_on_after_a_state_is_loaded():
     nets = [small_net(), small_net()]
     x = torch.randn(8, 16, generator=generator())

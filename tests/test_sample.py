@@ -144,6 +144,8 @@ MISTAKES = [
     (["--group_size=48"], "group_size=48"),
     (["--int4=True", "--group_size=128"], "does not divide the 64 inputs"),
     (["--save_int4=x.safetensors"], "needs --int4=True"),
+    (["--int4_tune=5"], "int4_tune needs --int4=True"),
+    (["--int4=True", "--int4_tune=-5"], "int4_tune=-5"),
     (["--int4=True", "--export=x"], "export writes float weights"),
     (["--attention_policy=grouped"], "fewer key/value heads"),
     (["--attention_policy=magic"], "unknown attention_policy 'magic'"),

@@ -68,6 +68,24 @@ def test_replicas_are_views():
                                rtol=1e-5, atol=1e-6)
 
 
+def test_late_clipping_is_by_the_norm_of_the_step_before():
+    config = GPTConfig(**CONFIG)
+    stack = StackedGPT(config, SEEDS)
+    tokens = torch.randint(config.vocab_size, (200,))
+    plain = Step(stack, tokens, batch_size=2, block_size=16, clip=0)
+    late = Step(stack, tokens, batch_size=2, block_size=16, clip=1e-2, late=True)
+    before = None
+    for start in (0, 50, 100):
+        offsets = start + torch.arange(6).view(3, 2)
+        plain(offsets)
+        grads = {name: weight.grad.clone() for name, weight in stack.weights.items()}
+        late(offsets)
+        for name, weight in stack.weights.items():
+            scale = 1.0 if before is None else (1e-2 / before).view(-1, *[1] * (weight.dim() - 1))
+            torch.testing.assert_close(weight.grad, grads[name] * scale, rtol=1e-3, atol=1e-8)
+        before = sum(grad.flatten(1).square().sum(1) for grad in grads.values()).sqrt()
+
+
 def test_slices_share_memory_and_gradients():
     config = GPTConfig(**CONFIG)
     stack = StackedGPT(config, SEEDS)
