@@ -64,6 +64,7 @@ class StoredRows(RecomputedRows):
                 self.parts = [self._buffer(part, x.size(1)) for part in parts]
             for whole, part in zip(self.parts, parts):
                 whole[:, :, start:start + k_chunk] = part
+            del parts, part  # before the next chunk's are made
 
     def rows(self, start, stop):
         return tuple(whole[:, :, start:stop] for whole in self.parts)

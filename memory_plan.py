@@ -38,10 +38,11 @@ def predict_forward_peak(config, B, T, element_size=4, device_type="cpu"):
         attending = (4 + 2 / g) * stream + _workspace(config, T, device_type)
         return int(max(attending, (3 + inside) * stream))
     b, q, k = sizes
-    rows = B * T + b * _forward_scratch(config, q, k, device_type, training=False)
+    row = config.n_embd * element_size
+    rows = B * T + b * _forward_scratch(config, T, q, k, device_type, False, b * row)
     if config.attention_policy != "recompute":
         rows += 2 / g * T * b
-    return int(rows * config.n_embd * element_size + _workspace(config, q, device_type))
+    return int(rows * row)
 
 
 def predict_block_peak(config, B, T, element_size=4, device_type="cpu"):
@@ -165,15 +166,27 @@ def _tiles(config, B, T, device_type, training):
     return min(B, max(1, q_chunk // min(T, q_chunk))), min(q_chunk, T), min(k_chunk, T)
 
 
-def _forward_scratch(config, q, k, device_type, training):
-    """Rows of C numbers that a tile of one sequence holds at once: its worst phase."""
+def _forward_scratch(config, T, q, k, device_type, training, unit=0):
+    """Rows of C numbers that a tile of one sequence holds at once: its worst phase.
+
+    unit: bytes of such a row, to count what the attention kernel works in; 0: do not.
+    """
     g, r = _ratios(config)
-    merging = min(q, max(k, ROWS)) if device_type == "cpu" else q  # attention yet to be merged
-    attending = max(2 * q + (1 + 2 / g) * k, 2 * q + merging + 2 / g * k)
-    if device_type == "cpu" and config.attention_policy == "recompute":
-        attending = max(attending, 2 * q + 4 / g * k)  # K and V, and them head by head
+    streams = 2 * q  # queries, and attention merged so far
+    if k >= q:  # a first tile has nothing to merge, and there may be few rows after it
+        streams = max(q, 2 * min(q, T - q))
+    merging = q if T > q else q - k  # rows of attention yet to be merged
+    merging = max(min(k, q), min(merging, ROWS) if device_type == "cpu" else merging)
+    kernel = _workspace(config, merging, device_type) / unit if unit else 0
+    making = keys = 0
+    if config.attention_policy == "recompute":
+        keys = 2 / g * k
+        making = (1 + 2 / g) * k  # the normed rows, and K and V
+        if device_type == "cpu":
+            making = max(making, 2 * keys)  # or K and V, and them head by head
+    attending = streams + max(making, merging + keys + kernel)
     inside_mlp = q + (2.4 + 2 * r) * mlp_rows(q, device_type, training)
-    filling = (1 + 4 / g) * k if config.attention_policy != "recompute" else 0
+    filling = (1 + 2 / g) * k if config.attention_policy != "recompute" else 0
     return max(attending, inside_mlp, filling)
 
 
@@ -185,7 +198,7 @@ def _backward_peak(config, T, b, q, k, element_size, device_type):
     kept = 0 if config.attention_policy == "recompute" else 2 / g * T
     attending = 0
     if config.checkpoint_layers:
-        attending = kept + _forward_scratch(config, q, k, device_type, training=True)
+        attending = kept + _forward_scratch(config, T, q, k, device_type, training=True)
     at_once = q if device_type == "cuda" else q / 4
     inside_mlp = kept * config.checkpoint_layers + (3 + 3 * r) * at_once
     heads = heads_at_once(config, T, q, b, device_type)

@@ -11,7 +11,8 @@ def losses(rows):
         yield row, [
             f"{row['val_loss']:.4f} ± {row['interval']:.4f}",
             "–" if reference else f"{row['to_adamw']:+.4f} ± {row['to_adamw_interval']:.4f}",
-            "–" if reference else f"{row['p']:.1g}", row["seeds"], f"{row['state_percent']:.1f}%",
+            "–" if reference else "< 1e-15" if row["p"] < 1e-15 else f"{row['p']:.1g}",
+            row["seeds"], f"{row['state_percent']:.1f}%",
             f"{row['learning_rate']:g} / {row['embedding_lr']:g}"]
 
 

@@ -80,6 +80,18 @@ def attention_defaults(rows):
                        for mode in dict.fromkeys(row["mode"] for row in rows))
 
 
+@table("attention_predicted", "attention_scaling.csv")
+def attention_predicted(rows):
+    """The formula's peak of a forward pass beside the allocator's."""
+    rows = [row for row in rows if row["predicted_MB"] is not None]
+    policies = list(dict.fromkeys(row["policy"] for row in rows))
+    cells = {(row["seq"], row["policy"]): f"{row['predicted_MB']:.1f} / {row['peak_MB']:.1f} MB"
+             for row in rows}
+    return markdown(["T", *policies],
+                    [[f"{T:,}", *(cells.get((T, policy), "–") for policy in policies)]
+                     for T in sorted({row["seq"] for row in rows})]) + made_on(rows[0])
+
+
 @table("attention_fit", "attention_scaling_fit.csv")
 def attention_fit(rows):
     """How the peak grows: streams of T C numbers, and what does not grow at all."""

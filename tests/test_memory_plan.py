@@ -7,8 +7,14 @@ import pytest
 import torch
 
 import training_log
+from measure import block_config, block_peak, build_block, forward, random_input
 from memory import measure_peak, tensor_bytes
-from memory_plan import advise_oom, predict_forward_peak, predict_training_peak
+from memory_plan import (
+    advise_oom,
+    predict_block_peak,
+    predict_forward_peak,
+    predict_training_peak,
+)
 from model import GPT, GPTConfig
 from optimizers import build_optimizer
 
@@ -60,6 +66,18 @@ def test_predictions_hold_against_measured_peaks(name, B, T):
     forward, training = measured(config, B, T)
     assert 0.9 < predict_forward_peak(config, B, T) / forward < 1.35
     assert 0.9 < predict_training_peak(config, B, T) / training < 1.35
+
+
+@pytest.mark.parametrize("policy", ["cache", "grouped", "recompute"])
+@pytest.mark.parametrize("T, q_chunk, k_chunk", [
+    (512, 1024, 512), (1024, 1024, 512), (1536, 1024, 1024), (4096, 1024, 512), (4096, 2048, 2048),
+])
+def test_a_blocks_forward_peak_is_known_to_a_few_percent(policy, T, q_chunk, k_chunk):
+    config = block_config(policy, T, 256, 8, None, q_chunk, k_chunk)
+    block, _ = build_block(config)
+    x = random_input(config, 1, T)
+    peak = block_peak(lambda: forward(block, x), block, x)
+    assert predict_block_peak(config, 1, T) == pytest.approx(peak, rel=0.03)
 
 
 def test_a_large_vocabulary_costs_one_chunk_of_logits_not_all_of_them():
