@@ -66,6 +66,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if needs_grad:
                     torch.mm(grad, head, out=grad_hidden[start:start + rows])
                     _add_product(grad_weight, grad, h, beta=float(start > 0))
+                del logits, grad  # before the next chunk's are made
         if needs_grad:
             if not len(hidden):
                 grad_weight.zero_()

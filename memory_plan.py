@@ -82,7 +82,7 @@ def predict_training_peak(config, B, T, element_size=4, device_type="cpu", gradi
     head = V * C * 4  # float32 gradient of the tied head, then in the weights' own numbers
     head_kept = V * C * gradient_size
     standing = 0 if fused_backward else (L - 1) * layer_weights * gradient_size
-    copies = 1 if device_type == "cuda" else 3  # logits, softmax and their temporaries
+    copies = 1 if device_type == "cuda" else 2  # logits, and what their softmax goes through
     logits = copies * chunk_rows(B * T, V, device_type, element_size) * V * element_size
     all_saved = L * saved * B * T
     in_loss = all_saved + 3 * row * B * T + head + max(logits, head)

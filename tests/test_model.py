@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from errors import UserError
 from gpt_config import config_from_dict
 from kv_cache import build_cache
-from loss import chunked_cross_entropy
+from loss import chunk_rows, chunked_cross_entropy
+from memory import measure_peak
 from model import GPT, GPTConfig
 
 SMALL = dict(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=32)
@@ -142,6 +143,19 @@ def test_chunked_loss_is_cross_entropy(dtype, tolerance, monkeypatch):
         assert a.dtype == dtype and relative_error(a, b) < tolerance
     with torch.no_grad():
         assert relative_error(chunked_cross_entropy(hidden, weight, targets), expected) < tolerance
+
+
+def test_one_chunk_of_logits_is_alive_at_a_time():
+    def peak(chunks):
+        hidden = torch.randn(512 * chunks, 16, requires_grad=True)
+        weight = torch.randn(8192, 16, requires_grad=True)
+        targets = torch.randint(8192, (len(hidden),))
+        return measure_peak(lambda: chunked_cross_entropy(hidden, weight, targets))
+
+    chunk = 512 * 8192 * 4
+    assert chunk_rows(4 * 512, 8192, "cpu") == 512
+    one, four = peak(1), peak(4)
+    assert four - one < 0.1 * chunk and one < 2.2 * chunk
 
 
 def test_chunked_loss_gradcheck():
