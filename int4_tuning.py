@@ -41,6 +41,7 @@ def quantize_and_tune_(model, group_size=32, steps=300, seed=0, report=None):
     generator = torch.Generator().manual_seed(seed)
     layers = [TunedLayer(m) for m in model.modules() if isinstance(m, Int4Linear)]
     groups = [dict(params=[layer.scale, layer.zero], lr=RATE * layer.unit) for layer in layers]
+    tuned = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     with tuned_forwards(layers):
@@ -48,7 +49,7 @@ def quantize_and_tune_(model, group_size=32, steps=300, seed=0, report=None):
             at = torch.randint(len(text), (at_once,), generator=generator)
             loss = divergence(model, exact, text[at.to(text.device)])
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward(inputs=tuned)  # and no one else's gradients
             optimizer.step()
             decay.step()
             if report:

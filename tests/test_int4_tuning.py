@@ -33,6 +33,7 @@ def test_fitted_scales_are_nearer_to_the_exact_predictions(model, tmp_path):
     quantize_(rounded, 32, calibration(rounded))
     steps = []
     fitted = quantize_and_tune_(model, 32, 60, report=lambda *args: steps.append(args[:2]))
+    assert all(p.grad is None for p in model.parameters())
     assert fitted is model and steps == [(i, 60) for i in range(60)]
     text = own_text(exact, 64, 32, seed=9)
     with torch.no_grad():
