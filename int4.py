@@ -53,7 +53,7 @@ class Int4Linear(nn.Module):
             in_features // group_size, out_features, 2, dtype=torch.bfloat16, device=device
         )
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
-        self._store(codes, scale_zero)
+        self.store(codes, scale_zero)
 
     @classmethod
     @torch.no_grad()
@@ -66,7 +66,7 @@ class Int4Linear(nn.Module):
             codes, scale, zero = fit_groups(linear.weight, group_size)
         else:
             codes, scale, zero = round_to_inputs(linear.weight, group_size, inputs)
-        layer._store(pack(codes), torch.stack([scale.T, zero.T], dim=-1).contiguous())
+        layer.store(pack(codes), torch.stack([scale.T, zero.T], dim=-1).contiguous())
         layer.bias = linear.bias
         for name in ("row_blocks", "head_dim"):  # how c_attn's rows are divided
             if hasattr(linear, name):
@@ -137,7 +137,7 @@ class Int4Linear(nn.Module):
             parts.append(unpack(self.tail[max(start - main, 0):stop - main]))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _store(self, packed, scale_zero):
+    def store(self, packed, scale_zero):
         """Take plain-order bytes (N, K/2) and scale_zero (K/group, N, 2); keep the kernel's."""
         self.layout = layout_for(packed.device, self.out_features)
         main = self.out_features
@@ -152,7 +152,7 @@ class Int4Linear(nn.Module):
         self.packed = write(packed[:main])
         self.scale_zero = scale_zero[:, :main].contiguous()
 
-    def _plain(self):
+    def plain_order(self):
         """The stored weights in plain order: bytes (N, K/2), scale_zero (K/group, N, 2)."""
         if self.layout == "plain":
             return self.packed, self.scale_zero
@@ -174,14 +174,14 @@ class Int4Linear(nn.Module):
         """.to(), .cuda(), .bfloat16() ...: scales stay bfloat16; a new device, a new order."""
         device = fn(torch.empty(0, dtype=torch.uint8, device=self.packed.device)).device
         if device != self.packed.device:
-            packed, scale_zero = self._plain()
-            self._store(packed.to(device), scale_zero.to(device))
+            packed, scale_zero = self.plain_order()
+            self.store(packed.to(device), scale_zero.to(device))
         if self.bias is not None:
             self.bias.data = fn(self.bias.data)
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination[prefix + "packed"], destination[prefix + "scale_zero"] = self._plain()
+        destination[prefix + "packed"], destination[prefix + "scale_zero"] = self.plain_order()
         if self.bias is not None:
             bias = self.bias if keep_vars else self.bias.detach()
             destination[prefix + "bias"] = bias
@@ -201,7 +201,7 @@ class Int4Linear(nn.Module):
             unexpected.extend(name for name in state if name.startswith(prefix)
                               and name[len(prefix):] not in wanted)
         if good:
-            self._store(found["packed"].to(device), found["scale_zero"].to(device))
+            self.store(found["packed"].to(device), found["scale_zero"].to(device))
             if self.bias is not None:
                 with torch.no_grad():
                     self.bias.copy_(found["bias"])

@@ -30,24 +30,24 @@ DAMPING = 0.01  # added to the inputs' second moments, as a part of their mean (
 SWEEPS = 4  # of coordinate descent
 
 
-def fit_groups(weight, group_size, importance=None):
+def fit_groups(weight, group_size):
     """weight (N, K) -> codes (N, K) uint8, scale and zero (N, K / group_size) bfloat16.
 
-    importance (K,): how much a squared error of each input's weight counts, which also has scale
-    and zero refitted to the codes by least squares, in turns; None: clipping alone, all alike.
+    Of the clipping ranges SHRINK each group takes the one with the least squared error.
     """
     N, K = weight.shape
     step = max(1, ROWS // K)
-    parts = [_fit(weight[i:i + step].float(), group_size, importance) for i in range(0, N, step)]
+    parts = [_fit(weight[i:i + step].float(), group_size) for i in range(0, N, step)]
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
-def _fit(weight, group_size, importance):
+def _fit(weight, group_size, h=None):
+    """The same; h (group_size), positive and of sum 1: how much the squared error of each of a
+    group's weights counts, which also has scale and zero refitted to the codes by least squares,
+    in turns. None: clipping alone, all alike."""
     x = weight.unflatten(-1, (-1, group_size))  # (n, K/group, group)
-    h = torch.ones_like(x[:1])
-    if importance is not None:
-        h = importance.float().view(1, *x.shape[1:]) + 1e-8 * importance.max() + 1e-20
-    h = h / h.sum(-1, keepdim=True)
+    refits = 0 if h is None else REFITS
+    h = x.new_full((group_size,), 1 / group_size) if h is None else h
     mean_x = (h * x).sum(-1, keepdim=True)
     low, high = x.aminmax(dim=-1, keepdim=True)
     best_error = best = None
@@ -56,7 +56,7 @@ def _fit(weight, group_size, importance):
         # codes 0..15 lie around 7.5, not around 8: hence half a step
         scale, zero = _storable(step, (low + high) * (shrink / 2) + step / 2)
         codes = _codes(x, scale, zero)
-        for _ in range(0 if importance is None else REFITS):  # regress x on its codes
+        for _ in range(refits):  # regress x on its codes
             mean_c = (h * codes).sum(-1, keepdim=True)
             centred = h * (codes - mean_c)
             slope = (centred * x).sum(-1, keepdim=True) / (centred * codes).sum(-1, keepdim=True)

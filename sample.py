@@ -180,7 +180,10 @@ def quantise(model, settings, notes):
     """Pack the model in 4 bits, rounded on a text of its own; save it if asked to."""
     began = time.perf_counter()
     if settings.int4_tune:
-        quantize_and_tune_(model, settings.group_size, settings.int4_tune, report=say_tuning)
+        before, after = quantize_and_tune_(model, settings.group_size, settings.int4_tune,
+                                           report=say_tuning)
+        print(f"fitted: {before:.5f} nats a token from the exact model before, {after:.5f} after"
+              + ("" if after < before else "; left as rounded, more steps are needed"))
     else:
         quantize_(model, settings.group_size, calibration(model))
     print(f"rounded to {storage_bits(model):.3g} bits a weight in "

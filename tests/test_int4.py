@@ -53,7 +53,7 @@ def test_codes_survive_the_kernels_order(shape):
     N, K = shape
     layer = Int4Linear(K, N)
     codes = torch.randint(16, (N, K), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    layer._store(int4.pack(codes), torch.zeros(K // 32, N, 2, dtype=torch.bfloat16))
+    layer.store(int4.pack(codes), torch.zeros(K // 32, N, 2, dtype=torch.bfloat16))
     assert torch.equal(layer.codes(), codes)
     for start, stop in ((0, 1), (N // 3, N), (N - 1, N), (N // 2, N // 2 + 2)):
         assert torch.equal(layer.codes(start, stop), codes[start:stop])
@@ -283,7 +283,7 @@ def test_state_dict_round_trip_and_its_errors():
     other = quantize_(make_model(bias=True), 32, calibrate=False)
     for m in other.modules():
         if isinstance(m, Int4Linear):
-            m._store(torch.zeros_like(m._plain()[0]), torch.zeros_like(m._plain()[1]))
+            m.store(torch.zeros_like(m.plain_order()[0]), torch.zeros_like(m.plain_order()[1]))
     other.load_state_dict(state)
     assert all(torch.equal(t, state[name]) for name, t in other.state_dict().items())
     idx = torch.randint(65, (1, 9))

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+import int4_tuning
 from errors import UserError
 from generation import calibration, own_text
 from int4 import Int4Linear, quantize_
@@ -32,9 +33,10 @@ def test_fitted_scales_are_nearer_to_the_exact_predictions(model, tmp_path):
     exact, rounded = copy.deepcopy(model), copy.deepcopy(model)
     quantize_(rounded, 32, calibration(rounded))
     steps = []
-    fitted = quantize_and_tune_(model, 32, 60, report=lambda *args: steps.append(args[:2]))
+    found = quantize_and_tune_(model, 32, 60, report=lambda *args: steps.append(args[:2]))
+    fitted = model
     assert all(p.grad is None for p in model.parameters())
-    assert fitted is model and steps == [(i, 60) for i in range(60)]
+    assert 0 < found[1] < found[0] and steps == [(i, 60) for i in range(60)]
     text = own_text(exact, 64, 32, seed=9)
     with torch.no_grad():
         before, after = (divergence(m, exact, text).item() for m in (rounded, fitted))
@@ -45,6 +47,15 @@ def test_fitted_scales_are_nearer_to_the_exact_predictions(model, tmp_path):
     save_int4(fitted, tmp_path / "fitted.safetensors", {})
     loaded, _ = load_int4(tmp_path / "fitted.safetensors", dtype=torch.float32)
     assert torch.equal(loaded(text)[0], fitted(text)[0])
+
+
+def test_what_fitting_makes_worse_stays_as_it_was(model, monkeypatch):
+    monkeypatch.setattr(int4_tuning, "RATE", 1.0)
+    rounded = quantize_(copy.deepcopy(model), 32)
+    before, after = quantize_and_tune_(model, 32, 2)
+    assert before == after > 0
+    for old, new in zip(layers_of(rounded), layers_of(model), strict=True):
+        assert torch.equal(old.dequantize(), new.dequantize())
 
 
 def test_a_tuned_layer_is_the_layer(model):

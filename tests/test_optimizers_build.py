@@ -209,3 +209,8 @@ def test_new_groups_are_checked_too():
     with pytest.raises(UserError, match="partition"):
         optimizer.add_param_group(dict(params=[nn.Parameter(torch.ones(2))], partition="rows"))
     assert len(optimizer.param_groups) == 1
+
+
+def test_a_clip_that_nobody_would_apply_is_refused():
+    with pytest.raises(UserError, match="grad_clip is fused_backward's"):
+        build_optimizer(torch.nn.Linear(4, 4), "adamsn", grad_clip=1.0)
