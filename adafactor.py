@@ -110,7 +110,7 @@ class Adafactor(MemoryOptimizer):
         if group["momentum"] > 0:
             update = update if scale is None else update * scale
             update, scale = update.view(batch.grad.shape), None
-            update = update_momentum(state, update, group["momentum"], batch.generator)
+            update = update_momentum(state, update, group["momentum"], batch.step, batch.generator)
         if group["relative_step"]:
             params = torch.stack([p.to(update.dtype) for p in batch.params])
             params = params.flatten(2) if params.ndim > 2 else params.view(len(params), -1, 1)

@@ -83,7 +83,7 @@ class AdamSN(MemoryOptimizer):
     def direction(self, batch):
         group, second = batch.group, batch.state["second_moment"]
         (beta1, beta2), (correction1, correction2) = group["betas"], batch.schedule[:2]
-        momentum = update_momentum(batch.state, batch.grad, beta1, batch.generator)
+        momentum = update_momentum(batch.state, batch.grad, beta1, batch.step, batch.generator)
         view, dims = subset_view(batch.grad.shape[1:], group, batch.shards)
         grad = batch.grad.reshape(len(batch.grad), *view)
         second.lerp_(subset_norm(grad, dims, group["norm"], batch.shards), 1 - beta2)

@@ -12,6 +12,7 @@
 
 #define INLINE static inline __attribute__((always_inline)) /* for constants to reach the loops */
 #define BLOCK 32 /* numbers that share a scale of 8-bit momentum: quantized_state.py */
+#define GOLDEN 0x9e3779b9u
 
 typedef struct {
     float *param;           /* (rows, columns) */
@@ -19,14 +20,14 @@ typedef struct {
     void *momentum;         /* (rows, columns) float32 or int8, or null */
     uint16_t *scales;       /* bfloat16, one for each BLOCK of an 8-bit momentum */
     float *row, *column;    /* second moments: (rows), Adafactor's also (columns) */
-    int64_t rows, columns, tile, number; /* tile: rows of one; number: the parameter's own */
+    int64_t rows, columns, tile; /* tile: rows of one */
 } Matrix;
 
 typedef struct {
     float fresh;         /* the momentum's 1 - beta */
     float decay, rate;   /* p <- decay p - rate update */
     int32_t bits;        /* of the momentum: 0 (none), 8 or 32 */
-    uint32_t step;       /* the rounding noise is a function of step, number and place */
+    uint32_t step;       /* the dither of 8 bits follows from it and the scales */
 } Step;
 
 INLINE uint32_t mix(uint32_t x) { /* a bijection that changes half of the bits, each for each */
@@ -57,24 +58,32 @@ INLINE float sum_squares(const float *x, int64_t n) {
     return s;
 }
 
+/* The dither v of quantized_state.py: its first word for a block with this scale, and of number j. */
+INLINE uint32_t dither_word(uint16_t scale, uint32_t step) { return mix(scale + step * GOLDEN); }
+
+INLINE float dither(uint32_t word, uint32_t j) {
+    return ((int32_t)(word + j * GOLDEN) >> 8) * 0x1p-24f;
+}
+
 /* One BLOCK of 8-bit momentum: x <- (1 - fresh) m + fresh x, stored rounded without bias. */
 INLINE void average8(float *restrict x, int8_t *restrict codes, uint16_t *scale, float fresh,
-                     uint32_t seed, uint32_t at) {
+                     uint32_t step) {
     const float old = load_bf16(*scale);
+    const uint32_t before = dither_word(*scale, step - 1);
     float most = 0;
 #pragma omp simd simdlen(16) reduction(max : most)
     for (int j = 0; j < BLOCK; j++) {
-        const float m = codes[j] * old;
+        const float m = (codes[j] + (0.5f - dither(before, j))) * old;
         x[j] = m + fresh * (x[j] - m);
         most = fabsf(x[j]) > most ? fabsf(x[j]) : most;
     }
-    *scale = store_bf16(most * ((1 + 0x1p-7f) / 127)); /* rounded up: |x| / scale <= 127 */
+    *scale = store_bf16(most * ((1 + 0x1p-7f) / 127.5f)); /* rounded up: |x| / scale <= 127.5 */
+    const uint32_t word = dither_word(*scale, step);
     const float new = load_bf16(*scale), inverse = 1 / (new > FLT_MIN ? new : FLT_MIN);
     int32_t whole[BLOCK]; /* narrowed in a loop of its own: gcc 12 would not vectorise both */
 #pragma omp simd
     for (int j = 0; j < BLOCK; j++) {
-        const float uniform = (int32_t)(mix(seed + at + j) >> 8) * 0x1p-24f;
-        const float code = floorf(x[j] * inverse + uniform); /* in [-127, 127], or nan */
+        const float code = floorf(x[j] * inverse + dither(word, j)); /* in [-128, 127], or nan */
         whole[j] = (int32_t)(code == code ? code : 0);
     }
     for (int j = 0; j < BLOCK; j++) codes[j] = (int8_t)whole[j];
@@ -88,13 +97,12 @@ INLINE void move_row(const Matrix *t, int64_t i, const float *restrict w, float 
     float *restrict p = t->param + i * C;
     const float fresh = s->fresh, decay = s->decay;
     if (bits == 8) {
-        const uint32_t seed = mix(s->step * 0x9e3779b9u + mix((uint32_t)t->number));
         int8_t *codes = (int8_t *)t->momentum + i * C;
         uint16_t *scales = t->scales + i * (C / BLOCK);
         for (int64_t b = 0; b < C; b += BLOCK) {
             float x[BLOCK];
             for (int j = 0; j < BLOCK; j++) x[j] = w ? g[b + j] * w[b + j] * k : g[b + j];
-            average8(x, codes + b, scales + b / BLOCK, fresh, seed, (uint32_t)(i * C + b));
+            average8(x, codes + b, scales + b / BLOCK, fresh, s->step);
             for (int j = 0; j < BLOCK; j++) p[b + j] = p[b + j] * decay - rate * x[j];
         }
         return;

@@ -35,7 +35,7 @@ class Matrix(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p)
           for name in ("param", "grad", "momentum", "scales", "row", "column")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "tile", "number")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "tile")),
     ]  # fmt: skip
 
 
@@ -145,7 +145,7 @@ def fill(entry, item):
     p, state = item.param, item.state
     entry.rows, entry.columns = p.shape[0], p.numel() // p.shape[0]
     least, most = TILE_ROWS
-    entry.tile, entry.number = max(least, min(most, entry.rows // TILES)), item.number
+    entry.tile = max(least, min(most, entry.rows // TILES))
     entry.param = p.data_ptr()
     for field, *names in (
         ("momentum", "momentum"), ("scales", "momentum_scale"),

@@ -117,7 +117,7 @@ class MuonSN(AdamSN):
         if "row_mean_square" not in batch.state:
             return super().direction(batch)
         mu = group["momentum"]
-        momentum = update_momentum(batch.state, grad, mu, batch.generator)
+        momentum = update_momentum(batch.state, grad, mu, batch.step, batch.generator)
         ahead = grad.lerp(momentum, group["nu"]) if mu > 0 else momentum
         ahead = ahead.flatten(2)  # (N, n, m)
         if shards:  # every rank orthogonalises the whole matrix and keeps its rows

@@ -50,6 +50,7 @@ class Batch:
     group: dict  # the hyperparameters that all N share
     schedule: tuple  # the subclass's numbers of this step: floats; 0-dim tensors when compiled
     params: list  # the N parameters themselves
+    step: int = 0  # how many steps they have taken, this one included
     shards: RowShards | None = None
     generator: object = None  # () -> torch.Generator of this step's rounding
 
@@ -300,6 +301,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
             group=first.group,
             schedule=self.schedule(first.group, first.step),
             params=[i.param for i in items],
+            step=first.step,
             shards=first.shards,
             generator=lambda: self.generator(first),
         )

@@ -49,7 +49,18 @@ if AVAILABLE:
         tl.store(param + at, value.to(param.dtype.element_ty), mask)
 
     @triton.jit
-    def average(entry, at, mask, block, x, fresh, word, BITS: tl.constexpr, NB: tl.constexpr):
+    def dither(scale, step):
+        """quantized_state.py's, of blocks with these scales (NB,) bfloat16: (NB, 32) float32."""
+        x = scale.to(tl.uint16, bitcast=True).to(tl.uint32) + step.to(tl.uint32) * 0x9E3779B9
+        x = (x ^ (x >> 16)) * 0x7FEB352D
+        x = (x ^ (x >> 15)) * 0x846CA68B
+        x = x ^ (x >> 16)
+        words = x[:, None] + tl.arange(0, 32).to(tl.uint32)[None, :] * 0x9E3779B9
+        return (words.to(tl.int32, bitcast=True) >> 8).to(tl.float32) * 2.0**-24
+
+    @triton.jit
+    def average(entry, at, mask, block, x, fresh, word, step, BITS: tl.constexpr,
+                NB: tl.constexpr):
         """momentum <- (1 - fresh) momentum + fresh x; returns it before rounding.
 
         at (NB, 32) places in the tensor; block (NB,) numbers of the blocks; mask (NB, 32).
@@ -72,7 +83,8 @@ if AVAILABLE:
         else:
             scales = tl.load(entry + 3).to(tl.pointer_type(tl.bfloat16))
             some = tl.max(mask.to(tl.int32), 1) > 0  # rows are whole blocks
-            scale = tl.load(scales + block, some, 0.0).to(tl.float32)
+            scale = tl.load(scales + block, some, 0.0)
+            ahead = 0.5 - dither(scale, step - 1)  # of the code that was floored
             if BITS == 8:
                 codes = address.to(tl.pointer_type(tl.int8))
                 codes = tl.multiple_of(codes, 16)
@@ -83,16 +95,15 @@ if AVAILABLE:
                 lane = tl.arange(0, 32)[None, :]
                 pair = tl.load(codes + block[:, None] * 16 + lane % 16, mask, 0x88).to(tl.int32)
                 old = (((pair >> ((lane // 16) * 4)) & 15) - 8).to(tl.float32)
-            old = old * scale[:, None]
+            old = (old + ahead) * scale.to(tl.float32)[:, None]
             new = old + fresh * (x - old)
             LEVELS: tl.constexpr = 127.0 if BITS == 8 else 7.0
-            STEP: tl.constexpr = (1 + 2**-7) / (127.0 if BITS == 8 else 7.0)
-            scale = (tl.max(tl.abs(new), 1) * STEP).to(tl.bfloat16)
+            scale = (tl.max(tl.abs(new), 1) * ((1 + 2**-7) / (LEVELS + 0.5))).to(tl.bfloat16)
             tl.store(scales + block, scale, some)
+            v = dither(scale, step)
             scale = tl.maximum(scale.to(tl.float32), 1.1754943508222875e-38)
-            uniform = (word >> 8).to(tl.int32).to(tl.float32) * 2.0**-24
-            code = tl.floor(new / scale[:, None] + uniform)
-            code = tl.minimum(tl.maximum(code, -LEVELS), LEVELS).to(tl.int32)
+            code = tl.floor(new / scale[:, None] + v)
+            code = tl.minimum(tl.maximum(code, -LEVELS - 1), LEVELS).to(tl.int32)
             if BITS == 8:
                 tl.store(codes + at, code.to(tl.int8), mask)
             else:
@@ -134,7 +145,7 @@ if AVAILABLE:
         v = v + fresh2 * (square - v)
         tl.store(second, v)
         w0, w1, _, _ = noise(at, number, step)
-        m = average(entry, at, mask, row * (COLS // 32) + blocks, g, fresh1, w0, BITS, NB)
+        m = average(entry, at, mask, row * (COLS // 32) + blocks, g, fresh1, w0, step, BITS, NB)
         scale = rate / (tl.sqrt(v / correction2) + eps)
         store_weight(param, at, mask, p * decay - m * scale, w1, ROUND)
 
@@ -275,7 +286,7 @@ if AVAILABLE:
             w0, w1, _, _ = noise(at, number, step)
             block = row * (COLS // 32) + c * A_ROW + blocks % A_ROW
             u = g * weight * scale[:, None]
-            u = average(entry, at, mask, block, u, fresh, w0, BITS, NB)
+            u = average(entry, at, mask, block, u, fresh, w0, step, BITS, NB)
             store_weight(param, at, mask, p * decay - u * rate, w1, ROUND)
 
     # ------------------------------------------------------------------ MuonSN
@@ -295,7 +306,7 @@ if AVAILABLE:
         g = tl.load(grad + at, mask, 0.0).to(tl.float32)
         w0, _, _, _ = noise(at, number, step)
         block = row * (COLS // 32) + blocks
-        m = average(entry, at, mask, block, g, 1 - momentum, w0, BITS, NB)
+        m = average(entry, at, mask, block, g, 1 - momentum, w0, step, BITS, NB)
         m = g + nu * (m - g)
         into = ahead + program.to(tl.int64) * COLS + column
         tl.store(into, m.to(ahead.dtype.element_ty), mask)

@@ -1,11 +1,21 @@
 """Momentum kept in 32, 16, 8 or 4 bits a number.
 
-8 and 4 bits are symmetric integers in blocks of 32 with one bfloat16 scale a block (8.5 and 4.5
-bits a number in all), as block-wise optimizer states are since Dettmers et al. 2021 (arXiv
-2110.02861). Rounding is stochastic, so that E[stored] = value: a momentum moves by (1 - beta) of
-a gradient a step, often less than half a code, and rounding to nearest would lose that for ever.
-The scale is rounded up to bfloat16, so that no value falls outside the codes and the rounding
-stays unbiased.
+8 and 4 bits are integer codes in blocks of 32 with one bfloat16 scale a block (8.5 and 4.5 bits a
+number in all), as block-wise optimizer states are since Dettmers et al. 2021 (arXiv 2110.02861).
+A momentum moves by (1 - beta) of a gradient a step, often less than half a code: rounding to
+nearest would lose that for ever. So the rounding is dithered, and the dither is taken off again
+where the codes are read (subtractive dither: Roberts 1962; Schuchman 1964):
+
+    code  = floor(x / scale + v)          v uniform in [-1/2, 1/2)
+    value = scale (code + 1/2 - v)
+
+The error is uniform within half a code whatever x is: its mean is zero and its variance scale²/12,
+half of what stochastic rounding has on average. v costs no memory. It follows from what both
+sides know, the bits of the scale and the step of the writing: the first v of a block is their
+hash, each next one is the golden ratio further (modulo 1).
+
+The scale is rounded up to bfloat16, so that no value falls outside the codes. 16 bits are
+bfloat16 numbers rounded stochastically: E[stored] = value there too.
 
 Every function works on a batch: the first dimension N counts independent tensors.
 """
@@ -13,7 +23,8 @@ Every function works on a batch: the first dimension N counts independent tensor
 import torch
 
 BLOCK = 32  # numbers that share a scale
-LEVELS = {8: 127, 4: 7}  # the largest code
+LEVELS = {8: 127, 4: 7}  # the largest code; the smallest is one further from zero
+GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: its multiples mod 2^32 lie evenly spread
 MOMENTUM_BITS = (32, 16, 8, 4)
 
 
@@ -35,13 +46,13 @@ def new_momentum(like, bits):
     return {"momentum": codes, "momentum_scale": scales}
 
 
-def update_momentum(state, grad, beta, generator):
+def update_momentum(state, grad, beta, step, generator):
     """momentum <- beta * momentum + (1 - beta) * grad in the batched `state`; returns it.
 
-    grad: (N, ...) float32 or float64, not written to. Returns the new momentum before rounding, in
-    grad's shape and dtype; the caller must not write to it (at 32 bits it *is* the state). A
-    state without momentum (beta = 0) returns grad itself. `generator()` gives the torch.Generator
-    that draws the rounding.
+    grad: (N, ...) float32 or float64, not written to. step: how often the momentum was updated,
+    this time included. Returns the new momentum before rounding, in grad's shape and dtype; the
+    caller must not write to it (at 32 bits it *is* the state). A state without momentum (beta = 0)
+    returns grad itself. `generator()` gives the torch.Generator that rounds 16 bits.
     """
     if "momentum" not in state:
         return grad
@@ -52,21 +63,24 @@ def update_momentum(state, grad, beta, generator):
         value = stored.to(grad.dtype).lerp_(grad, 1 - beta)
         stored.copy_(round_to_bfloat16(value, generator()))
         return value
-    value = dequantize(stored, state["momentum_scale"], grad.shape).to(grad.dtype)
+    value = dequantize(stored, state["momentum_scale"], step - 1, grad.shape).to(grad.dtype)
     value.lerp_(grad, 1 - beta)
-    quantize_into(stored, state["momentum_scale"], value, generator())
+    quantize_into(stored, state["momentum_scale"], step, value)
     return value
 
 
-def dequantize(codes, scales, shape):
-    """Codes (N, blocks, 32) int8 or (N, blocks, 16) uint8, scales (N, blocks, 1) -> float32."""
+def dequantize(codes, scales, step, shape):
+    """The numbers that `quantize_into` wrote at `step`: float32 of `shape`.
+
+    codes: (N, blocks, 32) int8 or (N, blocks, 16) uint8; scales: (N, blocks, 1) bfloat16.
+    """
     if codes.dtype == torch.uint8:  # low nibble: the block's first half; high nibble: its second
         codes = torch.cat([codes & 15, codes >> 4], dim=-1).to(torch.int8) - 8
-    values = codes.to(torch.float32).mul_(scales.float()).flatten(1)  # (N, blocks * 32)
-    return values[:, : shape[1:].numel()].reshape(shape)
+    values = dither(scales, step).neg_().add_(codes).add_(0.5).mul_(scales.float())
+    return values.flatten(1)[:, : shape[1:].numel()].reshape(shape)
 
 
-def quantize_into(codes, scales, value, generator):
+def quantize_into(codes, scales, step, value):
     """Write `value` (N, ...) into codes and scales (see `dequantize`), rounding without bias."""
     levels = LEVELS[4 if codes.dtype == torch.uint8 else 8]
     flat = value.float().flatten(1)
@@ -74,16 +88,39 @@ def quantize_into(codes, scales, value, generator):
     if padding:
         flat = torch.nn.functional.pad(flat, (0, padding))
     blocks = flat.view(*scales.shape[:2], BLOCK)
-    # one bfloat16 step above the largest magnitude, so that |value / scale| <= levels
-    scales.copy_(blocks.abs().amax(-1, keepdim=True).mul_((1 + 2**-7) / levels))
+    # one bfloat16 step above the largest magnitude, so that |value / scale| <= levels + 1/2
+    scales.copy_(blocks.abs().amax(-1, keepdim=True).mul_((1 + 2**-7) / (levels + 0.5)))
     rounded = blocks / scales.float().clamp_min_(torch.finfo(torch.float32).tiny)
-    noise = torch.rand(rounded.shape, device=rounded.device, generator=generator)
-    rounded = rounded.add_(noise).floor_().clamp_(-levels, levels)
+    rounded = rounded.add_(dither(scales, step)).floor_().clamp_(-levels - 1, levels)
     if codes.dtype == torch.int8:
         codes.copy_(rounded)
     else:
         nibbles = rounded.add_(8).to(torch.uint8)
         codes.copy_(nibbles[..., : BLOCK // 2] | (nibbles[..., BLOCK // 2 :] << 4))
+
+
+def dither(scales, step):
+    """v of every number: scales (N, blocks, 1) -> (N, blocks, 32) float32 in [-1/2, 1/2).
+
+    In 32-bit integers that wrap around, as optimizer_kernels.py and cpu_optimizers.c have it, so
+    that a state means the same everywhere. step: an int, or a tensor that broadcasts to scales.
+    """
+    bits = scales.view(torch.int16).to(torch.int64) + step * GOLDEN
+    lanes = torch.arange(BLOCK, device=scales.device).mul_(GOLDEN).to(torch.int32)
+    words = mix(bits).to(torch.int32) + lanes
+    return words.bitwise_right_shift_(8).mul(2.0**-24)
+
+
+def mix(x):
+    """A bijection of 32 bits, each of which changes half of the others: x int64 -> int64.
+
+    Wellons' lowbias32 (github.com/skeeto/hash-prospector); only the low 32 bits of x count.
+    """
+    for shift, multiplier in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = x & 0xFFFFFFFF
+        x = (x ^ (x >> shift)) * multiplier
+    x = x & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
 
 def round_to_bfloat16(value, generator):

@@ -14,6 +14,7 @@ from quantized_state import (
     BLOCK,
     LEVELS,
     dequantize,
+    mix,
     new_momentum,
     quantize_into,
     round_to_bfloat16,
@@ -43,17 +44,46 @@ def test_bfloat16_rounding_keeps_what_needs_none():
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_momentum_is_unbiased(bits):
-    draws = 20_000
+def test_the_error_of_a_quantised_momentum_is_uniform(bits):
+    """Over steps, at every place of a block, however small its number beside the others."""
+    draws = 100_000
     torch.manual_seed(0)
     block = torch.randn(BLOCK) * torch.logspace(-4, 0, BLOCK)
-    value = block.repeat(draws, 1)  # N tensors of one block
+    value = block.repeat(draws, 1)  # N tensors of one block, each written at a step of its own
     state = {k: torch.stack([v] * draws) for k, v in new_momentum(block, bits).items()}
-    quantize_into(state["momentum"], state["momentum_scale"], value, generator())
-    read = dequantize(state["momentum"], state["momentum_scale"], value.shape).double()
-    step = block.abs().max() / LEVELS[bits]
-    assert (read - block).abs().max() <= 1.02 * step
-    assert ((read.mean(0) - block).abs() <= 4 * 0.51 * step / draws**0.5).all()
+    codes, scales = state["momentum"], state["momentum_scale"]
+    steps = torch.arange(1, draws + 1).view(-1, 1, 1)
+    quantize_into(codes, scales, steps, value)
+    width = scales[0].item()
+    assert block.abs().max() / (LEVELS[bits] + 0.5) <= width
+    assert width <= 1.02 * block.abs().max() / (LEVELS[bits] + 0.5)
+    error = (dequantize(codes, scales, steps, value.shape).double() - block) / width
+    assert error.abs().max() <= 0.5001
+    assert (error.mean(0).abs() <= 4 * (1 / 12 / draws) ** 0.5).all()
+    assert ((error.square().mean(0) - 1 / 12).abs() <= 4 * (1 / 180 / draws) ** 0.5).all()
+    wrong = dequantize(codes, scales, steps + 1, value.shape).double() - block
+    assert (wrong / width).abs().max() > 0.9  # the dither of another step is not this one's
+
+
+def test_errors_of_one_block_do_not_hang_together():
+    """Though one hash makes the dither of all 32."""
+    torch.manual_seed(0)
+    value = torch.randn(50_000, BLOCK)
+    state = {k: torch.stack([v] * len(value)) for k, v in new_momentum(value[0], 4).items()}
+    codes, scales = state["momentum"], state["momentum_scale"]
+    quantize_into(codes, scales, 7, value)  # all at one step: the scales alone differ
+    error = (dequantize(codes, scales, 7, value.shape) - value) / scales.view(-1, 1).float()
+    apart = torch.corrcoef(error.mT) - torch.eye(BLOCK)
+    assert apart.abs().max() < 0.03
+
+
+def test_every_bit_of_step_and_scale_changes_half_of_the_dither():
+    words = torch.randint(2**32, (20_000,), generator=generator())
+    bits = 2 ** torch.arange(32)
+    for flipped in bits:
+        changed = (mix(words) ^ mix(words ^ flipped)).unsqueeze(1).bitwise_and(bits) > 0
+        assert (changed.double().mean(0) - 0.5).abs().max() < 0.03
+    assert len(mix(torch.arange(100_000)).unique()) == 100_000
 
 
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
@@ -63,9 +93,9 @@ def test_momentum_of_every_width_averages_gradients(bits, shape):
     state = {k: v.unsqueeze(0) for k, v in new_momentum(p, bits).items()}
     grads = torch.randn(20, *shape, generator=generator(1))
     exact, source = torch.zeros(shape), generator()
-    for grad in grads:
+    for step, grad in enumerate(grads, 1):
         exact = 0.9 * exact + 0.1 * grad
-        value = update_momentum(state, grad.unsqueeze(0), 0.9, lambda: source)
+        value = update_momentum(state, grad.unsqueeze(0), 0.9, step, lambda: source)
     tolerance = {32: 1e-6, 16: 0.01, 8: 0.02, 4: 0.3}[bits]
     assert value.shape == (1, *shape)
     assert torch.allclose(value[0], exact, atol=tolerance, rtol=0)

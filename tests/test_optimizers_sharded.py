@@ -97,9 +97,9 @@ def check_quantized(rank, failures):
         if codes.shape != (rows, 2, 32 * bits // 8) or scales.shape != (rows, 2, 1):
             failures.append(f"codes of {rows} rows have shape {tuple(codes.shape)}")
         shape = torch.Size((1, rows, 64))
-        read = dequantize(codes.flatten(0, 1)[None], scales.flatten(0, 1)[None], shape)
-        step = scales.float().max().item()
-        if not (read[0] - exact).abs().max() <= 2.8 * step:
+        read = dequantize(codes.flatten(0, 1)[None], scales.flatten(0, 1)[None], 3, shape)
+        width = scales.float().max().item()
+        if not (read[0] - exact).abs().max() <= 1.4 * width:  # half a code, thrice
             failures.append(f"{bits}-bit momentum of {rows} rows, rank {rank}")
     net = fully_shard(nn.Linear(40, 8, bias=False), mesh=dist.init_device_mesh("cpu", (2,)))
     optimizer = AdamSN(net.parameters(), momentum_bits=8)
