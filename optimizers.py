@@ -70,7 +70,7 @@ VARIANTS = {
     "muonsn4": Variant(
         "muonsn with all momentum in 4 bits: about 0.6 bytes",
         MuonSN, 8e-3, 1.2e-2,
-        dict(betas=(0.5, 0.95), momentum=0.85, momentum_bits=4, embedding_partition="row"),
+        dict(betas=(0.5, 0.95), momentum=0.9, momentum_bits=4, embedding_partition="row"),
     ),
     "muonsn0": Variant(
         "muonsn without momentum: about 0.01 bytes",
