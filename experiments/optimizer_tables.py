@@ -20,7 +20,8 @@ LOSSES = ["validation loss", "against tuned AdamW", "p (paired)", "seeds", "stat
           "lr: linear / rest"]
 
 
-ABLATED = ("column_norm=False", "nu=", "rounding=", "muonsn4:")  # options whose worth docs/RESULTS.md shows, not the README
+# options whose worth docs/RESULTS.md shows, not the README
+ABLATED = ("column_norm=False", "nu=", "rounding=", "muonsn4:")
 
 
 @table("optimizers", "optimizer_quality_summary.csv")

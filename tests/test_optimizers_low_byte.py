@@ -86,6 +86,25 @@ def test_every_bit_of_step_and_scale_changes_half_of_the_dither():
     assert len(mix(torch.arange(100_000)).unique()) == 100_000
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_momentum_learns_a_steady_gradient(bits):
+    """Errors of 1,000 steps are independent: each decays by beta, and their mean is zero."""
+    grad, beta, steps = torch.randn(1, 64, 64, generator=generator()), 0.9, 1000
+    state = {k: v.unsqueeze(0) for k, v in new_momentum(grad[0], bits).items()}
+    total = squares = 0.0
+    for step in range(1, steps + 1):
+        update_momentum(state, grad, beta, step, None)
+        if step > 100:
+            read = dequantize(state["momentum"], state["momentum_scale"], step, grad.shape)
+            error = (read - grad).view(-1, BLOCK) / state["momentum_scale"].float().view(-1, 1)
+            total, squares = total + error, squares + error.square().mean()
+    variance = squares / (steps - 100)
+    assert abs(variance * 12 * (1 - beta**2) - 1) < 0.05
+    mean_square = (total / (steps - 100)).square().mean()
+    independent = (steps - 100) * (1 - beta) / (1 + beta)  # draws' worth of a decaying sum
+    assert 0.8 < mean_square / (variance / independent) < 1.25
+
+
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
 @pytest.mark.parametrize("shape", [(6, 4), (33,), (64, 32), (0, 4)])
 def test_momentum_of_every_width_averages_gradients(bits, shape):
