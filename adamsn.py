@@ -94,7 +94,7 @@ class AdamSN(MemoryOptimizer):
         """By the kernels what they take; large plain float32 tensors by the multi-tensor kernels
         below; the rest as any."""
         if not self.defaults["compile"]:
-            items = self.kernels.run(items, has_row_moments, self.launch)
+            items = self.kernels.run(items, suits_kernels, self.launch)
         large = [] if self.defaults["compile"] else [i for i in items if self.is_large(i)]
         for key, same in by_key(large, adam_key).items():
             update_elements(same) if key[0] == "element" else update_subsets(same)
@@ -113,7 +113,7 @@ class AdamSN(MemoryOptimizer):
         """
         shape, size = item.param.shape, item.param.numel()
         view, dims = subset_view(shape, item.group)
-        rows_alone = not dims or (dims == (2,) and view[0] == shape[0])
+        rows_alone = 1 not in dims and view[:1] == shape[:1]
         if size <= SLICE or len(shape) != 2 or item.shards or not rows_alone:
             return [item]
         step = max(BLOCK, SLICE // shape[1] // BLOCK * BLOCK)  # whole blocks of codes in a slice
@@ -140,10 +140,11 @@ class AdamSN(MemoryOptimizer):
         )  # fmt: skip
 
 
-def has_row_moments(item):
-    """Has this matrix one second moment for each row of (n, -1)?"""
+def suits_kernels(item):
+    """Has this matrix one second moment for each row of (n, -1), or for each BLOCK of a row?"""
     view, dims = subset_view(item.param.shape, item.group, item.shards)
-    return dims == (2,) and view[0] == item.param.shape[0]
+    by_row = dims == (2,) and len(view) == 2 and view[0] == item.param.shape[0]
+    return by_row or (dims == (3,) and view[2] == BLOCK)
 
 
 def elements_on_gpu(item):
@@ -239,11 +240,14 @@ def subset_view(shape, group, shards=None):
     if len(shape) < 2 or partition in ("element", 1):
         return tuple(shape), ()
     rows, columns = shape[0], math.prod(shape[1:])
-    if shards and partition not in ("row", "column", "larger"):
+    runs = isinstance(partition, int) and columns % partition == 0  # within rows
+    if shards and not runs and partition not in ("row", "column", "larger"):
         say_once(f"partition {partition!r} becomes 'row' for weights sharded over ranks")
         partition = "row"
     if partition == "larger":
         partition = "row" if columns > (shards.rows if shards else rows) else "column"
+    if runs:
+        return (rows, columns // partition, partition), (3,)
     if isinstance(partition, int):
         run = nearest_divisor(rows * columns, partition)
         return (rows * columns // run, run), (2,)

@@ -122,7 +122,7 @@ class Stack:
         return ctypes.addressof(self.table), len(self.items), ctypes.addressof(self.now)
 
     def adamsn(self, corrections):
-        """One step of AdamSN with a second moment a row; corrections: 1 - beta^step of both."""
+        """One step of AdamSN with a second moment a row or run; corrections: 1 - beta^step."""
         (beta1, beta2), group = self.group["betas"], self.group
         library().adamsn(
             *self.begin(beta1, float(group["lr"]) / corrections[0]), 1 - beta2, corrections[1],
@@ -141,9 +141,13 @@ class Stack:
 
 
 def fill(entry, item):
-    """Write an item's sizes and all addresses but the gradient's into its Matrix."""
+    """Write an item's sizes and all addresses but the gradient's into its Matrix.
+
+    A matrix with AdamSN's second moments of shorter runs is one of so many shorter rows.
+    """
     p, state = item.param, item.state
-    entry.rows, entry.columns = p.shape[0], p.numel() // p.shape[0]
+    entry.rows = state["second_moment"].numel() if "second_moment" in state else p.shape[0]
+    entry.columns = p.numel() // entry.rows
     least, most = TILE_ROWS
     entry.tile = max(least, min(most, entry.rows // TILES))
     entry.param = p.data_ptr()

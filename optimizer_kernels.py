@@ -119,35 +119,46 @@ if AVAILABLE:
         grad = tl.load(entry + 1).to(tl.pointer_type(G))
         return tl.multiple_of(param, 16), tl.multiple_of(grad, 16)
 
-    # ------------------------------------------------------------------ AdamSN, one v a row
+    # ------------------------------------------------------------------ AdamSN
 
     @triton.jit(do_not_specialize=["step"])
     def adamsn_rows(table, step, fresh1, fresh2, correction2, eps, factor, decay, rate,
-                    ROWS, COLS: tl.constexpr, NB: tl.constexpr, P: tl.constexpr, G: tl.constexpr,
-                    BITS: tl.constexpr, ROUND: tl.constexpr):
+                    ROWS, COLS: tl.constexpr, NB: tl.constexpr, BLOCKS: tl.constexpr,
+                    P: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, ROUND: tl.constexpr):
         """One program, one row: gradient, momentum, v and weight in a single pass.
 
-        v <- v + fresh2 (factor * sum g^2 - v);
+        v <- v + fresh2 (factor * sum g^2 - v), of the row or (BLOCKS) of each of its blocks;
         p <- decay p - rate m / (sqrt(v / correction2) + eps)
         """
         program = tl.program_id(0)
         entry, row = table + (program // ROWS) * 8, program % ROWS
         param, grad = pointers(entry, P, G)
-        second = tl.load(entry + 4).to(tl.pointer_type(tl.float32)) + row
         number = tl.load(entry + 6)
         blocks = tl.arange(0, NB)
         column = blocks[:, None] * 32 + tl.arange(0, 32)[None, :]
         mask, at = column < COLS, row * COLS + column
         g = tl.load(grad + at, mask, 0.0).to(tl.float32)
         p = tl.load(param + at, mask, 0.0).to(tl.float32)
-        square = tl.minimum(tl.sum(tl.sum(g * g, 1), 0) * factor, 3.4028234663852886e38)
-        v = tl.load(second)
-        v = v + fresh2 * (square - v)
-        tl.store(second, v)
+        block = row * (COLS // 32) + blocks
+        seconds = tl.load(entry + 4).to(tl.pointer_type(tl.float32))
+        square = tl.sum(g * g, 1)
+        if BLOCKS:
+            v = second_moment(seconds + block, blocks * 32 < COLS, square * factor, fresh2)
+            scale = (rate / (tl.sqrt(v / correction2) + eps))[:, None]
+        else:
+            v = second_moment(seconds + row, True, tl.sum(square, 0) * factor, fresh2)
+            scale = rate / (tl.sqrt(v / correction2) + eps)
         w0, w1, _, _ = noise(at, number, step)
-        m = average(entry, at, mask, row * (COLS // 32) + blocks, g, fresh1, w0, step, BITS, NB)
-        scale = rate / (tl.sqrt(v / correction2) + eps)
+        m = average(entry, at, mask, block, g, fresh1, w0, step, BITS, NB)
         store_weight(param, at, mask, p * decay - m * scale, w1, ROUND)
+
+    @triton.jit
+    def second_moment(at, mask, square, fresh):
+        """v <- v + fresh (square - v) there; returns it. At most the largest finite number."""
+        v = tl.load(at, mask, 0.0)
+        v = v + fresh * (tl.minimum(square, 3.4028234663852886e38) - v)
+        tl.store(at, v, mask)
+        return v
 
     # ------------------------------------------------------------------ Adafactor
 

@@ -152,15 +152,19 @@ class Stack:
 
 
 def adamsn(stack, corrections):
-    """One step of AdamSN with a second moment a row; corrections: 1 - beta^step of both betas."""
+    """One step of AdamSN with a second moment a row, or a block of 32; corrections: 1 - beta^step
+    of both betas."""
     (beta1, beta2), group = stack.group["betas"], stack.group
     decay, rate = stack.decay_and_rate()
-    factor = 1.0 if group["norm"] == "sum" else 1 / stack.columns
+    first = stack.items[0]
+    run = first.param.numel() // first.state["second_moment"].numel()
+    factor = 1.0 if group["norm"] == "sum" else 1 / run
     stack.launch(
         kernels.adamsn_rows, (len(stack.items) * stack.rows,), stack.addresses(), stack.step,
         1.0 - beta1, 1.0 - beta2, float(corrections[1]), float(group["eps"]), factor, decay,
         rate / corrections[0], stack.rows, COLS=stack.columns, NB=stack.blocks,
-        G=stack.grad_type, BITS=stack.bits, num_warps=stack.warps, **stack.weight,
+        BLOCKS=run < stack.columns, G=stack.grad_type, BITS=stack.bits, num_warps=stack.warps,
+        **stack.weight,
     )
 
 

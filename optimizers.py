@@ -51,8 +51,8 @@ VARIANTS = {
         AdamSN, 4e-3, 8e-3,
     ),
     "adamsn8": Variant(
-        "adamsn on embeddings too, momentum in 8 bits: about 1.1 bytes",
-        AdamSN, 4e-3, 8e-3, dict(momentum_bits=8, embedding_partition="row"),
+        "adamsn, momentum in 8 bits, a second moment per 32 numbers of embeddings: about 1.1 bytes",
+        AdamSN, 4e-3, 8e-3, dict(momentum_bits=8, embedding_partition=32),
     ),
     "adafactor": Variant(
         "row and column means for second moments, no momentum: about 0.01 bytes",

@@ -21,7 +21,7 @@ LOSSES = ["validation loss", "against tuned AdamW", "p (paired)", "seeds", "stat
 
 
 # options whose worth docs/RESULTS.md shows, not the README
-ABLATED = ("column_norm=False", "nu=", "rounding=", "muonsn4:")
+ABLATED = ("column_norm=False", "nu=", "rounding=", "muonsn4:", "adamsn8:")
 
 
 @table("optimizers", "optimizer_quality_summary.csv")

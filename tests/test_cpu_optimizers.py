@@ -86,15 +86,18 @@ def test_without_a_compiler_pytorch_does_the_same(cc, tmp_path, monkeypatch, tak
 
 @needs_kernels
 @pytest.mark.parametrize("norm", ["mean", "sum"])
-@pytest.mark.parametrize("shape", [(24, 10), (1, 7), (70, 33)])
-def test_adamsn_in_c_follows_the_paper(shape, norm, taken):
+@pytest.mark.parametrize("shape, partition", [
+    ((24, 10), "row"), ((1, 7), "row"), ((70, 33), "row"), ((9, 96), 32)])
+def test_adamsn_in_c_follows_the_paper(shape, partition, norm, taken):
     p = nn.Parameter(torch.linspace(-1, 1, shape[0] * shape[1]).view(shape))
     grads = gradients([shape], steps=50)
     expected = reference.adamsn(
-        p.detach().double(), [g.double() for g, in grads], reference.subsets(shape, "row"), 1e-2,
-        (0.9, 0.98), 1e-8, 0.1, norm,
+        p.detach().double(), [g.double() for g, in grads], reference.subsets(shape, partition),
+        1e-2, (0.9, 0.98), 1e-8, 0.1, norm,
     )
-    run(AdamSN([p], lr=1e-2, betas=(0.9, 0.98), weight_decay=0.1, norm=norm), [p], grads)
+    optimizer = AdamSN([p], lr=1e-2, betas=(0.9, 0.98), weight_decay=0.1, norm=norm,
+                       partition=partition)  # fmt: skip
+    run(optimizer, [p], grads)
     assert len(taken) == 50 and (p - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
@@ -286,7 +289,8 @@ def test_c_leaves_to_pytorch_what_it_does_not_know(taken):
         (torch.ones(3, 2, 2, 2).to(memory_format=torch.channels_last), {}),
         (torch.ones(6, 40), dict(momentum_bits=8)), (torch.ones(6, 64), dict(momentum_bits=4)),
         (torch.ones(6, 64), dict(update_clip=1.0)), (torch.ones(6, 64), dict(foreach=False)),
-        (torch.ones(6, 64), dict(partition="column")),
+        (torch.ones(6, 64), dict(partition="column")), (torch.ones(6, 64), dict(partition=16)),
+        (torch.ones(6, 80), dict(partition=32)),
         (torch.ones(6, 64), dict(lr=torch.tensor(1e-2))),
     ):  # fmt: skip
         p = nn.Parameter(p)

@@ -188,7 +188,7 @@ def test_statistics_are_float32_and_steps_repeat():
 
 
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])
-@pytest.mark.parametrize("partition", ["row", "element"])
+@pytest.mark.parametrize("partition", ["row", "element", 8])
 def test_row_slices_of_large_matrices_change_nothing(bits, partition, monkeypatch):
     results = []
     for size in (1 << 24, 1 << 12):
@@ -204,11 +204,11 @@ def test_row_slices_of_large_matrices_change_nothing(bits, partition, monkeypatc
             p, optimizer.param_groups[0])))))  # fmt: skip
     (whole, one), (sliced, many) = results
     assert (one, many) == (1, 4)
-    if bits == 32:
+    if bits != 16:
         assert torch.equal(whole, sliced)
     else:  # momenta draw their noise slice by slice: alike up to a few roundings
         assert (whole - sliced).abs().max() < 0.06
-        assert (whole - sliced).abs().mean() < {16: 0.0005, 8: 0.0005, 4: 0.006}[bits]
+        assert (whole - sliced).abs().mean() < 0.0005
 
 
 # ---------------------------------------------------------------------- updates inside backward

@@ -17,6 +17,7 @@ CASES = {
     "larger": (AdamSN, dict(partition="larger")),
     "sum": (AdamSN, dict(partition="column", norm="sum")),
     "element": (AdamSN, dict(partition="element", update_clip=0.5)),
+    "runs": (AdamSN, dict(partition=3)),
     "adafactor": (Adafactor, dict()),
     "adafactor with momentum": (Adafactor, dict(momentum=0.9, relative_step=True)),
     "muonsn": (MuonSN, dict()),
