@@ -315,8 +315,10 @@ def test_checkpointed_whole_sequences(monkeypatch, compiled):
 
 def test_short_sequences_train_on_the_plain_block():
     config = GPTConfig(n_head=8, n_embd=256, attention_policy="recompute")
-    chunk = tiled.default_chunk(config, "cpu")
-    assert chunk == 2048
-    assert tiled.tile_sizes(config, 3 * chunk // 2, "cpu", training=True) is None
-    assert tiled.tile_sizes(config, 3 * chunk // 2 + 1, "cpu", training=True) == (chunk, chunk)
-    assert tiled.tile_sizes(config, 1024, "cpu", training=False) == (chunk, chunk)
+    assert tiled.default_chunk(config, "cpu") == 2048
+    for device_type, tiles in (("cpu", 3), ("cuda", 1.5)):
+        chunk = tiled.default_chunk(config, device_type)
+        longest = int(tiles * chunk)
+        assert tiled.tile_sizes(config, longest, device_type, training=True) is None
+        assert tiled.tile_sizes(config, longest + 1, device_type, training=True) == (chunk, chunk)
+    assert tiled.tile_sizes(config, 1024, "cpu", training=False) == (2048, 2048)
