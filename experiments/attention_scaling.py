@@ -61,7 +61,7 @@ class Settings:
     part: str = "all"  # all | defaults
     sweep_seq: int = 16384  # length at which recompute's tile size is swept
     sweep_chunk: tuple[int, ...] = (128, 256, 512, 1024, 2048, 4096, 8192)  # q_chunk = k_chunk
-    default_seq: tuple[int, ...] = (1024, 2048, 4096, 6144, 6272, 8192)  # for tiles of its own choosing
+    default_seq: tuple[int, ...] = (1024, 2048, 4096, 6144, 6272, 8192)  # tiles of its own choice
     out_dir: str = str(RESULTS)  # folder of the CSV files
 
 
