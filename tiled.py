@@ -29,20 +29,22 @@ from errors import UserError
 from offload import fetch, stash
 from tiled_backward import ParameterGradients, backward_tiles, backward_whole
 
+SHORT = 6144  # tokens: training on so few takes no tiles on the CPU
+
 
 def tile_sizes(config, T, device_type, training=None):
     """(q_chunk, k_chunk) for a block over T tokens, or None for the plain block.
 
     Recomputing K and V costs C / (g q_chunk) of attention's own arithmetic, g = H/G: q_chunk is
-    several times C/g unless given. Training sequences of up to one and a half such tiles, on the
-    CPU three, run plain: so short, tiles would take 1.3 times plain's time.
+    several times C/g unless given. Training sequences of up to one and a half such tiles, and of
+    SHORT tokens on the CPU, run plain: so short, tiles would take 1.3 times plain's time.
     """
     training = torch.is_grad_enabled() if training is None else training
     chunk = default_chunk(config, device_type)
     if training and config.checkpoint_layers:
         q_chunk = config.q_chunk or chunk
     elif config.attention_policy == "recompute":
-        short = 3 * chunk // (2 if device_type == "cuda" else 1)
+        short = max(3 * chunk // 2, SHORT if device_type == "cpu" else 0)
         if training and config.q_chunk is None and T <= short:
             return None
         q_chunk = config.q_chunk or chunk

@@ -314,11 +314,12 @@ def test_checkpointed_whole_sequences(monkeypatch, compiled):
 
 
 def test_short_sequences_train_on_the_plain_block():
-    config = GPTConfig(n_head=8, n_embd=256, attention_policy="recompute")
-    assert tiled.default_chunk(config, "cpu") == 2048
-    for device_type, tiles in (("cpu", 3), ("cuda", 1.5)):
-        chunk = tiled.default_chunk(config, device_type)
-        longest = int(tiles * chunk)
+    for width, device_type, chunk, longest in (
+        (256, "cpu", 2048, 6144), (768, "cpu", 8192, 12288), (256, "cuda", 4096, 6144),
+        (64, "cuda", 1024, 1536),
+    ):  # fmt: skip
+        config = GPTConfig(n_head=8, n_embd=width, attention_policy="recompute")
+        assert tiled.default_chunk(config, device_type) == chunk
         assert tiled.tile_sizes(config, longest, device_type, training=True) is None
         assert tiled.tile_sizes(config, longest + 1, device_type, training=True) == (chunk, chunk)
-    assert tiled.tile_sizes(config, 1024, "cpu", training=False) == (2048, 2048)
+        assert tiled.tile_sizes(config, 1024, device_type, training=False) == (chunk, chunk)
