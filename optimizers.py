@@ -40,8 +40,7 @@ class Variant:
 
 
 # Learning rates: the best of the grids in results/optimizer_quality.csv (seed setup: 4 layers, 128
-# wide, 2000 iterations) or, where seeds cannot tell them apart, a neighbour of it; adamsn8 was not
-# in it and has adamsn's.
+# wide, 2000 iterations) or, where seeds cannot tell them apart, a neighbour of it.
 VARIANTS = {
     "adam": Variant(
         "AdamW, fused: 8 bytes of state a parameter", torch.optim.AdamW, 4e-3, 4e-3
