@@ -5,10 +5,13 @@ g the gradient and S the subset of element i,
 
     m_i <- b1 m_i + (1 - b1) g_i
     v_S <- b2 v_S + (1 - b2) N(g_j, j in S)      N = sum of squares (the paper) or their mean
-    p_i <- (1 - lr wd) p_i - lr m_i / (1 - b1^t) / (sqrt(v_S / (1 - b2^t)) + eps)
+    u_i  = (1 - nu1) g_i + nu1 m_i / (1 - b1^t)
+    p_i <- (1 - lr wd) p_i - lr u_i / (sqrt(v_S / (1 - b2^t)) + eps)
 
 With the mean, v_S has the size of Adam's v, so AdamW's learning rate carries over; with the sum,
-lr must grow by the square root of the subset's size. One element a subset is AdamW itself.
+lr must grow by the square root of the subset's size. nu1 = 1 is Adam's momentum, less the
+quasi-hyperbolic one of QHAdam (Ma & Yarats, arXiv 1810.06801, equation 15), which costs no state.
+One element a subset with nu1 = 1 is AdamW itself.
 """
 
 import math
@@ -31,6 +34,7 @@ class AdamSN(MemoryOptimizer):
     params               parameters or groups; every option below can be set per group
     lr                   learning rate (float or 0-dim tensor)
     betas, eps           as Adam's; betas[0] = 0 stores no momentum
+    nu1                  weight of the momentum in the update, the gradient having the rest
     weight_decay         decoupled (AdamW)
     partition            the subsets of a matrix (n, m); more dimensions are flattened to (n, -1):
                          "row"     one output row, v has n numbers
@@ -49,18 +53,21 @@ class AdamSN(MemoryOptimizer):
     """
 
     def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, *, partition="row",
-        norm="mean", momentum_bits=32, head_dim=None, row_blocks=None, **common,
+        self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, *, nu1=1.0,
+        partition="row", norm="mean", momentum_bits=32, head_dim=None, row_blocks=None, **common,
     ):  # fmt: skip
         defaults = dict(
-            lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, partition=partition,
-            norm=norm, momentum_bits=momentum_bits, head_dim=head_dim, row_blocks=row_blocks,
+            lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, nu1=nu1,
+            partition=partition, norm=norm, momentum_bits=momentum_bits, head_dim=head_dim,
+            row_blocks=row_blocks,
         )  # fmt: skip
         super().__init__(params, defaults, **common)
 
     def check_group(self, group):
         super().check_group(group)
         check_partition(group["partition"])
+        if not 0 <= group["nu1"] <= 1:
+            raise UserError(f"nu1 must lie in [0, 1], not {group['nu1']}")
         if group["norm"] not in ("mean", "sum"):
             raise UserError(f"norm must be 'mean' or 'sum', not {group['norm']!r}")
 
@@ -77,18 +84,21 @@ class AdamSN(MemoryOptimizer):
         return name == "second_moment" and 1 in subset_view(tensor.shape, group, shards)[1]
 
     def schedule(self, group, step):
-        beta1, beta2 = group["betas"]
-        return 1 - beta1**step, 1 - beta2**step  # Adam's bias corrections
+        """The gradient's share of u against the momentum's; the sum of both weights; 1 - b2^t."""
+        (beta1, beta2), nu1 = group["betas"], group["nu1"]
+        weight = 1 - nu1 + nu1 / (1 - beta1**step)
+        return (1 - nu1) / weight, weight, 1 - beta2**step
 
     def direction(self, batch):
         group, second = batch.group, batch.state["second_moment"]
-        (beta1, beta2), (correction1, correction2) = group["betas"], batch.schedule[:2]
+        (beta1, beta2), (share, weight, correction2) = group["betas"], batch.schedule[:3]
         momentum = update_momentum(batch.state, batch.grad, beta1, batch.step, batch.generator)
         view, dims = subset_view(batch.grad.shape[1:], group, batch.shards)
         grad = batch.grad.reshape(len(batch.grad), *view)
         second.lerp_(subset_norm(grad, dims, group["norm"], batch.shards), 1 - beta2)
-        denominator = (second / correction2).sqrt_().add_(group["eps"]).mul_(correction1)
-        return momentum.reshape(grad.shape), denominator.reciprocal_()
+        scale = (second / correction2).sqrt_().add_(group["eps"]).reciprocal_().mul_(weight)
+        update = momentum if group["nu1"] == 1 else momentum.lerp(batch.grad, share)
+        return update.reshape(grad.shape), scale
 
     def update(self, items):
         """By the kernels what they take; large plain float32 tensors by the multi-tensor kernels
@@ -97,13 +107,16 @@ class AdamSN(MemoryOptimizer):
             items = self.kernels.run(items, suits_kernels, self.launch)
         large = [] if self.defaults["compile"] else [i for i in items if self.is_large(i)]
         for key, same in by_key(large, adam_key).items():
-            update_elements(same) if key[0] == "element" else update_subsets(same)
+            if key[0] == "element":
+                update_elements(same)
+            else:
+                update_subsets(same, self.schedule(same[0].group, same[0].step)[:3])
         taken = set(map(id, large))
         rest = [i for i in items if id(i) not in taken]
         super().update([part for item in rest for part in self.row_slices(item)])
 
     def launch(self, stack):
-        stack.adamsn(self.schedule(stack.group, stack.step))
+        stack.adamsn(*self.schedule(stack.group, stack.step)[:3])
 
     def row_slices(self, item):
         """Runs of rows of one very large matrix as items of their own, or the item itself.
@@ -149,16 +162,17 @@ def suits_kernels(item):
 
 def elements_on_gpu(item):
     """Plain Adam on CUDA, where one kernel takes tensors of every size?"""
-    p = item.param
-    return p.is_cuda and p.numel() > 0 and not subset_view(p.shape, item.group, item.shards)[1]
+    p, group = item.param, item.group
+    plain = group["nu1"] == 1 and not subset_view(p.shape, group, item.shards)[1]
+    return p.is_cuda and p.numel() > 0 and plain
 
 
 def adam_key(item):
     """What the items of one multi-tensor call must share."""
     group = item.group
     _, dims = subset_view(item.param.shape, group)
-    key = (item.param.device, item.step, group["betas"], group["eps"], group["norm"])
-    if dims:
+    key = (item.param.device, item.step, group["betas"], group["nu1"], group["eps"], group["norm"])
+    if dims or group["nu1"] != 1:
         return "subset", *key
     return "element", *key, group["lr"], group["weight_decay"]  # torch's kernel takes one rate
 
@@ -182,13 +196,14 @@ def update_elements(items):
     )  # fmt: skip
 
 
-def update_subsets(items):
+def update_subsets(items, schedule):
     """AdamSN on large float32 items of any shapes, in few launches and passes over the weights.
 
     First every momentum and subset norm, which read the same gradient; then all the small second
     moments at once, by multi-tensor kernels; then every weight.
     """
-    (beta1, beta2), step = items[0].group["betas"], items[0].step
+    (beta1, beta2), nu1 = items[0].group["betas"], items[0].group["nu1"]
+    share, weight, correction2 = schedule
     views = [subset_view(i.param.shape, i.group) for i in items]
     norms = []
     for i, (view, dims) in zip(items, views):
@@ -196,13 +211,14 @@ def update_subsets(items):
         norms.append(subset_norm(i.grad.view(1, *view), dims, i.group["norm"])[0])
     seconds = [i.state["second_moment"] for i in items]
     torch._foreach_lerp_(seconds, norms, 1 - beta2)
-    scales = torch._foreach_div(seconds, 1 - beta2**step)
+    scales = torch._foreach_div(seconds, correction2)
     torch._foreach_sqrt_(scales)
     torch._foreach_add_(scales, items[0].group["eps"])
     torch._foreach_reciprocal_(scales)
     for i, scale, (view, _) in zip(items, scales, views):
-        rate, decay = i.group["lr"] / (1 - beta1**step), 1 - i.group["lr"] * i.group["weight_decay"]
-        shift(i.param, i.state["momentum"].view(view), scale, decay, rate)
+        rate, decay = i.group["lr"] * weight, 1 - i.group["lr"] * i.group["weight_decay"]
+        update = i.state["momentum"] if nu1 == 1 else i.state["momentum"].lerp(i.grad, share)
+        shift(i.param, update.view(view), scale, decay, rate)
 
 
 def subset_norm(grad, dims, norm, shards=None):

@@ -25,6 +25,7 @@ typedef struct {
 
 typedef struct {
     float fresh;         /* the momentum's 1 - beta */
+    float share;         /* of the gradient in the update, the momentum having the rest */
     float decay, rate;   /* p <- decay p - rate update */
     int32_t bits;        /* of the momentum: 0 (none), 8 or 32 */
     uint32_t step;       /* the dither of 8 bits follows from it and the scales */
@@ -89,21 +90,23 @@ INLINE void average8(float *restrict x, int8_t *restrict codes, uint16_t *scale,
     for (int j = 0; j < BLOCK; j++) codes[j] = (int8_t)whole[j];
 }
 
-/* p <- decay p - rate m of row i, m the momentum of x, or x itself. x = g w k; w null: x = g. */
+/* p <- decay p - rate (m + share (x - m)) of row i, m the momentum of x, or x itself.
+ * x = g w k; w null: x = g. */
 INLINE void move_row(const Matrix *t, int64_t i, const float *restrict w, float k, float rate,
                      const Step *s, int bits) {
     const int64_t C = t->columns;
     const float *restrict g = t->grad + i * C;
     float *restrict p = t->param + i * C;
-    const float fresh = s->fresh, decay = s->decay;
+    const float fresh = s->fresh, share = s->share, decay = s->decay;
     if (bits == 8) {
         int8_t *codes = (int8_t *)t->momentum + i * C;
         uint16_t *scales = t->scales + i * (C / BLOCK);
         for (int64_t b = 0; b < C; b += BLOCK) {
-            float x[BLOCK];
-            for (int j = 0; j < BLOCK; j++) x[j] = w ? g[b + j] * w[b + j] * k : g[b + j];
-            average8(x, codes + b, scales + b / BLOCK, fresh, s->step);
-            for (int j = 0; j < BLOCK; j++) p[b + j] = p[b + j] * decay - rate * x[j];
+            float x[BLOCK], m[BLOCK];
+            for (int j = 0; j < BLOCK; j++) x[j] = m[j] = w ? g[b + j] * w[b + j] * k : g[b + j];
+            average8(m, codes + b, scales + b / BLOCK, fresh, s->step);
+            for (int j = 0; j < BLOCK; j++)
+                p[b + j] = p[b + j] * decay - rate * (m[j] + share * (x[j] - m[j]));
         }
         return;
     }
@@ -111,7 +114,10 @@ INLINE void move_row(const Matrix *t, int64_t i, const float *restrict w, float 
 #pragma omp simd
     for (int64_t j = 0; j < C; j++) {
         float x = w ? g[j] * w[j] * k : g[j];
-        if (bits) m[j] = x = m[j] + fresh * (x - m[j]);
+        if (bits) {
+            m[j] += fresh * (x - m[j]);
+            x = m[j] + share * (x - m[j]);
+        }
         p[j] = p[j] * decay - rate * x;
     }
 }
@@ -133,7 +139,7 @@ INLINE void share(int64_t n, int64_t *first, int64_t *last) {
 /* ---- AdamSN, one second moment a row: adamsn.py ----
  *
  * v <- v + fresh2 (N - v), N the sum of g^2 over a row, or their mean
- * p <- decay p - rate m / (sqrt(v / correction2) + eps)                    rate: with correction1
+ * p <- decay p - rate (m + share (g - m)) / (sqrt(v / correction2) + eps)
  */
 void adamsn(const Matrix *matrices, int64_t count, const Step *s, float fresh2, float correction2,
             float eps, int32_t mean, int32_t threads) {

@@ -43,7 +43,7 @@ class Step(ctypes.Structure):
     """cpu_optimizers.c's."""
 
     _fields_ = [
-        *((name, ctypes.c_float) for name in ("fresh", "decay", "rate")),
+        *((name, ctypes.c_float) for name in ("fresh", "share", "decay", "rate")),
         ("bits", ctypes.c_int32), ("step", ctypes.c_uint32),
     ]  # fmt: skip
 
@@ -113,19 +113,19 @@ class Stack:
     def step(self):
         return self.items[0].step
 
-    def begin(self, beta, rate):
+    def begin(self, beta, rate, share=0.0):
         """(table, matrices, Step) of this step: the first three arguments of every kernel."""
         for entry, item in zip(self.table, self.items):
             entry.grad = item.grad.data_ptr()
         decay = 1 - float(self.group["lr"]) * float(self.group["weight_decay"])
-        self.now = Step(1 - beta, decay, rate, self.bits, self.step)
+        self.now = Step(1 - beta, share, decay, rate, self.bits, self.step)
         return ctypes.addressof(self.table), len(self.items), ctypes.addressof(self.now)
 
-    def adamsn(self, corrections):
-        """One step of AdamSN with a second moment a row or run; corrections: 1 - beta^step."""
+    def adamsn(self, share, weight, correction2):
+        """One step of AdamSN with a second moment a row or run; the numbers of its schedule."""
         (beta1, beta2), group = self.group["betas"], self.group
         library().adamsn(
-            *self.begin(beta1, float(group["lr"]) / corrections[0]), 1 - beta2, corrections[1],
+            *self.begin(beta1, float(group["lr"]) * weight, share), 1 - beta2, correction2,
             group["eps"], group["norm"] == "mean", torch.get_num_threads(),
         )
 

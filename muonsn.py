@@ -47,8 +47,8 @@ class MuonSN(AdamSN):
     column_norm    normalise X's columns before Newton-Schulz; False: X as it is, as in Muon
     per_head       orthogonalise q and k head by head (needs row_blocks and head_dim)
     orthogonalize  False: this group is AdamSN's, with its betas, partition and norm
-    momentum_bits, head_dim, row_blocks, betas, eps, weight_decay, partition, norm: as AdamSN's.
-                   Vectors are always plain Adam.
+    momentum_bits, head_dim, row_blocks, betas, eps, weight_decay, nu1, partition, norm: as
+                   AdamSN's. Vectors are always plain Adam.
     {COMMON_HELP}
     Raises UserError for hyperparameters without meaning and for sparse gradients.
     """
@@ -56,13 +56,13 @@ class MuonSN(AdamSN):
     def __init__(
         self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, *, momentum=0.95,
         nu=0.8, row_beta2=0.95, ns_steps=5, update_rms=0.2, column_norm=True, per_head=False,
-        orthogonalize=True, partition="element", norm="mean", momentum_bits=32, head_dim=None,
-        row_blocks=None, **common,
+        orthogonalize=True, nu1=1.0, partition="element", norm="mean", momentum_bits=32,
+        head_dim=None, row_blocks=None, **common,
     ):  # fmt: skip
         defaults = dict(
             lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, momentum=momentum,
             nu=nu, row_beta2=row_beta2, ns_steps=ns_steps, update_rms=update_rms,
-            column_norm=column_norm, per_head=per_head, orthogonalize=orthogonalize,
+            column_norm=column_norm, per_head=per_head, orthogonalize=orthogonalize, nu1=nu1,
             partition=partition, norm=norm, momentum_bits=momentum_bits, head_dim=head_dim,
             row_blocks=row_blocks,
         )  # fmt: skip
@@ -106,7 +106,7 @@ class MuonSN(AdamSN):
         super().update([i for i in items if not is_orthogonalized(i.param, i.group)])
 
     def launch_matrices(self, stack):
-        correction = self.schedule(stack.group, stack.step)[2]
+        correction = self.schedule(stack.group, stack.step)[3]
         stack.muonsn(correction, orthogonalize_blocks)
 
     def schedule(self, group, step):
@@ -126,7 +126,7 @@ class MuonSN(AdamSN):
             update = orthogonalize_blocks(ahead, group)
         row_square = mean_square(update, (2,))  # (N, n, 1)
         second = batch.state["row_mean_square"].lerp_(row_square, 1 - group["row_beta2"])
-        second = second / batch.schedule[2]
+        second = second / batch.schedule[3]
         scale = second.sqrt_().add_(group["eps"]).reciprocal_()  # (N, n, 1)
         total = (scale.square() * row_square).sum(1, keepdim=True)  # (N, 1, 1)
         rows = grad.shape[1]

@@ -20,7 +20,14 @@ import torch
 from errors import UserError
 from kernel_plans import Plans
 from optimizer_arithmetic import clip_update, compute_dtype, shift, stack
-from optimizer_shards import RowShards, is_sharded, local, local_state, shard_state
+from optimizer_shards import (
+    RowShards,
+    all_finite,
+    is_sharded,
+    local,
+    local_state,
+    shard_state,
+)  # fmt: skip
 from quantized_state import BLOCK, MOMENTUM_BITS, round_to_bfloat16
 
 STACK_EACH = 1 << 18  # tensors of at most this many numbers are stacked ...
@@ -200,6 +207,21 @@ class MemoryOptimizer(torch.optim.Optimizer):
             for name in self.defaults.keys() & ADDED_LATER.keys():
                 group.setdefault(name, ADDED_LATER[name])
             self.check_group(group)
+            for p in group["params"]:
+                self.check_state(p, group)
+
+    def check_state(self, p, group):
+        """Raise UserError where a loaded state is not laid out as this class lays out its own."""
+        if not self.state.get(p) or is_sharded(p):
+            return
+        for name, value in self.new_state(p.detach().to("meta"), group).items():
+            found = self.state[p].get(name)
+            if found is None or found.shape != value.shape:
+                was = "nothing" if found is None else f"shape {tuple(found.shape)}"
+                raise UserError(
+                    f"this optimizer state does not fit: {name} of a weight {tuple(p.shape)} "
+                    f"should have shape {tuple(value.shape)}, and the file has {was}"
+                )
 
     def __getstate__(self):  # pickle and deepcopy
         return super().__getstate__() | {"skipped_steps": self.skipped_steps}
@@ -398,7 +420,7 @@ COMMON = dict(  # the options every optimizer here has
     skip_nonfinite=False,
 )  # fmt: skip
 # options that older states lack, and what they meant
-ADDED_LATER = dict(factored=True, column_norm=False)
+ADDED_LATER = dict(factored=True, column_norm=False, nu1=1.0)
 COMMON_HELP = """
     maximize             ascend instead
     foreach              stack small tensors of one shape and use multi-tensor kernels;
@@ -410,23 +432,6 @@ COMMON_HELP = """
     skip_nonfinite       leave everything as it is when any gradient is inf or nan, and count it in
                          `skipped_steps`; costs one wait for the device a step
 """
-
-
-def all_finite(grads):
-    """Are all gradients finite? One wait for each device; every rank gets the same answer."""
-    by_device = {}
-    for grad in map(local, grads):
-        if grad.numel():
-            by_device.setdefault(grad.device, []).append(grad)
-    finite = True
-    for tensors in by_device.values():
-        largest = torch.stack([n.float() for n in torch._foreach_norm(tensors, float("inf"))])
-        finite = finite and bool(torch.isfinite(largest).all())
-    sharded = [grad for grad in grads if is_sharded(grad)]
-    if sharded:
-        bad = torch.tensor(float(not finite), device=local(sharded[0]).device)
-        finite = not bool(RowShards(sharded[0]).sum(bad))
-    return finite
 
 
 def check_number(group, name, low):

@@ -122,13 +122,13 @@ if AVAILABLE:
     # ------------------------------------------------------------------ AdamSN
 
     @triton.jit(do_not_specialize=["step"])
-    def adamsn_rows(table, step, fresh1, fresh2, correction2, eps, factor, decay, rate,
+    def adamsn_rows(table, step, fresh1, fresh2, share, correction2, eps, factor, decay, rate,
                     ROWS, COLS: tl.constexpr, NB: tl.constexpr, BLOCKS: tl.constexpr,
                     P: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, ROUND: tl.constexpr):
         """One program, one row: gradient, momentum, v and weight in a single pass.
 
         v <- v + fresh2 (factor * sum g^2 - v), of the row or (BLOCKS) of each of its blocks;
-        p <- decay p - rate m / (sqrt(v / correction2) + eps)
+        p <- decay p - rate (m + share (g - m)) / (sqrt(v / correction2) + eps)
         """
         program = tl.program_id(0)
         entry, row = table + (program // ROWS) * 8, program % ROWS
@@ -150,7 +150,7 @@ if AVAILABLE:
             scale = rate / (tl.sqrt(v / correction2) + eps)
         w0, w1, _, _ = noise(at, number, step)
         m = average(entry, at, mask, block, g, fresh1, w0, step, BITS, NB)
-        store_weight(param, at, mask, p * decay - m * scale, w1, ROUND)
+        store_weight(param, at, mask, p * decay - (m + share * (g - m)) * scale, w1, ROUND)
 
     @triton.jit
     def second_moment(at, mask, square, fresh):

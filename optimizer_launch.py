@@ -151,9 +151,9 @@ class Stack:
             self.guard.__exit__(*error)
 
 
-def adamsn(stack, corrections):
-    """One step of AdamSN with a second moment a row, or a block of 32; corrections: 1 - beta^step
-    of both betas."""
+def adamsn(stack, share, weight, correction2):
+    """One step of AdamSN with a second moment a row, or a block of 32; the numbers of
+    AdamSN.schedule."""
     (beta1, beta2), group = stack.group["betas"], stack.group
     decay, rate = stack.decay_and_rate()
     first = stack.items[0]
@@ -161,8 +161,8 @@ def adamsn(stack, corrections):
     factor = 1.0 if group["norm"] == "sum" else 1 / run
     stack.launch(
         kernels.adamsn_rows, (len(stack.items) * stack.rows,), stack.addresses(), stack.step,
-        1.0 - beta1, 1.0 - beta2, float(corrections[1]), float(group["eps"]), factor, decay,
-        rate / corrections[0], stack.rows, COLS=stack.columns, NB=stack.blocks,
+        1.0 - beta1, 1.0 - beta2, float(share), float(correction2), float(group["eps"]), factor,
+        decay, rate * weight, stack.rows, COLS=stack.columns, NB=stack.blocks,
         BLOCKS=run < stack.columns, G=stack.grad_type, BITS=stack.bits, num_warps=stack.warps,
         **stack.weight,
     )

@@ -77,7 +77,7 @@ def check_option_types(variant, options):
         defaults |= {name: parameter.default
                      for name, parameter in inspect.signature(function).parameters.items()}
     for name in EMBEDDING_OPTIONS.get(VARIANTS[variant].cls, ()):
-        defaults[f"embedding_{name}"] = defaults[name]
+        defaults[f"embedding_{name}"] = defaults.get(name, 0.9)  # beta1 has no default of its own
     for name, value in options.items():
         default = defaults.get(name)
         fits = {bool: (bool,), int: (int,), float: (int, float)}.get(type(default))

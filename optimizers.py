@@ -37,25 +37,33 @@ class Variant:
     learning_rate: float  # of linear weights
     embedding_lr: float  # of embeddings, an untied head, norms and biases
     options: dict = field(default_factory=dict)
+    role_rates: dict = field(default_factory=dict)  # role of linear weights -> factor on its rate
 
 
 # Learning rates: the best of the grids in results/optimizer_quality.csv (seed setup: 4 layers, 128
 # wide, 2000 iterations) or, where seeds cannot tell them apart, a neighbour of it.
+# An MLP's output layer wants a sixteenth of its input layer's rate; AdamW gains 0.006 nats by it,
+# what has no second moment an element 0.01 to 0.02.
+MLP_RATES = {"mlp_in": 2.0, "mlp_out": 0.125}
+# Momentum of linear weights with a share for the step's own gradient (QHAdam's); elsewhere Adam's.
+QUASI_HYPERBOLIC = dict(betas=(0.95, 0.95), nu1=0.8, embedding_beta1=0.9, embedding_nu1=1.0)
+
 VARIANTS = {
     "adam": Variant(
         "AdamW, fused: 8 bytes of state a parameter", torch.optim.AdamW, 4e-3, 4e-3
     ),
     "adamsn": Variant(
         "Adam with one second moment per output row of a linear weight: 4 bytes there, 8 elsewhere",
-        AdamSN, 4e-3, 8e-3,
+        AdamSN, 4e-3, 8e-3, QUASI_HYPERBOLIC, MLP_RATES,
     ),
     "adamsn8": Variant(
         "adamsn, momentum in 8 bits, a second moment per 32 numbers of embeddings: about 1.1 bytes",
-        AdamSN, 4e-3, 8e-3, dict(momentum_bits=8, embedding_partition=32),
+        AdamSN, 4e-3, 8e-3, dict(momentum_bits=8, embedding_partition=32, **QUASI_HYPERBOLIC),
+        MLP_RATES,
     ),
     "adafactor": Variant(
         "row and column means for second moments, no momentum: about 0.01 bytes",
-        Adafactor, 4e-3, 8e-3,
+        Adafactor, 4e-3, 8e-3, dict(decay=1.0), MLP_RATES,
     ),
     "muonsn": Variant(
         "orthogonalised momentum with a second moment per row: 4 bytes in linear weights, 8 else",
@@ -78,12 +86,14 @@ VARIANTS = {
 }  # fmt: skip
 
 # Options of a class that `embedding_...` sets apart for all that is not a linear weight.
-EMBEDDING_OPTIONS = {Adafactor: ("momentum", "factored")}
+EMBEDDING_OPTIONS = {Adafactor: ("momentum", "factored"), AdamSN: ("beta1", "nu1")}
+ROLES = ("qkv", "attn_out", "mlp_in", "mlp_out", "linear")  # of linear weights
 
 
 def build_optimizer(
     model, variant, learning_rate=None, weight_decay=0.1, betas=None, embedding_lr=None, *,
-    partition=None, embedding_partition=None, fused_backward=False, grad_clip=0.0, **options,
+    role_rates=None, partition=None, embedding_partition=None, fused_backward=False, grad_clip=0.0,
+    **options,
 ):  # fmt: skip
     """The optimizer `variant` for any nn.Module. Every group has a `name` and an `initial_lr`.
 
@@ -96,11 +106,15 @@ def build_optimizer(
     learning_rate        of linear weights; None: the variant's tuned one
     embedding_lr         of all the rest; None: the variant's tuned one, scaled as learning_rate is
     betas                None: (0.9, 0.95), or the variant's own; adafactor reads only betas[1]
+    role_rates           factors on learning_rate, a dict role -> number; None: the variant's; {}:
+                         one rate for all
     partition            adamsn: subsets of linear weights, a name or a dict role -> name
     embedding_partition  adamsn, muonsn: subsets of embeddings, e.g. "row" (default "element")
     embedding_momentum   adafactor: momentum of embeddings and vectors alone, 2% of GPT-2's weights
                          or so; momentum_bits is theirs too
     embedding_factored   adafactor: False gives embeddings a second moment an element
+    embedding_beta1, embedding_nu1   adamsn: the momentum of all but linear weights, where it is
+                         another than theirs
     fused_backward       update inside backward (low_byte.py)
     grad_clip            with fused_backward: its max_norm; 0: update_clip defaults to 1 instead
     options              of the variant's class, e.g. momentum_bits=8, foreach=False, compile=True
@@ -127,11 +141,14 @@ def build_optimizer(
         scale = 1.0 if learning_rate is None else learning_rate / recipe.learning_rate
         embedding_lr = recipe.embedding_lr * scale
     learning_rate = recipe.learning_rate if learning_rate is None else learning_rate
+    factors = recipe.role_rates if role_rates is None else checked_rates(role_rates)
 
     groups = []
     for role, params, layout in parameters_by_role(model):
         rest = role in ("embedding", "vector")
-        group = {"name": role, "params": params, "lr": embedding_lr if rest else learning_rate}
+        rate = embedding_lr if rest else learning_rate
+        rate = rate * factors[role] if factors.get(role, 1) != 1 else rate
+        group = {"name": role, "params": params, "lr": rate}
         group["weight_decay"] = 0.0 if role == "vector" else weight_decay
         if issubclass(recipe.cls, AdamSN):
             group |= layout
@@ -140,6 +157,8 @@ def build_optimizer(
             group["orthogonalize"] = not rest
         if rest:
             group |= apart
+            if "beta1" in apart:
+                group["betas"] = (group.pop("beta1"), options["betas"][1])
         groups.append(group)
     groups = merge_alike(groups)
     for group in groups:
@@ -233,12 +252,26 @@ def linear_role(name, module):
 def linear_partition(partition, role):
     """The partition of one role: a dict's entry, else its "linear" entry, else row."""
     if isinstance(partition, dict):
-        roles = ("qkv", "attn_out", "mlp_in", "mlp_out", "linear")
-        for name in partition:
-            if name not in roles:
-                raise UserError(f"partition has no role {name!r}: known are {', '.join(roles)}")
+        check_roles("partition", partition)
         return partition.get(role, partition.get("linear", "row"))
     return partition or "row"
+
+
+def checked_rates(role_rates):
+    """`role_rates` itself, if it is a dict of roles and positive numbers."""
+    if not isinstance(role_rates, dict):
+        raise UserError(f"role_rates must be a dict role -> factor, not {role_rates!r}")
+    check_roles("role_rates", role_rates)
+    for role, factor in role_rates.items():
+        if not isinstance(factor, (int, float)) or not factor > 0:
+            raise UserError(f"role_rates[{role!r}] must be a positive number, not {factor!r}")
+    return role_rates
+
+
+def check_roles(option, roles):
+    for role in roles:
+        if role not in ROLES:
+            raise UserError(f"{option} has no role {role!r}: known are {', '.join(ROLES)}")
 
 
 def merge_alike(groups):
@@ -288,7 +321,8 @@ def method_of(optimizer, group):
     if isinstance(optimizer, AdamSN):
         if group["partition"] in ("element", 1):
             return "Adam"
-        return f"AdamSN, {group['norm']} over each {group['partition']}"
+        quasi = "" if group["nu1"] == 1 else ", quasi-hyperbolic"
+        return f"AdamSN{quasi}, {group['norm']} over each {group['partition']}"
     if isinstance(optimizer, Adafactor):
         return "Adafactor, " + ("rows and columns" if group["factored"] else "each element")
     return type(optimizer).__name__

@@ -48,6 +48,12 @@ def torch_adamw(run, cohort, setup):
     return [_adamw(cohort.slices.items(), run, setup)]
 
 
+def torch_nadam(run, cohort, setup):
+    """NAdam (Dozat 2016) with decoupled decay: AdamW that looks a step ahead."""
+    return [torch.optim.NAdam(groups(cohort.slices.items(), *_arguments(run, setup)),
+                              betas=setup.betas, decoupled_weight_decay=True)]
+
+
 def torch_muon(run, cohort, setup):
     """torch.optim.Muon on linear weights, rates matched to AdamW's; AdamW for the rest."""
     linear = groups(cohort.module.named_parameters(), *_arguments(run, setup), roles=["linear"])
@@ -176,7 +182,7 @@ def pytorch_optimizer_adamwsn(run, cohort, setup):
 
 
 PEERS = {function.__name__: function for function in (
-    torch_adamw, torch_muon, torch_adafactor, torchao_adamw8bit, torchao_adamw4bit,
+    torch_adamw, torch_nadam, torch_muon, torch_adafactor, torchao_adamw8bit, torchao_adamw4bit,
     bitsandbytes_adamw8bit, galore_adamw, apollo_adamw, apollo_mini, adam_mini,
     pytorch_optimizer_adamwsn)}
 

@@ -29,8 +29,8 @@ def subsets(shape, partition, head_dim=None, row_blocks=None):
     return [label == s for s in label.unique()]
 
 
-def adamsn(p, grads, masks, lr, betas, eps, weight_decay, norm):
-    """arXiv 2411.07120, Algorithm 1 on Adam. masks None: one element a subset."""
+def adamsn(p, grads, masks, lr, betas, eps, weight_decay, norm, nu1=1.0):
+    """arXiv 2411.07120, Algorithm 1 on Adam; nu1: 1810.06801. masks None: one element a subset."""
     beta1, beta2 = betas
     p, m, v = p.clone(), torch.zeros_like(p), torch.zeros_like(p)
     for t, g in enumerate(grads, start=1):
@@ -41,7 +41,8 @@ def adamsn(p, grads, masks, lr, betas, eps, weight_decay, norm):
                 inside = g[mask] ** 2
                 square[mask] = inside.sum() if norm == "sum" else inside.mean()
         v = beta2 * v + (1 - beta2) * square
-        step = m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + eps)
+        numerator = (1 - nu1) * g + nu1 * m / (1 - beta1**t)
+        step = numerator / ((v / (1 - beta2**t)).sqrt() + eps)
         p = p - lr * weight_decay * p - lr * step
     return p
 

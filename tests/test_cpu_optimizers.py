@@ -22,6 +22,7 @@ needs_kernels = pytest.mark.skipif(cpu_optimizers.library() is None, reason="nee
 SHAPES = [(24, 10), (1, 7), (1, 1), (33, 1), (5, 96), (300, 67), (4, 2, 3, 5), (1030, 260)]
 EXACT = [
     (AdamSN, dict()), (AdamSN, dict(norm="sum")), (AdamSN, dict(betas=(0.0, 0.99))),
+    (AdamSN, dict(betas=(0.95, 0.99), nu1=0.8)),
     (Adafactor, dict()), (Adafactor, dict(clip=0.3)), (Adafactor, dict(clip=None)),
     (Adafactor, dict(momentum=0.9)),
 ]  # fmt: skip
@@ -86,16 +87,17 @@ def test_without_a_compiler_pytorch_does_the_same(cc, tmp_path, monkeypatch, tak
 
 @needs_kernels
 @pytest.mark.parametrize("norm", ["mean", "sum"])
+@pytest.mark.parametrize("nu1", [1.0, 0.8])
 @pytest.mark.parametrize("shape, partition", [
     ((24, 10), "row"), ((1, 7), "row"), ((70, 33), "row"), ((9, 96), 32)])
-def test_adamsn_in_c_follows_the_paper(shape, partition, norm, taken):
+def test_adamsn_in_c_follows_the_paper(shape, partition, nu1, norm, taken):
     p = nn.Parameter(torch.linspace(-1, 1, shape[0] * shape[1]).view(shape))
     grads = gradients([shape], steps=50)
     expected = reference.adamsn(
         p.detach().double(), [g.double() for g, in grads], reference.subsets(shape, partition),
-        1e-2, (0.9, 0.98), 1e-8, 0.1, norm,
+        1e-2, (0.9, 0.98), 1e-8, 0.1, norm, nu1,
     )
-    optimizer = AdamSN([p], lr=1e-2, betas=(0.9, 0.98), weight_decay=0.1, norm=norm,
+    optimizer = AdamSN([p], lr=1e-2, betas=(0.9, 0.98), weight_decay=0.1, norm=norm, nu1=nu1,
                        partition=partition)  # fmt: skip
     run(optimizer, [p], grads)
     assert len(taken) == 50 and (p - expected).abs().max() <= 2e-5 * expected.abs().max()

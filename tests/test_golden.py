@@ -43,7 +43,7 @@ I never writ, nor no man ever loved.
 
 GOLDEN = {  # the losses of iterations 0, 5, 10, 15, then the validation losses before and after
     "adam": [3.841483, 3.547569, 3.271750, 3.134363, 3.819746, 3.127604],
-    "adamsn": [3.841483, 3.544965, 3.264165, 3.131161, 3.819746, 3.134382],
+    "adamsn": [3.841483, 3.550200, 3.268725, 3.132745, 3.819746, 3.128764],
 }
 
 

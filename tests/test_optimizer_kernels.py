@@ -81,8 +81,9 @@ def check(results, tolerance, launches, taken):
                 assert torch.allclose(value, reference.state[q][name], rtol=1e-4, atol=1e-7)
 
 
+QUASI = dict(betas=(0.95, 0.99), nu1=0.8)
 ADAMSN = [dict(), dict(norm="sum"), dict(betas=(0.0, 0.99)), dict(partition=32),
-          dict(partition=32, norm="sum")]  # fmt: skip
+          dict(partition=32, norm="sum"), QUASI, QUASI | dict(partition=32)]  # fmt: skip
 ADAFACTOR = [dict(), dict(clip=0.3), dict(clip=None), dict(momentum=0.9)]
 MUONSN = [dict(), dict(nu=1.0), dict(momentum=0.0), dict(row_blocks=(2, 2, 2)),
           dict(row_blocks=(3, 1, 2))]  # fmt: skip

@@ -33,7 +33,8 @@ from model import GPT
 from optimizers import build_optimizer
 
 SETUP = Setup("tiny", dict(block_size=16, n_layer=2, n_head=2, n_embd=16), 4, 12, warmup=3)
-VARIANTS = ["torch_adamw", "torch_muon", "torch_adafactor", "adamsn", "adafactor", "muonsn"]
+VARIANTS = ["torch_adamw", "torch_nadam", "torch_muon", "torch_adafactor", "adamsn", "adafactor",
+            "muonsn"]
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_a_run_is_an_ordinary_training_run(text):
     torch.manual_seed(5)
     model = GPT(SETUP.config(text.vocab_size))
     optimizer = build_optimizer(model, "adamsn", learning_rate=4e-3, embedding_lr=8e-3,
-                                weight_decay=0.1, betas=(0.9, 0.99))
+                                weight_decay=0.1, betas=(0.95, 0.99))
     for iteration, starts in enumerate(data_order(SETUP, text, 5)):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * schedule(SETUP, iteration)

@@ -185,6 +185,7 @@ def test_gradients_are_not_touched():
         (AdamSN, dict(lr=-1.0), "lr"),
         (AdamSN, dict(lr=float("nan")), "lr"),
         (AdamSN, dict(lr=torch.ones(2)), "lr"),
+        (AdamSN, dict(nu1=1.5), "nu1 must lie in"),
         (AdamSN, dict(betas=(0.9, 1.0)), "betas"),
         (AdamSN, dict(eps=-1e-8), "eps"),
         (AdamSN, dict(weight_decay=-0.1), "weight_decay"),
@@ -279,6 +280,12 @@ def test_foreign_state_is_refused():
     two = AdamSN([dict(params=[p]), dict(params=[nn.Parameter(torch.ones(2))])])
     with pytest.raises(UserError, match="does not fit the model"):
         AdamSN([p]).load_state_dict(two.state_dict())
+    row = AdamSN([p])
+    run(row, [p], [[torch.ones(4, 4)]])
+    saved = row.state_dict()
+    saved["param_groups"][0]["partition"] = "element"
+    with pytest.raises(UserError, match=r"second_moment of a weight \(4, 4\) should have shape"):
+        AdamSN([p]).load_state_dict(saved)
 
 
 def test_states_saved_before_an_option_existed_mean_what_they_meant():

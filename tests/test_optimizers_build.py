@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from errors import UserError
+from model import GPT, GPTConfig
 from optimizer_setup import check_option_types
 from optimizers import VARIANTS, Adafactor, AdamSN, build_optimizer, optimizer_table, state_bytes
 
@@ -101,6 +102,37 @@ def test_partition_by_role():
         assert optimizer.state[p]["second_moment"].numel() == size
     names = {group["name"] for group in optimizer.param_groups}
     assert names == {"qkv", "attn_out", "linear", "embedding", "vector"}
+
+
+def test_role_rates_multiply_the_rate_of_linear_weights():
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16))
+
+    def rates(variant, **options):
+        optimizer = build_optimizer(model, variant, learning_rate=1e-2, **options)
+        held = {p: group for group in optimizer.param_groups for p in group["params"]}
+        block = model.transformer.h[1]
+        assert all(group["initial_lr"] == group["lr"] for group in optimizer.param_groups)
+        return [held[m.weight]["lr"] for m in (block.attn.c_attn, block.attn.c_proj,
+                                               block.mlp.c_fc, block.mlp.c_proj)]
+
+    assert rates("adam") == rates("adamsn", role_rates={}) == [1e-2] * 4
+    for variant in ("adamsn", "adamsn8", "adafactor"):
+        assert rates(variant) == pytest.approx([1e-2, 1e-2, 2e-2, 1.25e-3])
+    assert rates("adam", role_rates={"qkv": 3}) == pytest.approx([3e-2, 1e-2, 1e-2, 1e-2])
+    for wrong, message in (
+        ({"mlp": 2}, "no role 'mlp'"), (2, "must be a dict"), ({"qkv": 0}, "must be a positive"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            rates("adam", role_rates=wrong)
+
+
+def test_linear_weights_alone_have_the_quasi_hyperbolic_momentum():
+    net = Net()
+    for variant in ("adamsn", "adamsn8"):
+        optimizer = build_optimizer(net, variant, betas=(0.97, 0.99))
+        found = {g["name"]: (g["betas"], g["nu1"]) for g in optimizer.param_groups}
+        assert found["vector"] == found["embedding"] == ((0.9, 0.99), 1.0)
+        assert found["linear"] == ((0.97, 0.99), 0.8)
 
 
 def test_rates_default_to_the_tuned_ones_and_scale_together():

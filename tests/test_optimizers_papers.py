@@ -18,7 +18,8 @@ from optimizers import Adafactor, AdamSN, MuonSN, state_bytes
         ("head_column", dict(head_dim=3)),
     ],
 )  # fmt: skip
-def test_adamsn_follows_the_paper(partition, layout, norm):
+@pytest.mark.parametrize("nu1", [1.0, 0.8])
+def test_adamsn_follows_the_paper(partition, layout, norm, nu1):
     for dtype in (torch.float64, torch.float32):
         p = nn.Parameter(torch.linspace(-1, 1, 24 * 10, dtype=dtype).view(24, 10))
         grads = gradients(p.shape)
@@ -27,16 +28,17 @@ def test_adamsn_follows_the_paper(partition, layout, norm):
         if partition != "element":
             masks = reference.subsets(p.shape, partition, **(layout | blocks))
         expected = reference.adamsn(
-            p.detach().double(), grads, masks, 1e-2, (0.9, 0.98), 1e-8, 0.1, norm
+            p.detach().double(), grads, masks, 1e-2, (0.9, 0.98), 1e-8, 0.1, norm, nu1
         )
-        options = dict(lr=1e-2, betas=(0.9, 0.98), weight_decay=0.1, norm=norm)
+        options = dict(lr=1e-2, betas=(0.9, 0.98), weight_decay=0.1, norm=norm, nu1=nu1)
         run(AdamSN([p], partition=partition, **options, **layout), [p], [[g] for g in grads])
         assert_close(p.detach(), expected, dtype)
 
 
 @pytest.mark.parametrize("partition", ["row", "column", 20, "element"])
 @pytest.mark.parametrize("foreach", [True, False])
-def test_adamsn_large_tensors_follow_the_paper(partition, foreach):
+@pytest.mark.parametrize("nu1", [1.0, 0.8])
+def test_adamsn_large_tensors_follow_the_paper(partition, foreach, nu1):
     p = nn.Parameter(torch.linspace(-1, 1, LARGE[0] * LARGE[1]).view(LARGE))
     grads = gradients(LARGE, steps=4)
     view, dim = {"row": (LARGE, 1), "column": (LARGE, 0), 20: ((-1, 20), 1)}.get(
@@ -46,9 +48,11 @@ def test_adamsn_large_tensors_follow_the_paper(partition, foreach):
     for t, g in enumerate(grads, start=1):
         g = g.view(view)
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g.square().mean(dim, keepdim=True)
-        step = m / (1 - 0.9**t) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+        ahead = (1 - nu1) * g + nu1 * m / (1 - 0.9**t)
+        step = ahead / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
         expected = expected * (1 - 1e-3) - 1e-2 * step
-    optimizer = AdamSN([p], lr=1e-2, weight_decay=0.1, partition=partition, foreach=foreach)
+    options = dict(lr=1e-2, weight_decay=0.1, nu1=nu1)
+    optimizer = AdamSN([p], partition=partition, foreach=foreach, **options)
     run(optimizer, [p], [[g] for g in grads])
     assert_close(p.detach(), expected.view(LARGE), p.dtype)
 
