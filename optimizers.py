@@ -54,7 +54,7 @@ VARIANTS = {
     ),
     "adamsn": Variant(
         "Adam with one second moment per output row of a linear weight: 4 bytes there, 8 elsewhere",
-        AdamSN, 4e-3, 8e-3, QUASI_HYPERBOLIC, MLP_RATES,
+        AdamSN, 4e-3, 1.6e-2, QUASI_HYPERBOLIC, MLP_RATES,
     ),
     "adamsn8": Variant(
         "adamsn, momentum in 8 bits, a second moment per 32 numbers of embeddings: about 1.1 bytes",
@@ -63,7 +63,7 @@ VARIANTS = {
     ),
     "adafactor": Variant(
         "row and column means for second moments, no momentum: about 0.01 bytes",
-        Adafactor, 4e-3, 8e-3, dict(decay=1.0), MLP_RATES,
+        Adafactor, 2e-3, 4e-3, dict(decay=1.0), MLP_RATES,
     ),
     "muonsn": Variant(
         "orthogonalised momentum with a second moment per row: 4 bytes in linear weights, 8 else",
