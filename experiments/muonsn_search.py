@@ -11,7 +11,6 @@ Writes results/muonsn_search.csv: one row a recipe and seed.
 """
 
 import sys
-import time
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -21,10 +20,9 @@ import torch
 
 from configurator import parse_config
 from errors import UserError, exit_cleanly
-from experiments.common import RESULTS, provenance, read_csv, write_csv
-from experiments.many_runs import SETUPS, data_order, read_text, schedule, validation_losses
+from experiments.common import RESULTS
 from experiments.muonsn_recipes import recipes_named
-from experiments.stacked_gpt import StackedGPT, Step
+from experiments.recipe_bench import Settings, search
 
 QUINTIC = [(3.4445, -4.7750, 2.0315)] * 5  # Jordan et al. 2024
 POLAR = [(8.28721201814563, -23.595886519098837, 17.300387312530933),  # Polar Express (2505.16932)
@@ -137,7 +135,7 @@ class Matrices:
         self.kept = torch.tensor(kept, device=like.device).view(shape)
 
     def step(self, clock):
-        """One update; clock: see Clock."""
+        """One update; clock: see recipe_bench.py."""
         recipe = self.recipe
         grad = torch.stack(self.grads)
         x = self._momentum(grad, clock)
@@ -165,7 +163,7 @@ class Matrices:
         torch._foreach_add_(self.weights, list(change.unbind(0)))
 
     def _momentum(self, grad, clock):
-        recipe, mu = self.recipe, clock.momentum(self.recipe) * self.kept
+        recipe, mu = self.recipe, momentum_now(self.recipe, clock) * self.kept
         now = grad
         if recipe.mars:
             now = grad + recipe.mars * mu / (1 - mu) * (grad - self.previous)
@@ -219,41 +217,22 @@ class Matrices:
         return orthogonalize(flat, polynomials).reshape(x.shape)
 
 
+def momentum_now(recipe, clock):
+    """mu at this iteration, a () tensor."""
+    mu = torch.full_like(clock.time, recipe.mu)
+    if recipe.mu_end >= 0:
+        mu = mu + (recipe.mu_end - recipe.mu) * clock.time / clock.iterations
+    if recipe.mu_warmup:
+        mu = torch.lerp(torch.full_like(mu, 0.85), mu, (clock.time / recipe.mu_warmup).clamp(
+            max=1.0))
+    return mu
+
+
 def orthogonalize_exactly(x, steps=4):
     """Cubic Newton-Schulz on tall x (N, n, r) with singular values already near 1."""
     for _ in range(steps):
         x = 1.5 * x - 0.5 * x @ (x.mT @ x)
     return x
-
-
-class Clock:
-    """Iteration-dependent numbers as tensors on the device, so that a graph can be replayed."""
-
-    def __init__(self, setup, device):
-        shares = [schedule(setup, i) for i in range(setup.iterations)]
-        self.shares = torch.tensor(shares, device=device)
-        self.iteration = torch.zeros(1, dtype=torch.int64, device=device)
-        self.iterations = setup.iterations
-
-    def tick(self):
-        """Read the numbers of this iteration."""
-        now = self.iteration.clamp(max=self.iterations - 1)
-        self.share = self.shares.index_select(0, now)[0]
-        self.time = self.iteration[0].float() + 1
-
-    def correction(self, beta):
-        """Adam's 1 - beta^t."""
-        return 1 - beta ** self.time
-
-    def momentum(self, recipe):
-        """mu at this iteration, a () tensor."""
-        mu = torch.full_like(self.time, recipe.mu)
-        if recipe.mu_end >= 0:
-            mu = mu + (recipe.mu_end - recipe.mu) * self.time / self.iterations
-        if recipe.mu_warmup:
-            mu = torch.lerp(torch.full_like(mu, 0.85), mu, (self.time / recipe.mu_warmup).clamp(
-                max=1.0))
-        return mu
 
 
 class Rest:
@@ -317,68 +296,6 @@ def optimizers(recipe, stack, start, stop):
         Rest(recipe, rest)]
 
 
-def run_batch(setup, runs, text, device):
-    """Train [(recipe, seed)] side by side -> validation losses. Sorted so recipes are together."""
-    stack = StackedGPT(setup.config(text.vocab_size), [seed for _, seed in runs], device)
-    starts = [i for i, (recipe, _) in enumerate(runs) if i == 0 or recipe != runs[i - 1][0]]
-    updates = [update for start, stop in zip(starts, [*starts[1:], len(runs)])
-               for update in optimizers(runs[start][0], stack, start, stop)]
-    order = torch.stack([data_order(setup, text, seed) for _, seed in runs], 1).to(device)
-    step = Step(stack, text.train.to(device), setup.batch_size, setup.model["block_size"],
-                setup.clip)
-    clock = Clock(setup, device)
-
-    def iterate():
-        clock.tick()
-        step(order.index_select(0, clock.iteration.clamp(max=setup.iterations - 1))[0])
-        for update in updates:
-            update.step(clock)
-        clock.iteration += 1
-
-    replay = iterate
-    if torch.device(device).type == "cuda":
-        replay = record(iterate, stack, updates, clock)
-    for _ in range(setup.iterations):
-        replay()
-    return validation_losses(stack, text.val.to(device), setup.model["block_size"],
-                             torch.float32).tolist()
-
-
-def record(iterate, stack, updates, clock):
-    """`iterate` as a CUDA graph, with weights, states and clock as before it was first run."""
-    tensors = [weight.detach() for weight in stack.weights.values()] + [clock.iteration]
-    for update in updates:
-        for value in vars(update).values():
-            if isinstance(value, torch.Tensor):
-                tensors.append(value)
-            elif isinstance(value, list):
-                tensors += [t for t in value if isinstance(t, torch.Tensor)]
-    saved = [tensor.clone() for tensor in tensors]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            iterate()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        iterate()
-    for tensor, old in zip(tensors, saved):
-        tensor.copy_(old)
-    return graph.replay
-
-
-@dataclass
-class Settings:
-    input: str = "data/shakespeare_char"  # prepared dataset, or a text file
-    recipes: str = "all"  # comma separated names of muonsn_recipes.py, or all
-    out: str = str(RESULTS / "muonsn_search.csv")  # rows are added to this file
-    seeds: int = 3  # runs a recipe
-    replicas: int = 63  # most runs side by side
-    iterations: int = 0  # shorter runs, to try things; 0: the setup's
-    device: str = "auto"  # auto | cpu | cuda
-
-
 def make(overrides):
     """Recipe from a dict of overrides. Raises UserError for an unknown one."""
     unknown = set(overrides) - {field.name for field in fields(Recipe)}
@@ -389,33 +306,9 @@ def make(overrides):
 
 def main():
     settings, _ = parse_config(Settings)
-    device = settings.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    setup = SETUPS["seed"]
-    if settings.iterations:
-        setup = replace(setup, iterations=settings.iterations, warmup=settings.iterations // 10)
-    text = read_text(settings.input, setup.model["block_size"])
-    named = {name: make(overrides) for name, overrides in recipes_named(settings.recipes).items()}
-    out = Path(settings.out)
-    rows = read_csv(out) if out.exists() else []
-    done = {(row["recipe"], row["seed"]) for row in rows}
-    todo = [(name, seed) for name in named for seed in range(1, settings.seeds + 1)
-            if (name, seed) not in done]
-    started = time.perf_counter()
-    for first in range(0, len(todo), settings.replicas):
-        batch = todo[first:first + settings.replicas]
-        losses = run_batch(setup, [(named[name], seed) for name, seed in batch], text, device)
-        rows += [dict(recipe=name, seed=seed, val_loss=round(loss, 6), iterations=setup.iterations,
-                      **asdict(named[name]), **provenance(device))
-                 for (name, seed), loss in zip(batch, losses)]
-        write_csv(out, rows)
-        print(f"{time.perf_counter() - started:6.0f} s: {len(rows)} rows", flush=True)
-    means = {}
-    for row in rows:
-        means.setdefault(row["recipe"], []).append(row["val_loss"])
-    for name, values in sorted(means.items(), key=lambda item: sum(item[1]) / len(item[1])):
-        print(f"{sum(values) / len(values):.4f}  {name}")
+    named = {name: make(overrides)
+             for name, overrides in recipes_named(settings.recipes or "all").items()}
+    search(settings, named, optimizers, RESULTS / "muonsn_search.csv", asdict)
 
 
 if __name__ == "__main__":
