@@ -52,6 +52,7 @@ notebook: $(READY)
 
 tables: $(READY)
 	$(BIN)/python experiments/readme_tables.py
+	$(BIN)/python experiments/readme_pictures.py
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -12,6 +12,7 @@
 
 #define INLINE static inline __attribute__((always_inline)) /* for constants to reach the loops */
 #define BLOCK 32 /* numbers that share a scale of 8-bit momentum: quantized_state.py */
+#define RUN 16   /* blocks that are averaged together */
 #define GOLDEN 0x9e3779b9u
 
 typedef struct {
@@ -66,28 +67,45 @@ INLINE float dither(uint32_t word, uint32_t j) {
     return ((int32_t)(word + j * GOLDEN) >> 8) * 0x1p-24f;
 }
 
-/* One BLOCK of 8-bit momentum: x <- (1 - fresh) m + fresh x, stored rounded without bias. */
-INLINE void average8(float *restrict x, int8_t *restrict codes, uint16_t *scale, float fresh,
-                     uint32_t step) {
-    const float old = load_bf16(*scale);
-    const uint32_t before = dither_word(*scale, step - 1);
-    float most = 0;
-#pragma omp simd simdlen(16) reduction(max : most)
-    for (int j = 0; j < BLOCK; j++) {
-        const float m = (codes[j] + (0.5f - dither(before, j))) * old;
-        x[j] = m + fresh * (x[j] - m);
-        most = fabsf(x[j]) > most ? fabsf(x[j]) : most;
-    }
-    *scale = store_bf16(most * ((1 + 0x1p-7f) / 127.5f)); /* rounded up: |x| / scale <= 127.5 */
-    const uint32_t word = dither_word(*scale, step);
-    const float new = load_bf16(*scale), inverse = 1 / (new > FLT_MIN ? new : FLT_MIN);
-    int32_t whole[BLOCK]; /* narrowed in a loop of its own: gcc 12 would not vectorise both */
+/* Up to RUN blocks of 8-bit momentum m: m <- (1 - fresh) m + fresh x, kept rounded without bias.
+ *
+ * Scales and the words of their dithers are worked out for all blocks at once: one after the other
+ * each would wait for the last, and for a division. */
+INLINE void average8(const float *restrict x, float *restrict m, int8_t *restrict codes,
+                     uint16_t *restrict scales, int blocks, float fresh, uint32_t step) {
+    uint32_t word[RUN];
+    float scale[RUN], most[RUN], inverse[RUN];
 #pragma omp simd
-    for (int j = 0; j < BLOCK; j++) {
-        const float code = floorf(x[j] * inverse + dither(word, j)); /* in [-128, 127], or nan */
-        whole[j] = (int32_t)(code == code ? code : 0);
+    for (int b = 0; b < blocks; b++) {
+        word[b] = dither_word(scales[b], step - 1);
+        scale[b] = load_bf16(scales[b]);
     }
-    for (int j = 0; j < BLOCK; j++) codes[j] = (int8_t)whole[j];
+    for (int b = 0; b < blocks; b++) {
+        float *mine = m + b * BLOCK, top = 0;
+#pragma omp simd simdlen(16) reduction(max : top)
+        for (int j = 0; j < BLOCK; j++) {
+            const float old = (codes[b * BLOCK + j] + (0.5f - dither(word[b], j))) * scale[b];
+            mine[j] = old + fresh * (x[b * BLOCK + j] - old);
+            top = fabsf(mine[j]) > top ? fabsf(mine[j]) : top;
+        }
+        most[b] = top;
+    }
+#pragma omp simd
+    for (int b = 0; b < blocks; b++) {
+        scales[b] = store_bf16(most[b] * ((1 + 0x1p-7f) / 127.5f)); /* up: |m| / scale <= 127.5 */
+        word[b] = dither_word(scales[b], step);
+        const float new = load_bf16(scales[b]);
+        inverse[b] = 1 / (new > FLT_MIN ? new : FLT_MIN);
+    }
+    for (int b = 0; b < blocks; b++) {
+        int32_t whole[BLOCK]; /* narrowed in a loop of its own: gcc 12 would not vectorise both */
+#pragma omp simd
+        for (int j = 0; j < BLOCK; j++) {
+            const float code = floorf(m[b * BLOCK + j] * inverse[b] + dither(word[b], j));
+            whole[j] = (int32_t)(code == code ? code : 0); /* in [-128, 127], or nan */
+        }
+        for (int j = 0; j < BLOCK; j++) codes[b * BLOCK + j] = (int8_t)whole[j];
+    }
 }
 
 /* p <- decay p - rate (m + share (x - m)) of row i, m the momentum of x, or x itself.
@@ -101,11 +119,12 @@ INLINE void move_row(const Matrix *t, int64_t i, const float *restrict w, float 
     if (bits == 8) {
         int8_t *codes = (int8_t *)t->momentum + i * C;
         uint16_t *scales = t->scales + i * (C / BLOCK);
-        for (int64_t b = 0; b < C; b += BLOCK) {
-            float x[BLOCK], m[BLOCK];
-            for (int j = 0; j < BLOCK; j++) x[j] = m[j] = w ? g[b + j] * w[b + j] * k : g[b + j];
-            average8(m, codes + b, scales + b / BLOCK, fresh, s->step);
-            for (int j = 0; j < BLOCK; j++)
+        for (int64_t b = 0; b < C; b += RUN * BLOCK) {
+            const int n = C - b < RUN * BLOCK ? C - b : RUN * BLOCK;
+            float x[RUN * BLOCK], m[RUN * BLOCK];
+            for (int j = 0; j < n; j++) x[j] = w ? g[b + j] * w[b + j] * k : g[b + j];
+            average8(x, m, codes + b, scales + b / BLOCK, n / BLOCK, fresh, s->step);
+            for (int j = 0; j < n; j++)
                 p[b + j] = p[b + j] * decay - rate * (m[j] + share * (x[j] - m[j]));
         }
         return;

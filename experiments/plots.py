@@ -1,4 +1,4 @@
-"""Figures of the attention measurements, for williams.ipynb.
+"""Figures of the measurements, for williams.ipynb and the README.
 
 Every function takes the rows of one CSV (experiments.common.read_csv) and returns a matplotlib
 figure. A policy has the same colour and marker everywhere, distinct without colour vision.
@@ -80,6 +80,47 @@ def chunk_figure(rows):
     axis.grid(alpha=0.3, which="both", linewidth=0.5)
     axis.legend(frameon=False)
     figure.suptitle(f"The trade at T = {rows[0]['seq']:,}: {_setup(rows[0])}")
+    return figure
+
+
+OURS = {"muonsn": "#D55E00", "adamsn": "#0072B2", "adafactor": "#009E73"}  # others: grey
+WORST = 1.87  # losses beyond are left out
+ASIDE = {  # where a name stands that would run into another: points from its mark; default (9, 0)
+    "muonsn4": (-9, 0), "bitsandbytes_adamw8bit": (-9, 4), "torchao_adamw8bit": (-9, -4),
+    "torchao_adamw4bit": (-9, -6), "apollo_adamw": (-9, 0), "torch_adamw": (9, 7),
+}  # fmt: skip
+
+
+def optimizer_figure(rows):
+    """Validation loss against bytes of state, of Adam's, at the seed setup; bars are 95% intervals.
+
+    rows: of optimizer_quality_summary.csv. Variants without options, and the one of `adafactor`
+    that has two.
+    """
+    figure, axis = plt.subplots(figsize=(10, 6.4), layout="constrained")
+    rows = [row for row in rows if row["setup"] == "seed" and row["val_loss"] < WORST]
+    for row in rows:
+        name, _, options = row["variant"].partition(":")
+        if options and options != "embedding_momentum=0.9+momentum_bits=8":
+            continue
+        colour = OURS.get(name.rstrip("0123456789"), "#777777")
+        axis.errorbar(row["state_percent"], row["val_loss"], yerr=row["interval"], color=colour,
+                      marker="o", markersize=7 if colour != "#777777" else 5, capsize=2)
+        aside = ASIDE.get(name, (9, 0))
+        label = "+ 8-bit momentum\nof embeddings" if options else name
+        axis.annotate(label, (row["state_percent"], row["val_loss"]), color=colour, va="center",
+                      ha="right" if aside[0] < 0 else "left", xytext=aside,
+                      textcoords="offset points",
+                      **({"size": 9} if colour == "#777777" else {"weight": "bold"}))
+    adamw = next(row for row in rows if row["variant"] == "torch_adamw")
+    axis.axhline(adamw["val_loss"], color="#777777", linewidth=0.8, linestyle="--")
+    axis.set(xscale="log", xlim=(0.25, 600), xlabel="optimizer state, % of Adam's bytes",
+             ylabel="validation loss, each at its best rates")
+    axis.set_xticks([0.5, 1, 2, 5, 10, 20, 50, 100])
+    _plain_numbers(axis.xaxis)
+    axis.minorticks_off()
+    axis.grid(alpha=0.3, linewidth=0.5)
+    figure.suptitle("0.8M-parameter character model, 2,000 iterations: lower left is better")
     return figure
 
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 from errors import UserError
-from experiments import readme_tables, two_commands
+from experiments import readme_pictures, readme_tables, two_commands
 from experiments.common import write_csv
 
 PAGES = ("README.md", "docs/RESULTS.md")
@@ -140,6 +140,17 @@ def test_every_registered_table_can_be_made_from_the_committed_results():
             made = readme_tables.rewrite(text, ROOT / "results")
             # heading, rule, a row at least; or what a command printed
             assert made.count("\n|") >= 3 or made.count("\n```") >= 2, name
+
+
+def test_the_pictures_agree_with_the_committed_results(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    for name, (file, _) in readme_pictures.PICTURES.items():
+        assert f"(docs/{name})" in readme and readme_pictures.is_fresh(ROOT / "docs" / name)
+        copy = tmp_path / name
+        copy.write_text((ROOT / "docs" / name).read_text().replace(file, "other.csv"))
+        assert not readme_pictures.is_fresh(copy)
+        readme_pictures.draw(copy)
+        assert readme_pictures.is_fresh(copy)
 
 
 @pytest.mark.parametrize("name", PAGES)
