@@ -3,6 +3,7 @@
 import ast
 import inspect
 import math
+import re
 
 import torch
 
@@ -53,7 +54,8 @@ def check_param_dtype(settings):
 def parse_options(text):
     """"partition=row,momentum_bits=8" -> {"partition": "row", "momentum_bits": 8}."""
     options = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    parts = re.split(r",(?![^({\[]*[)}\]])", text)  # not at commas inside brackets
+    for part in filter(None, (part.strip() for part in parts)):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not name.isidentifier() or not value:
             raise UserError(f"optimizer_options: {part!r} is not name=value; "

@@ -88,6 +88,11 @@ VARIANTS = {
 # Options of a class that `embedding_...` sets apart for all that is not a linear weight.
 EMBEDDING_OPTIONS = {Adafactor: ("momentum", "factored"), AdamSN: ("beta1", "nu1")}
 ROLES = ("qkv", "attn_out", "mlp_in", "mlp_out", "linear")  # of linear weights
+ROLE_OF_NAME = {  # how the names of nn.Linear modules end
+    "c_attn": "qkv", "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "attn.c_proj": "attn_out",
+    "o_proj": "attn_out", "mlp.c_fc": "mlp_in", "gate_proj": "mlp_in", "up_proj": "mlp_in",
+    "mlp.c_proj": "mlp_out", "down_proj": "mlp_out",
+}  # fmt: skip
 
 
 def build_optimizer(
@@ -242,11 +247,10 @@ def parameters_by_role(model):
 
 
 def linear_role(name, module):
-    """qkv, attn_out, mlp_in, mlp_out by nanoGPT's names; any other linear layer is "linear"."""
-    if hasattr(module, "row_blocks") or name.endswith("c_attn"):
+    """qkv, attn_out, mlp_in, mlp_out by nanoGPT's or Llama's names; else "linear"."""
+    if hasattr(module, "row_blocks"):
         return "qkv"
-    endings = {"attn.c_proj": "attn_out", "mlp.c_fc": "mlp_in", "mlp.c_proj": "mlp_out"}
-    return next((role for end, role in endings.items() if name.endswith(end)), "linear")
+    return next((role for end, role in ROLE_OF_NAME.items() if name.endswith(end)), "linear")
 
 
 def linear_partition(partition, role):

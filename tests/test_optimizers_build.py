@@ -118,6 +118,12 @@ def test_role_rates_multiply_the_rate_of_linear_weights():
     assert rates("adam") == rates("adamsn", role_rates={}) == [1e-2] * 4
     for variant in ("adamsn", "adamsn8", "adafactor"):
         assert rates(variant) == pytest.approx([1e-2, 1e-2, 2e-2, 1.25e-3])
+    llama = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "gate_proj": nn.Linear(8, 8),
+                           "down_proj": nn.Linear(8, 8)})  # fmt: skip
+    groups = build_optimizer(llama, "adamsn", learning_rate=1e-2).param_groups
+    assert {g["name"]: g["lr"] for g in groups if g["name"] != "vector"} == pytest.approx(
+        {"qkv": 1e-2, "mlp_in": 2e-2, "mlp_out": 1.25e-3}
+    )
     assert rates("adam", role_rates={"qkv": 3}) == pytest.approx([3e-2, 1e-2, 1e-2, 1e-2])
     for wrong, message in (
         ({"mlp": 2}, "no role 'mlp'"), (2, "must be a dict"), ({"qkv": 0}, "must be a positive"),

@@ -206,6 +206,8 @@ def test_every_group_follows_the_schedule(tmp_path):
 
 def test_options_are_read_as_python_values():
     assert parse_options("") == {}
+    assert parse_options("role_rates={'mlp_in':2,'mlp_out':0.5},norm=sum") == {
+        "role_rates": {"mlp_in": 2, "mlp_out": 0.5}, "norm": "sum"}
     assert parse_options("partition=row, momentum_bits=8,foreach=False,eps=1e-6") == {
         "partition": "row", "momentum_bits": 8, "foreach": False, "eps": 1e-6}
 
