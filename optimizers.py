@@ -326,7 +326,9 @@ def method_of(optimizer, group):
         if group["partition"] in ("element", 1):
             return "Adam"
         quasi = "" if group["nu1"] == 1 else ", quasi-hyperbolic"
-        return f"AdamSN{quasi}, {group['norm']} over each {group['partition']}"
+        partition = group["partition"]
+        subset = f"run of {partition}" if isinstance(partition, int) else partition
+        return f"AdamSN{quasi}, {group['norm']} over each {subset}"
     if isinstance(optimizer, Adafactor):
         return "Adafactor, " + ("rows and columns" if group["factored"] else "each element")
     return type(optimizer).__name__

@@ -19,7 +19,7 @@ from configurator import describe_changes
 from dataset import describe
 from errors import UserError
 from memory import tensor_bytes
-from optimizers import planned_bytes
+from optimizers import optimizer_table, planned_bytes
 
 # One row an iteration logged (loss: that iteration's batch, before its update), one an evaluation
 # (train_loss, val_loss); a cell that does not apply is empty. peak_mb: Runtime.peak_memory.
@@ -183,6 +183,7 @@ def startup_summary(trainer):
     weights = tensor_bytes(parameters)
     fused = updates_inside_backward(trainer.optimizer)
     gradients = "freed one by one" if fused else megabytes(weights)
+    table = optimizer_table(model, trainer.optimizer)
     compiled = ", compiled (the first step takes a while)" if trainer.compiled else ""
     lines = {
         "device": runtime.describe() + compiled,
@@ -194,6 +195,7 @@ def startup_summary(trainer):
                      f"k_chunk {settings.k_chunk}",
         "memory": f"parameters {megabytes(weights)}, gradients {gradients}, "
                   f"optimizer state {megabytes(state)} ({settings.optimizer_variant})",
+        "optimizer": table.replace("\n", "\n" + " " * 11),
         "batch": f"{trainer.tokens_per_iteration:,} tokens per iteration: "
                  f"{settings.gradient_accumulation_steps} x {settings.batch_size} sequences "
                  f"of {settings.block_size}",

@@ -46,6 +46,7 @@ def test_a_run_learns_and_leaves_its_files(tmp_path, capsys):
     assert config["n_embd"] == 16 and config["optimizer_variant"] == "adamsn"
     for start in ("device     cpu (asked for), float32", "data       tiny: ", "model      ",
                   "attention  cache", "memory     parameters 0.03 MB, gradients 0.03 MB, optim",
+                  "optimizer  group", "           mlp_in ", "           total ",
                   "batch      64 tokens per iteration: 1 x 4 sequences of 16", "changed    ",
                   "step 0: train loss ", "iter 0: loss ", "iter 30: loss ", "step 40: ",
                   "done: 40"):
