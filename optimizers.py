@@ -42,10 +42,11 @@ class Variant:
 
 # Learning rates: the best of the grids in results/optimizer_quality.csv (seed setup: 4 layers, 128
 # wide, 2000 iterations) or, where seeds cannot tell them apart, a neighbour of it.
-# An MLP's output layer wants a sixteenth of its input layer's rate; AdamW gains 0.006 nats by it,
-# what has no second moment an element 0.01 to 0.02.
+# Rates by role and this momentum: the best of results/adaptive_search.csv (same setup). An MLP's
+# output layer wants a sixteenth of its input layer's rate; AdamW gains 0.006 nats by it, what has
+# no second moment an element 0.03.
 MLP_RATES = {"mlp_in": 2.0, "mlp_out": 0.125}
-# Momentum of linear weights with a share for the step's own gradient (QHAdam's); elsewhere Adam's.
+# Of linear weights, with a share for the step's own gradient (QHAdam's); elsewhere Adam's.
 QUASI_HYPERBOLIC = dict(betas=(0.95, 0.95), nu1=0.8, embedding_beta1=0.9, embedding_nu1=1.0)
 
 VARIANTS = {

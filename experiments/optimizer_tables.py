@@ -68,6 +68,51 @@ def optimizers_larger(rows):
     return markdown(["setup", "optimizer", *LOSSES], lines)
 
 
+BEFORE = "+betas=(0.9,0.99)+nu1=1.0+role_rates={}"  # what adamsn's rows there have in common
+
+
+@table("adamsn_ablation", "optimizer_ablation.csv")
+def adamsn_ablation(rows):
+    """Subsets of adamsn by role, each at the best of its small grid: means of the grid's seeds."""
+    found = {}
+    for row in rows:
+        name = row["variant"]
+        if name.startswith("adamsn") and name.endswith(BEFORE.removeprefix("+")):
+            rates = f"{row['learning_rate']:g} / {row['embedding_lr']:g}"
+            name = name.removesuffix(BEFORE).removesuffix(BEFORE.removeprefix("+"))
+            losses = found.setdefault(name.rstrip(":"), {}).setdefault(rates, [])
+            losses.append(row["best_val_loss"])
+    lines = []
+    for name, grid in found.items():
+        rates = min(grid, key=lambda rates: sum(grid[rates]) / len(grid[rates]))
+        lines.append([f"`{name}`", f"{sum(grid[rates]) / len(grid[rates]):.4f}", rates,
+                      len(grid[rates])])
+    return markdown(["subsets", "validation loss", "lr: linear / rest", "seeds"],
+                    sorted(lines, key=lambda line: line[1])) + made_on(rows[0])
+
+
+@table("adaptive_search", "adaptive_search.csv")
+def adaptive_search(rows):
+    """Each family as it is and its eight best recipes, against AdamW on the same seeds."""
+    found = {}
+    for row in rows:
+        found.setdefault(row["recipe"], {})[row["seed"]] = row["val_loss"]
+    lines = []
+    for family in dict.fromkeys(name.partition(":")[0] for name in found):
+        compared = []
+        for name, losses in found.items():
+            if name.partition(":")[0] == family:
+                seeds = sorted(losses)
+                difference, half, _ = paired_difference(
+                    [losses[seed] for seed in seeds], [found["adamw"][seed] for seed in seeds])
+                compared.append((difference, half, name, len(seeds)))
+        best = sorted(compared)[:8]
+        best += [line for line in compared if line[2] == family and line not in best]
+        lines += [[f"`{name}`", f"{difference:+.4f}" + (f" ± {half:.4f}" if half else ""), seeds]
+                  for difference, half, name, seeds in best]
+    return markdown(["recipe", "against AdamW", "seeds"], lines) + made_on(rows[0])
+
+
 @table("low_byte", "optimizer_quality.csv")
 def low_byte(rows):
     """Weights in bfloat16, and updates inside backward, against float32; paired by seed, at the

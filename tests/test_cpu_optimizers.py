@@ -179,7 +179,8 @@ def test_one_nan_spoils_what_it_touches_and_no_more(taken):
 
 
 @needs_kernels
-@pytest.mark.parametrize("cls, options", [(AdamSN, {}), (Adafactor, dict(momentum=0.9))])
+@pytest.mark.parametrize("cls, options", [
+    (AdamSN, {}), (AdamSN, dict(partition=32)), (Adafactor, dict(momentum=0.9))])
 @pytest.mark.parametrize("shape", [(1, 32), (33, 96), (3, 2, 4, 8), (300, 544)])
 @pytest.mark.parametrize("size", [1.0, 0.0, 1e-37, 1e18])
 def test_8_bit_codes_are_dithered_as_pytorch_has_it(cls, options, shape, size, taken):
@@ -212,6 +213,21 @@ def test_8_bit_codes_are_dithered_as_pytorch_has_it(cls, options, shape, size, t
 
 
 @needs_kernels
+@pytest.mark.parametrize("partition", ["row", 32])
+def test_8_bit_weights_are_the_loops(partition, taken):
+    results = []
+    for foreach in (True, False):
+        params = matrices([(33, 96), (1, 32), (5, 1056)])
+        optimizer = AdamSN(params, lr=1e-2, betas=(0.95, 0.99), nu1=0.8, weight_decay=0.1,
+                           momentum_bits=8, partition=partition, foreach=foreach)  # fmt: skip
+        run(optimizer, params, gradients([(33, 96), (1, 32), (5, 1056)], steps=2))
+        results.append(params)
+    assert len(taken) == 2 * 3
+    for p, q in zip(*results):
+        assert torch.allclose(p, q, rtol=2e-4, atol=2e-4)  # a code tipped over is 1/127 of a step
+
+
+@needs_kernels
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), 3e38])
 def test_8_bit_momentum_of_odd_gradients_spoils_no_other_block(odd, taken):
     results = []
@@ -230,6 +246,7 @@ def test_8_bit_momentum_of_odd_gradients_spoils_no_other_block(odd, taken):
 
 @needs_kernels
 @pytest.mark.parametrize("cls, options", [(AdamSN, {}), (AdamSN, dict(momentum_bits=8)),
+                                          (AdamSN, dict(momentum_bits=8, partition=32)),
                                           (Adafactor, {}), (Adafactor, dict(momentum=0.5)),
                                           (Adafactor, dict(momentum=0.5, momentum_bits=8))])
 def test_bits_do_not_depend_on_the_threads(cls, options, taken):
