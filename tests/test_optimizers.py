@@ -17,6 +17,7 @@ from optimizers import Adafactor, AdamSN, MuonSN
 
 CLASSES = [
     (AdamSN, dict(partition="row")),
+    (AdamSN, dict(betas=(0.95, 0.99), nu1=0.8, momentum_bits=8)),
     (AdamSN, dict(partition="column", momentum_bits=8)),
     (Adafactor, dict()),
     (Adafactor, dict(momentum=0.9, momentum_bits=16)),

@@ -13,6 +13,7 @@ from quantized_state import dequantize
 
 CASES = {
     "row": (AdamSN, dict(partition="row")),
+    "quasi-hyperbolic": (AdamSN, dict(betas=(0.95, 0.99), nu1=0.8)),
     "column": (AdamSN, dict(partition="column")),
     "larger": (AdamSN, dict(partition="larger")),
     "sum": (AdamSN, dict(partition="column", norm="sum")),
