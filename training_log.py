@@ -241,7 +241,7 @@ def advise_oom(settings, trainer=None):
         advice.append(f"--batch_size={settings.batch_size // 2} --gradient_accumulation_steps="
                       f"{settings.gradient_accumulation_steps * 2}")
     if settings.optimizer_variant == "adam":
-        advice.append("--optimizer_variant=adamsn")
+        advice.append("--optimizer_variant=adamsn8")
     return (f"out of memory with attention_policy={settings.attention_policy!r} "
             f"(q_chunk={settings.q_chunk}, k_chunk={settings.k_chunk}) and {settings.batch_size} x "
             f"{settings.block_size} tokens a micro-batch; try "

@@ -121,22 +121,24 @@ def low_byte(rows):
              "seed_bf16": "bfloat16, rounded stochastically; the same clip",
              "seed_fused": "bfloat16, clipped by the norm of the step before, as inside backward",
              "seed_unclipped": "bfloat16, each tensor's update clipped instead (`grad_clip=0`)"}
-    found = {setup: {} for setup in names}
+    found = {}
     for row in rows:
-        mine = row["variant"] in ("muonsn8", "muonsn8:update_clip=1.0")
-        if mine and row["setup"] in names and row["seed"] > 1000 and row["iterations"] == 2000:
+        base = row["variant"].removesuffix(":update_clip=1.0")
+        if row["setup"] in names and row["seed"] > 1000 and row["iterations"] == 2000:
             run = row["learning_rate"], row["embedding_lr"], row["seed"]
-            found[row["setup"]][run] = row["best_val_loss"]
+            found.setdefault((base, row["setup"]), {})[run] = row["best_val_loss"]
     lines = []
-    for setup, name in names.items():
-        runs = sorted(found[setup].keys() & found["seed"].keys())
-        if not runs:
-            continue
-        mine = [found[setup][run] for run in runs]
-        difference, half, _ = paired_difference(mine, [found["seed"][run] for run in runs])
-        lines.append([name, f"{sum(mine) / len(mine):.4f}",
-                      "–" if setup == "seed" else f"{difference:+.4f} ± {half:.4f}", len(runs)])
-    return markdown(["`muonsn8`, weights", "validation loss", "against float32", "seeds"], lines)
+    for optimizer in ("muonsn8", "adamsn8"):
+        whole = found[optimizer, "seed"]
+        for setup, name in names.items():
+            runs = sorted(found.get((optimizer, setup), {}).keys() & whole.keys())
+            if not runs:
+                continue
+            mine = [found[optimizer, setup][run] for run in runs]
+            difference, half, _ = paired_difference(mine, [whole[run] for run in runs])
+            lines.append([f"`{optimizer}`", name, f"{sum(mine) / len(mine):.4f}",
+                          "–" if setup == "seed" else f"{difference:+.4f} ± {half:.4f}", len(runs)])
+    return markdown(["optimizer", "weights", "validation loss", "against float32", "seeds"], lines)
 
 
 @table("memory_variants", "optimizer_memory.csv")
