@@ -20,14 +20,7 @@ import torch
 from errors import UserError
 from kernel_plans import Plans
 from optimizer_arithmetic import clip_update, compute_dtype, shift, stack
-from optimizer_shards import (
-    RowShards,
-    all_finite,
-    is_sharded,
-    local,
-    local_state,
-    shard_state,
-)  # fmt: skip
+from optimizer_shards import RowShards, all_finite, is_sharded, local, local_state, shard_state
 from quantized_state import BLOCK, MOMENTUM_BITS, round_to_bfloat16
 
 STACK_EACH = 1 << 18  # tensors of at most this many numbers are stacked ...

@@ -42,7 +42,7 @@ class Variant:
 
 # Learning rates: the best of the grids in results/optimizer_quality.csv (seed setup: 4 layers, 128
 # wide, 2000 iterations) or, where seeds cannot tell them apart, a neighbour of it.
-# Rates by role and this momentum: the best of results/adaptive_search.csv (same setup). An MLP's
+# Rates by role and this momentum were chosen by results/adaptive_search.csv (same setup). An MLP's
 # output layer wants a sixteenth of its input layer's rate; AdamW gains 0.006 nats by it, what has
 # no second moment an element 0.03.
 MLP_RATES = {"mlp_in": 2.0, "mlp_out": 0.125}
@@ -164,7 +164,7 @@ def build_optimizer(
         if rest:
             group |= apart
             if "beta1" in apart:
-                group["betas"] = (group.pop("beta1"), options["betas"][1])
+                group["betas"] = (group.pop("beta1"), *options["betas"][1:])
         groups.append(group)
     groups = merge_alike(groups)
     for group in groups:

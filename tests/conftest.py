@@ -46,3 +46,14 @@ def repository(tmp_path):
     for command in (["init"], ["add", "."], [*author, "commit", "-m", "all"]):
         subprocess.run(["git", *command], cwd=folder, check=True, capture_output=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def letters():
+    """600 tokens of 11 kinds, for the searches' tiny models."""
+    import torch
+
+    from experiments.many_runs import Text
+
+    tokens = torch.randint(11, (600,), generator=torch.Generator().manual_seed(0))
+    return Text(tokens[:500], tokens[500:], 11, "none")

@@ -5,23 +5,16 @@ import math
 from dataclasses import replace
 
 import pytest
-import torch
 
 from errors import UserError
 from experiments.adaptive_recipes import RECIPES, expand, name_of, recipes_named
 from experiments.adaptive_search import optimizers
 from experiments.common import RESULTS
-from experiments.many_runs import Run, Setup, Text, train_runs
+from experiments.many_runs import Run, Setup, train_runs
 from experiments.optimizer_variants import build
 from experiments.recipe_bench import run_batch
 
 SETUP = Setup("tiny", dict(block_size=16, n_layer=2, n_head=4, n_embd=32), 4, 8, warmup=3)
-
-
-@pytest.fixture(scope="module")
-def text():
-    tokens = torch.randint(11, (600,), generator=torch.Generator().manual_seed(0))
-    return Text(tokens[:500], tokens[500:], 11, "none")
 
 
 @pytest.mark.parametrize("variant, family, overrides", [
@@ -31,17 +24,17 @@ def text():
     ("adafactor", "adafactor", dict(roles="f2 p0.125", qkv_apart=False)),
     ("adafactor:embedding_momentum=0.9+role_rates={}", "adafactor+", dict(qkv_apart=False)),
 ])
-def test_a_recipe_is_the_optimizer_of_its_name(variant, family, overrides, text):
+def test_a_recipe_is_the_optimizer_of_its_name(variant, family, overrides, letters):
     recipe = expand(family, overrides | dict(lr=4e-3, embedding_lr=8e-3))
-    losses = run_batch(SETUP, [(recipe, 1), (recipe, 2)], text, "cpu", optimizers)
-    rows = train_runs(SETUP, [Run(variant, 4e-3, 8e-3, seed) for seed in (1, 2)], text, build)
+    losses = run_batch(SETUP, [(recipe, 1), (recipe, 2)], letters, "cpu", optimizers)
+    rows = train_runs(SETUP, [Run(variant, 4e-3, 8e-3, seed) for seed in (1, 2)], letters, build)
     for loss, row in zip(losses, rows, strict=True):
         assert abs(loss - row["val_loss"]) < 1e-5
 
 
-def test_every_recipe_trains(text):
+def test_every_recipe_trains(letters):
     for name, recipe in recipes_named("4,3").items():
-        loss, = run_batch(replace(SETUP, iterations=2), [(recipe, 1)], text, "cpu", optimizers)
+        loss, = run_batch(replace(SETUP, iterations=2), [(recipe, 1)], letters, "cpu", optimizers)
         assert math.isfinite(loss) and loss < 2.7, name
 
 

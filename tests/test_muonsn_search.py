@@ -7,19 +7,13 @@ import pytest
 import torch
 
 from errors import UserError
-from experiments.many_runs import Run, Setup, Text, train_runs
+from experiments.many_runs import Run, Setup, train_runs
 from experiments.muonsn_recipes import recipes_named
 from experiments.muonsn_search import Recipe, make, optimizers
 from experiments.optimizer_variants import build
 from experiments.recipe_bench import run_batch
 
 SETUP = Setup("tiny", dict(block_size=16, n_layer=2, n_head=4, n_embd=32), 4, 8, warmup=3)
-
-
-@pytest.fixture(scope="module")
-def text():
-    tokens = torch.randint(11, (600,), generator=torch.Generator().manual_seed(0))
-    return Text(tokens[:500], tokens[500:], 11, "none")
 
 
 @pytest.mark.parametrize("variant, overrides", [
@@ -29,18 +23,18 @@ def text():
      dict(mu=0.9, weight_decay=0.3, embedding_decay=0.3)),
     ("muonsn", dict(look=0.8, embedding_beta1=0.5, pre="now")),
 ])
-def test_a_recipe_of_defaults_is_muonsn(variant, overrides, text):
+def test_a_recipe_of_defaults_is_muonsn(variant, overrides, letters):
     recipe = replace(Recipe(), lr=8e-3, embedding_lr=4e-3, **overrides)
-    losses = run_batch(SETUP, [(recipe, 1), (recipe, 2)], text, "cpu", optimizers)
-    rows = train_runs(SETUP, [Run(variant, 8e-3, 4e-3, seed) for seed in (1, 2)], text, build)
+    losses = run_batch(SETUP, [(recipe, 1), (recipe, 2)], letters, "cpu", optimizers)
+    rows = train_runs(SETUP, [Run(variant, 8e-3, 4e-3, seed) for seed in (1, 2)], letters, build)
     for loss, row in zip(losses, rows, strict=True):
         assert abs(loss - row["val_loss"]) < 5e-4
 
 
-def test_every_recipe_trains(text):
+def test_every_recipe_trains(letters):
     for name, overrides in recipes_named("all").items():
         setup = replace(SETUP, iterations=3)
-        loss, = run_batch(setup, [(make(overrides), 1)], text, "cpu", optimizers)
+        loss, = run_batch(setup, [(make(overrides), 1)], letters, "cpu", optimizers)
         assert math.isfinite(loss) and loss < 2.7, name
 
 
@@ -52,9 +46,9 @@ def test_unknown_recipes_are_refused():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_the_recorded_graph_equals_the_loop(text):
+def test_the_recorded_graph_equals_the_loop(letters):
     runs = [(Recipe(), 1), (Recipe(), 2), (replace(Recipe(), rank=2), 1)]
-    on_cpu, recorded = (run_batch(SETUP, runs, text, device, optimizers)
+    on_cpu, recorded = (run_batch(SETUP, runs, letters, device, optimizers)
                         for device in ("cpu", "cuda"))
     for a, b in zip(on_cpu, recorded, strict=True):
         assert abs(a - b) < 5e-3  # bfloat16 products in Newton-Schulz there

@@ -218,6 +218,7 @@ def test_states_from_before_adafactor_could_leave_matrices_whole_still_load():
         ("adamsn", dict(embedding_lr=-1.0), "embedding_lr must be positive"),
         ("adamsn", dict(momentum_bit=8), "did you mean 'momentum_bits'"),
         ("adamsn", dict(partition="rows"), "partition must be one of"),
+        ("adamsn", dict(betas=(0.9,)), "betas must be two numbers"),
         ("adamsn", dict(partition={"attention": "row"}), "no role 'attention'"),
         ("muonsn", dict(partition="row"), "no partition"),
         ("adafactor", dict(norm="sum"), "no option 'norm'"),
