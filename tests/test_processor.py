@@ -13,7 +13,7 @@ import torch
 from model import GPT, GPTConfig
 from processor import keep_freed_memory
 
-if sys.argv[1] == "kept" and not keep_freed_memory():
+if not keep_freed_memory():
     print("no glibc")
     sys.exit()
 torch.set_num_threads(1)
@@ -29,12 +29,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def test_freed_memory_is_kept():
-    faults = {}
-    for mode in ("default", "kept"):
-        done = subprocess.run([sys.executable, "-c", FAULTS, mode], cwd=ROOT, text=True,
-                              capture_output=True)
-        assert done.returncode == 0, done.stderr
-        if done.stdout.startswith("no glibc"):
-            pytest.skip("only glibc's malloc can be asked")
-        faults[mode] = int(done.stdout)
-    assert faults["kept"] < 0.5 * faults["default"], faults
+    """Four steps map fewer pages than one step needs, 4,800 or so.
+
+    By default they map some 19,000, but at times none at all, as the heap happens to lie: so the
+    default is no measure.
+    """
+    done = subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    if done.stdout.startswith("no glibc"):
+        pytest.skip("only glibc's malloc can be asked")
+    assert int(done.stdout) < 4096
