@@ -21,7 +21,9 @@ LOSSES = ["validation loss", "against tuned AdamW", "p (paired)", "seeds", "stat
 
 
 # options whose worth docs/RESULTS.md shows, not the README
-ABLATED = ("column_norm=False", "nu=", "rounding=", "muonsn4:", "adamsn8:", "role_rates={}")
+ABLATED = ("column_norm=False", "nu=", "nu1=", "rounding=", "muonsn4:", "adamsn8:",
+           "role_rates={}")
+ADAMS_MOMENTUM = "adamsn:betas=(0.9,0.99)+nu1=1.0"  # what larger models are better with, or worse
 PUBLISHED = "adamsn:norm=sum+partition=larger+betas=(0.9,0.99)+nu1=1.0+role_rates={}"
 
 
@@ -62,10 +64,38 @@ def optimizers_larger(rows):
         mine = [row for row in rows if (row["setup"], row["iterations"]) == key]
         tuned = {row["variant"] for row in mine}
         # the best that there is of an optimizer whose defaults have not run here
-        mine = [row for row in mine if not ablated(row) or "role_rates={}" in row["variant"]
+        mine = [row for row in mine if not ablated(row) or row["variant"] == ADAMS_MOMENTUM
+                or "role_rates={}" in row["variant"]
                 and row["variant"].partition(":")[0] not in tuned]
         lines += [[name, label(row), *cells] for row, cells in losses(mine)]
     return markdown(["setup", "optimizer", *LOSSES], lines)
+
+
+@table("optimizers_grids", "optimizer_quality.csv")
+def optimizers_grids(rows):
+    """Optimizers of larger models that have a grid of one seed and no fresh ones, beside the best
+    of AdamW's grid on that seed."""
+    lines = []
+    for key, name in SETUPS.items():
+        found = {}
+        for row in rows:
+            if (row["setup"], row["iterations"]) == key:
+                found.setdefault(row["variant"], []).append(row)
+        adamw = best_of_grid(found["torch_adamw"])["best_val_loss"]
+        for variant, mine in found.items():
+            if all(row["seed"] == 1 for row in mine):
+                best = best_of_grid(mine)
+                lines.append([
+                    name, label(best), f"{best['best_val_loss']:.4f}",
+                    f"{best['best_val_loss'] - adamw:+.4f}", len(mine),
+                    f"{best['learning_rate']:g} / {best['embedding_lr']:g}"])
+    return markdown(["setup", "optimizer", "validation loss, seed 1", "against AdamW's",
+                     "settings run", "lr: linear / rest"], lines)
+
+
+def best_of_grid(rows):
+    """Of one variant's rows, the one of seed 1 with the lowest loss."""
+    return min((row for row in rows if row["seed"] == 1), key=lambda row: row["best_val_loss"])
 
 
 BEFORE = "+betas=(0.9,0.99)+nu1=1.0+role_rates={}"  # what adamsn's rows there have in common
