@@ -84,10 +84,22 @@ def chunk_figure(rows):
 
 
 OURS = {"muonsn": "#D55E00", "adamsn": "#0072B2", "adafactor": "#009E73"}  # others: grey
-WORST = 1.87  # losses beyond are left out
+WORST = {"seed": 1.87}  # losses beyond are left out
 ASIDE = {  # where a name stands that would run into another: points from its mark; default (9, 0)
-    "muonsn4": (-9, 0), "bitsandbytes_adamw8bit": (-9, 4), "torchao_adamw8bit": (-9, -4),
-    "torchao_adamw4bit": (-9, -6), "apollo_adamw": (-9, 0), "torch_adamw": (9, 7),
+    "seed": {
+        "muonsn4": (-9, 0), "bitsandbytes_adamw8bit": (-9, 4), "torchao_adamw8bit": (-9, -4),
+        "torchao_adamw4bit": (-9, -6), "apollo_adamw": (-9, 0), "torch_adamw": (9, 7),
+    },
+    "char384": {
+        "muonsn": (9, -4), "torch_muon": (9, 5), "galore_adamw": (-9, -5), "adamsn": (9, -7),
+        "muonsn4": (-9, 0),
+        "pytorch_optimizer_adamwsn": (9, 4), "bitsandbytes_adamw8bit": (-9, 1),
+        "torchao_adamw8bit": (-9, -3), "torchao_adamw4bit": (-9, 7), "torch_adamw": (9, 7),
+    },
+    "bpe51m": {
+        "torchao_adamw8bit": (-9, -5), "bitsandbytes_adamw8bit": (-9, 6), "torch_adamw": (9, -6),
+        "adam_mini": (-9, 0), "torchao_adamw4bit": (-9, 0), "muonsn4": (-9, 0),
+    },
 }  # fmt: skip
 
 
@@ -98,7 +110,25 @@ def optimizer_figure(rows):
     that has two.
     """
     figure, axis = plt.subplots(figsize=(10, 6.4), layout="constrained")
-    rows = [row for row in rows if row["setup"] == "seed" and row["val_loss"] < WORST]
+    _loss_against_state(axis, rows, "seed", 2000)
+    figure.suptitle("0.8M-parameter character model, 2,000 iterations: lower left is better")
+    return figure
+
+
+def larger_optimizer_figure(rows):
+    """The same at the two larger setups, side by side."""
+    figure, axes = plt.subplots(1, 2, figsize=(16, 6.4), layout="constrained")
+    for axis, setup, title in zip(axes, ("char384", "bpe51m"), (
+            "10.7M parameters, characters, 16 passes", "51M parameters, 8.2M GPT-2 tokens")):
+        _loss_against_state(axis, rows, setup, 1000)
+        axis.set_title(title)
+    return figure
+
+
+def _loss_against_state(axis, rows, setup, iterations):
+    """One panel: a mark an optimizer, ours in colour, AdamW's loss as a dashed line."""
+    rows = [row for row in rows if (row["setup"], row["iterations"]) == (setup, iterations)
+            and row["val_loss"] < WORST.get(setup, math.inf)]
     for row in rows:
         name, _, options = row["variant"].partition(":")
         if options and options != "embedding_momentum=0.9+momentum_bits=8":
@@ -106,7 +136,7 @@ def optimizer_figure(rows):
         colour = OURS.get(name.rstrip("0123456789"), "#777777")
         axis.errorbar(row["state_percent"], row["val_loss"], yerr=row["interval"], color=colour,
                       marker="o", markersize=7 if colour != "#777777" else 5, capsize=2)
-        aside = ASIDE.get(name, (9, 0))
+        aside = ASIDE[setup].get(name, (9, 0))
         label = "+ 8-bit momentum\nof embeddings" if options else name
         axis.annotate(label, (row["state_percent"], row["val_loss"]), color=colour, va="center",
                       ha="right" if aside[0] < 0 else "left", xytext=aside,
@@ -114,14 +144,13 @@ def optimizer_figure(rows):
                       **({"size": 9} if colour == "#777777" else {"weight": "bold"}))
     adamw = next(row for row in rows if row["variant"] == "torch_adamw")
     axis.axhline(adamw["val_loss"], color="#777777", linewidth=0.8, linestyle="--")
-    axis.set(xscale="log", xlim=(0.25, 600), xlabel="optimizer state, % of Adam's bytes",
+    least = min(row["state_percent"] for row in rows)
+    axis.set(xscale="log", xlim=(0.68 * least, 700), xlabel="optimizer state, % of Adam's bytes",
              ylabel="validation loss, each at its best rates")
-    axis.set_xticks([0.5, 1, 2, 5, 10, 20, 50, 100])
+    axis.set_xticks([tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if tick > least])
     _plain_numbers(axis.xaxis)
     axis.minorticks_off()
     axis.grid(alpha=0.3, linewidth=0.5)
-    figure.suptitle("0.8M-parameter character model, 2,000 iterations: lower left is better")
-    return figure
 
 
 def policy_picker(rows):

@@ -19,12 +19,13 @@ import matplotlib
 from configurator import parse_config
 from errors import exit_cleanly
 from experiments.common import RESULTS, ROOT, read_csv
-from experiments.plots import optimizer_figure, scaling_figure
+from experiments.plots import larger_optimizer_figure, optimizer_figure, scaling_figure
 from whole_files import written_whole
 
 PICTURES = {  # file -> (its CSV, what draws it)
     "attention.svg": ("attention_scaling.csv", lambda rows: scaling_figure(rows, "forward")),
     "optimizers.svg": ("optimizer_quality_summary.csv", optimizer_figure),
+    "optimizers_larger.svg": ("optimizer_quality_summary.csv", larger_optimizer_figure),
 }
 
 
