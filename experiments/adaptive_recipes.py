@@ -5,7 +5,7 @@ fields for linear weights, and with `embedding_` in front for embeddings and nor
 k, v, o, f (MLP in), p (MLP out); roles="f2 p0.25" are factors on lr.
 """
 
-from errors import UserError
+from experiments.recipe_bench import recipes_of
 
 SETTINGS = dict(
     lr=4e-3,  # of linear weights
@@ -155,16 +155,4 @@ RECIPES = {number: {name_of(*recipe): expand(*recipe) for recipe in recipes}
 
 def recipes_named(names):
     """'1,4' (rounds), 'all' or whole names by commas -> {name: recipe}. Raises UserError."""
-    every = {name: recipe for found in RECIPES.values() for name, recipe in found.items()}
-    chosen = {}
-    for name in names.split(","):
-        if name == "all":
-            chosen |= every
-        elif name in RECIPES:
-            chosen |= RECIPES[name]
-        elif name in every:
-            chosen[name] = every[name]
-        else:
-            raise UserError(f"unknown recipe {name!r}: rounds are {', '.join(RECIPES)}, or all; "
-                            "names are those of results/adaptive_search.csv")
-    return chosen
+    return recipes_of(names, RECIPES)

@@ -2,7 +2,7 @@
 
 import ast
 
-from errors import UserError
+from experiments.recipe_bench import recipes_of
 
 BASE = dict(lr=6e-3)  # between the two best rates of the first grid
 
@@ -226,22 +226,13 @@ def recipes_named(names):
 
     Raises UserError for an unknown name.
     """
-    every = FLAGSHIP | SMALL | NONE | AFTER | FINAL | NONE2
-    chosen = {}
-    for name in names.split(","):
-        if name == "all":
-            chosen |= every
-        elif name in FAMILIES:
-            chosen |= FAMILIES[name]
-        elif name in every:
-            chosen[name] = every[name]
-        elif "=" in name:
-            chosen[name] = {key: _value(value) for key, value in
-                            (item.split("=", 1) for item in name.split("+"))}
-        else:
-            known = ", ".join(["all", *FAMILIES, *every])
-            raise UserError(f"unknown recipe {name!r}; known: {known}")
-    return {name: BASE | overrides for name, overrides in chosen.items()}
+    return {name: BASE | overrides
+            for name, overrides in recipes_of(names, FAMILIES, _spelt).items()}
+
+
+def _spelt(name):
+    """'mu=0.9+ns=polar' -> {'mu': 0.9, 'ns': 'polar'}"""
+    return {key: _value(value) for key, value in (item.split("=", 1) for item in name.split("+"))}
 
 
 def _value(text):

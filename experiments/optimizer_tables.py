@@ -82,7 +82,7 @@ def optimizers_grids(rows):
             if (row["setup"], row["iterations"]) == key:
                 found.setdefault(row["variant"], []).append(row)
         adamw = best_of_grid(found["torch_adamw"])["best_val_loss"]
-        for variant, mine in found.items():
+        for mine in found.values():
             if all(row["seed"] == 1 for row in mine):
                 best = best_of_grid(mine)
                 lines.append([

@@ -10,9 +10,31 @@ from pathlib import Path
 
 import torch
 
+from errors import UserError
 from experiments.common import provenance, read_csv, write_csv
 from experiments.many_runs import SETUPS, data_order, read_text, schedule, validation_losses
 from experiments.stacked_gpt import StackedGPT, Step
+
+
+def recipes_of(names, groups, spelt=None):
+    """'final,rank 1' or 'all' -> {name: recipe}: groups, and recipes by their names.
+
+    groups: {group: {name: recipe}}. spelt(name) -> the recipe that a name with "=" spells out.
+    Raises UserError for an unknown name.
+    """
+    every = {name: recipe for group in groups.values() for name, recipe in group.items()}
+    chosen = {}
+    for name in names.split(","):
+        if name in ("all", *groups):
+            chosen |= every if name == "all" else groups[name]
+        elif name in every:
+            chosen[name] = every[name]
+        elif spelt and "=" in name:
+            chosen[name] = spelt(name)
+        else:
+            raise UserError(f"unknown recipe {name!r}; known: all, {', '.join(groups)}, and the "
+                            "names in the search's CSV in results/")
+    return chosen
 
 
 class Clock:
