@@ -321,7 +321,12 @@ def rewrite(text, results):
         rows = read_csv(path)
         if not rows:
             raise UserError(f"{kind} {name!r} needs {path}, which has no rows")
-        return function(rows)
+        try:
+            return function(rows)
+        except (KeyError, StopIteration) as error:
+            raise UserError(f"{kind} {name!r} needs rows or columns that {path} lacks "
+                            f"({error or 'no such row'}); run the script under experiments/ that "
+                            f"writes {file}") from error
 
     def block(match):
         opening, name, closing = match.groups()

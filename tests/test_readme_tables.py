@@ -133,6 +133,16 @@ def test_unknown_tables_and_missing_results_are_named(folder):
     assert run(folder).returncode == 2
 
 
+@pytest.mark.parametrize("block, file", [
+    ("<!-- table: optimizers_grids -->\n<!-- end table -->", "optimizer_quality.csv"),
+    ("<!-- figure: muonsn8_gain -->0<!-- end -->", "optimizer_quality_summary.csv"),
+])
+def test_results_without_the_rows_asked_for_are_one_clear_line(tmp_path, block, file):
+    (tmp_path / file).write_text("setup,iterations,variant,seed\nseed,2000,adamsn,1\n")
+    with pytest.raises(UserError, match=f"needs rows or columns that .*{file} lacks"):
+        readme_tables.rewrite(block, tmp_path)
+
+
 def test_every_registered_table_can_be_made_from_the_committed_results():
     for name, (_, file) in readme_tables.TABLES.items():
         if (ROOT / "results" / file).exists():
