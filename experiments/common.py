@@ -16,6 +16,7 @@ from whole_files import written_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
+HASHES = ("commit", "sha256")  # columns
 
 
 def provenance(device="cpu"):
@@ -37,10 +38,13 @@ def write_csv(path, rows):
 
 
 def read_csv(path):
-    """Rows of a CSV as dicts; what reads as a number is one, an empty field is None."""
+    """Rows of a CSV as dicts; what reads as a number is one, an empty field is None.
+
+    Hashes stay text: 5465686, 0123456 and 12e4567 are commits too.
+    """
     with Path(path).open(newline="") as file:
-        return [{name: _number(text) for name, text in row.items()}
-                for row in csv.DictReader(file)]
+        return [{name: text if name in HASHES and text else _number(text)
+                 for name, text in row.items()} for row in csv.DictReader(file)]
 
 
 def _number(text):

@@ -1,5 +1,7 @@
 """The README's tables and figures on optimizers; readme_tables.py writes them."""
 
+import itertools
+
 from experiments.paired import paired_difference
 from experiments.table_tools import figure, gigabytes, made_on, markdown, table
 
@@ -23,7 +25,8 @@ LOSSES = ["validation loss", "against tuned AdamW", "p (paired)", "seeds", "stat
 # options whose worth docs/RESULTS.md shows, not the README
 ABLATED = ("column_norm=False", "nu=", "nu1=", "rounding=", "muonsn4:", "adamsn8:",
            "role_rates={}")
-ADAMS_MOMENTUM = "adamsn:betas=(0.9,0.99)+nu1=1.0"  # what larger models are better with, or worse
+# what the larger character model is better with
+ADAMS_MOMENTUM = ("adamsn:betas=(0.9,0.99)+nu1=0.9", "adamsn:betas=(0.9,0.99)+nu1=1.0")
 PUBLISHED = "adamsn:norm=sum+partition=larger+betas=(0.9,0.99)+nu1=1.0+role_rates={}"
 
 
@@ -64,11 +67,33 @@ def optimizers_larger(rows):
         mine = [row for row in rows if (row["setup"], row["iterations"]) == key]
         tuned = {row["variant"] for row in mine}
         # the best that there is of an optimizer whose defaults have not run here
-        mine = [row for row in mine if not ablated(row) or row["variant"] == ADAMS_MOMENTUM
+        mine = [row for row in mine if not ablated(row) or row["variant"] in ADAMS_MOMENTUM
                 or "role_rates={}" in row["variant"]
                 and row["variant"].partition(":")[0] not in tuned]
         lines += [[name, label(row), *cells] for row, cells in losses(mine)]
     return markdown(["setup", "optimizer", *LOSSES], lines)
+
+
+@table("adamsn_momentum", "optimizer_quality_summary.csv")
+def adamsn_momentum(rows):
+    """adamsn's momentum at all three sizes: differences to AdamW on fresh seeds."""
+    setups = {("seed", 2000): "characters, 0.8M", ("char384", 1000): "characters, 10.7M",
+              ("bpe51m", 1000): "GPT-2 tokens, 51M"}
+    found = {((row["setup"], row["iterations"]), row["variant"]): row for row in rows}
+    lines = []
+    for optimizer, (beta1, nu1) in itertools.product(
+            ("adamsn", "adamsn8"), ((0.95, 0.8), (0.9, 0.8), (0.9, 0.9), (0.9, 1.0))):
+        cells = []
+        for setup in setups:
+            name = optimizer  # beta2 is the setup's
+            if beta1 == 0.9:
+                beta2 = 0.95 if setup[0] == "bpe51m" else 0.99
+                name += f":betas=(0.9,{beta2})+nu1={nu1}"
+            row = found.get((setup, name))
+            cells.append(f"{row['to_adamw']:+.4f} ± {row['to_adamw_interval']:.4f}" if row else "")
+        if any(cells):
+            lines.append([f"`{optimizer}`", beta1, nu1, *cells])
+    return markdown(["optimizer", "momentum", "its share of the update", *setups.values()], lines)
 
 
 @table("optimizers_grids", "optimizer_quality.csv")

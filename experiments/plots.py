@@ -88,17 +88,19 @@ WORST = {"seed": 1.87}  # losses beyond are left out
 ASIDE = {  # where a name stands that would run into another: points from its mark; default (9, 0)
     "seed": {
         "muonsn4": (-9, 0), "bitsandbytes_adamw8bit": (-9, 4), "torchao_adamw8bit": (-9, -4),
-        "torchao_adamw4bit": (-9, -6), "apollo_adamw": (-9, 0), "torch_adamw": (9, 7),
+        "torchao_adamw4bit": (9, -9), "apollo_adamw": (-9, 0), "torch_adamw": (9, 7),
     },
     "char384": {
-        "muonsn": (9, -4), "torch_muon": (9, 5), "galore_adamw": (-9, -5), "adamsn": (9, -7),
-        "muonsn4": (-9, 0),
-        "pytorch_optimizer_adamwsn": (9, 4), "bitsandbytes_adamw8bit": (-9, 1),
-        "torchao_adamw8bit": (-9, -3), "torchao_adamw4bit": (-9, 7), "torch_adamw": (9, 7),
+        "muonsn": (9, -5), "torch_muon": (9, 6), "muonsn4": (-9, 0),
+        "adam_mini": (9, 6), "adamsn8": (-9, 6), "adamsn": (-9, 10), "galore_adamw": (-9, 3),
+        "pytorch_optimizer_adamwsn": (30, 14), "torchao_adamw4bit": (-9, 0), "torch_adamw": (9, 0),
+        "bitsandbytes_adamw8bit": (-9, -8), "torchao_adamw8bit": (9, -5),
     },
     "bpe51m": {
         "torchao_adamw8bit": (-9, -5), "bitsandbytes_adamw8bit": (-9, 6), "torch_adamw": (9, -6),
-        "adam_mini": (-9, 0), "torchao_adamw4bit": (-9, 0), "muonsn4": (-9, 0),
+        "torchao_adamw4bit": (-9, 0), "muonsn4": (-9, 0), "adam_mini": (-9, 0),
+        "galore_adamw": (-9, 4), "pytorch_optimizer_adamwsn": (30, 3), "torch_nadam": (9, 6),
+        "apollo_mini": (-9, 0),
     },
 }  # fmt: skip
 
@@ -116,8 +118,8 @@ def optimizer_figure(rows):
 
 
 def larger_optimizer_figure(rows):
-    """The same at the two larger setups, side by side."""
-    figure, axes = plt.subplots(1, 2, figsize=(16, 6.4), layout="constrained")
+    """The same at the two larger setups, one above the other."""
+    figure, axes = plt.subplots(2, 1, figsize=(10, 14), layout="constrained")
     for axis, setup, title in zip(axes, ("char384", "bpe51m"), (
             "10.7M parameters, characters, 16 passes", "51M parameters, 8.2M GPT-2 tokens")):
         _loss_against_state(axis, rows, setup, 1000)
@@ -138,14 +140,15 @@ def _loss_against_state(axis, rows, setup, iterations):
                       marker="o", markersize=7 if colour != "#777777" else 5, capsize=2)
         aside = ASIDE[setup].get(name, (9, 0))
         label = "+ 8-bit momentum\nof embeddings" if options else name
+        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
         axis.annotate(label, (row["state_percent"], row["val_loss"]), color=colour, va="center",
                       ha="right" if aside[0] < 0 else "left", xytext=aside,
-                      textcoords="offset points",
+                      textcoords="offset points", arrowprops=line if abs(aside[0]) > 9 else None,
                       **({"size": 9} if colour == "#777777" else {"weight": "bold"}))
     adamw = next(row for row in rows if row["variant"] == "torch_adamw")
     axis.axhline(adamw["val_loss"], color="#777777", linewidth=0.8, linestyle="--")
     least = min(row["state_percent"] for row in rows)
-    axis.set(xscale="log", xlim=(0.68 * least, 700), xlabel="optimizer state, % of Adam's bytes",
+    axis.set(xscale="log", xlim=(0.68 * least, 900), xlabel="optimizer state, % of Adam's bytes",
              ylabel="validation loss, each at its best rates")
     axis.set_xticks([tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if tick > least])
     _plain_numbers(axis.xaxis)

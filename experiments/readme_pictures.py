@@ -60,14 +60,13 @@ def main():
     settings, _ = parse_config(Settings)
     matplotlib.use("agg")
     paths = [Path(settings.folder) / name for name in PICTURES]
-    stale = [path for path in paths if not path.exists() or not is_fresh(path)]
-    for path in stale:
-        if settings.check:
-            print(f"{path} is stale: run python experiments/readme_pictures.py")
-        else:
+    if not settings.check:
+        for path in paths:
             draw(path)
             print(f"drew {path}")
-    if settings.check and stale:
+    elif stale := [path for path in paths if not path.exists() or not is_fresh(path)]:
+        for path in stale:
+            print(f"{path} is stale: run python experiments/readme_pictures.py")
         sys.exit(1)
 
 

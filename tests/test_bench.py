@@ -253,8 +253,8 @@ def test_small_helpers(tmp_path):
     calls = []
     found = interleaved([lambda: calls.append("a") or 1, lambda: calls.append("b") or 2], 2)
     assert calls == ["a", "b", "a", "b"] and found == [[1, 1], [2, 2]]
-    rows = [{"name": "a, b", "n": 3, "x": 0.5, "nothing": ""}]
+    rows = [{"name": "a, b", "n": 3, "x": 0.5, "nothing": "", "commit": "12e4567"}]
     write_csv(tmp_path / "t.csv", rows)
-    assert read_csv(tmp_path / "t.csv") == [{"name": "a, b", "n": 3, "x": 0.5, "nothing": None}]
+    assert read_csv(tmp_path / "t.csv") == [rows[0] | {"nothing": None}]
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert not is_out_of_memory(RuntimeError("shape mismatch"))
