@@ -1,6 +1,7 @@
 """The README's tables and figures on optimizers; readme_tables.py writes them."""
 
 import itertools
+from statistics import median
 
 from experiments.paired import paired_difference
 from experiments.table_tools import figure, gigabytes, made_on, markdown, table
@@ -30,18 +31,23 @@ ADAMS_MOMENTUM = ("adamsn:betas=(0.9,0.99)+nu1=0.9", "adamsn:betas=(0.9,0.99)+nu
 PUBLISHED = "adamsn:norm=sum+partition=larger+betas=(0.9,0.99)+nu1=1.0+role_rates={}"
 
 
-@table("optimizers", "optimizer_quality_summary.csv")
-def optimizers(rows):
+@table("optimizers", "optimizer_quality_summary.csv", "optimizer_speed.csv")
+def optimizers(rows, speeds):
     """Each variant at the best of its own grid, on fresh seeds."""
-    return optimizers_all([row for row in rows if not ablated(row)])
+    return optimizers_all([row for row in rows if not ablated(row)], speeds)
 
 
-@table("optimizers_all", "optimizer_quality_summary.csv")
-def optimizers_all(rows):
+@table("optimizers_all", "optimizer_quality_summary.csv", "optimizer_speed.csv")
+def optimizers_all(rows, speeds):
     """The same with options that other rows are without."""
     rows = [row for row in rows if row["setup"] == "seed"]
-    return markdown(["optimizer", *LOSSES],
-                    [[label(row), *cells] for row, cells in losses(rows)])
+    ratios = {row["variant"]: f"{row['ratio']:.2f}×" for row in speeds if row["device"] == "cuda"}
+    lines = []
+    for row, cells in losses(rows):
+        state = f"{8 * row['state_percent'] / 100:.2f} ({cells[4]})"
+        lines.append([label(row), *cells[:4], state, ratios.get(row["variant"], ""), cells[5]])
+    return markdown(["optimizer", *LOSSES[:4], "state, bytes a parameter (of Adam's)",
+                     "a step, of fused AdamW's", LOSSES[5]], lines)
 
 
 def label(row):
@@ -260,6 +266,20 @@ def muonsn8_gain(rows):
 def muonsn8_state(rows):
     """Of AdamW's bytes."""
     return f"{of_variant(rows, 'muonsn8')['state_percent']:.0f}%"
+
+
+@figure("muonsn8_step", "optimizer_speed.csv")
+def muonsn8_step(rows):
+    """More than fused AdamW's, GPT-2 124M on a GPU."""
+    row = next(row for row in rows if (row["device"], row["variant"]) == ("cuda", "muonsn8"))
+    return f"{row['step_ms'] - row['adamw_ms']:.1f} ms"
+
+
+@figure("short_step", "attention_gpu.csv")
+def short_step(rows):
+    """One training step of GPT-2 124M, 32 sequences of 1,024 tokens, with AdamW."""
+    times = [row["seconds"] for row in rows if row["name"] == "short plain"]
+    return f"{1e3 * median(times):.0f} ms"
 
 
 @figure("adamsn_gain", "optimizer_quality_summary.csv")

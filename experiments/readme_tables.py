@@ -307,26 +307,32 @@ def of_check(rows, name):
 # ---------------------------------------------------------------------- the pages
 
 
+def rows_of(what, path):
+    """The CSV `path`, which `what` needs. Raises UserError where it lacks."""
+    if not path.exists():
+        raise UserError(f"{what} needs {path}, which does not exist; run the script under "
+                        f"experiments/ that writes {path.name}")
+    rows = read_csv(path)
+    if not rows:
+        raise UserError(f"{what} needs {path}, which has no rows")
+    return rows
+
+
 def rewrite(text, results):
     """README text with all blocks and figures made anew. Raises UserError for what cannot be."""
     def made(kind, registry, name):
         if name not in registry:
             raise UserError(f"README.md asks for a {kind} {name!r}; experiments/readme_tables.py "
                             f"knows: {', '.join(sorted(registry))}")
-        function, file = registry[name]
-        path = Path(results) / file
-        if not path.exists():
-            raise UserError(f"{kind} {name!r} needs {path}, which does not exist; run the script "
-                            f"under experiments/ that writes {file}")
-        rows = read_csv(path)
-        if not rows:
-            raise UserError(f"{kind} {name!r} needs {path}, which has no rows")
+        function, files = registry[name]
+        paths = [Path(results) / file for file in files]
+        tables = [rows_of(f"{kind} {name!r}", path) for path in paths]
         try:
-            return function(rows)
+            return function(*tables)
         except (KeyError, StopIteration) as error:
-            raise UserError(f"{kind} {name!r} needs rows or columns that {path} lacks "
-                            f"({error or 'no such row'}); run the script under experiments/ that "
-                            f"writes {file}") from error
+            raise UserError(f"{kind} {name!r} needs rows or columns that "
+                            f"{' or '.join(map(str, paths))} lacks ({error or 'no such row'}); "
+                            f"run the script under experiments/ that writes it") from error
 
     def block(match):
         opening, name, closing = match.groups()

@@ -1,19 +1,19 @@
 """A registry of the README's tables and figures, and how numbers are written in them."""
 
-TABLES, FIGURES = {}, {}  # name -> (function of the CSV's rows, file under results/)
+TABLES, FIGURES = {}, {}  # name -> (function of the CSVs' rows, files under results/)
 
 
-def table(name, file, registry=TABLES):
-    """Register a function: rows of results/`file` (list of dicts) -> Markdown."""
+def table(name, *files, registry=TABLES):
+    """Register a function: rows (list of dicts) of each of results/`files` -> Markdown."""
     def register(function):
-        registry[name] = (function, file)
+        registry[name] = (function, files)
         return function
     return register
 
 
-def figure(name, file):
-    """Register a function: rows of results/`file` -> a number in words, with its unit."""
-    return table(name, file, FIGURES)
+def figure(name, *files):
+    """Register a function: rows of each of results/`files` -> a number in words, with its unit."""
+    return table(name, *files, registry=FIGURES)
 
 
 def markdown(header, rows):
