@@ -1,4 +1,4 @@
-/* Steps of rounding to 4 bits on float32 weights: what int4_rounding.py does to one group of inputs.
+/* Steps of rounding float32 weights to 4 bits: what int4_rounding.py does to one group of inputs.
  *
  * Built and called by cpu_rounding.py. Arrays are (group, n): an input's weights in all n rows
  * together, n a multiple of LANES; so many rows go through the steps side by side, in registers.
@@ -109,7 +109,10 @@ void descend(Sizes *size, const float *own, float *pull, float *lost, float *cod
     const int64_t group = size->group, n = size->n;
     float one = 0, sums[MOST] = {0};
     for (int64_t j = 0; j < group; j++)
-        for (int64_t k = 0; k < group; k++) sums[j] += own[j * group + k], one += own[j * group + k];
+        for (int64_t k = 0; k < group; k++) {
+            sums[j] += own[j * group + k];
+            one += own[j * group + k];
+        }
 #pragma omp parallel for num_threads(size->threads)
     for (int64_t i = 0; i < n; i += LANES) {
         V c[MOST], here[MOST], moved[MOST], pulled[MOST];
