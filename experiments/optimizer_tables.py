@@ -41,13 +41,18 @@ def optimizers(rows, speeds):
 def optimizers_all(rows, speeds):
     """The same with options that other rows are without."""
     rows = [row for row in rows if row["setup"] == "seed"]
-    ratios = {row["variant"]: f"{row['ratio']:.2f}×" for row in speeds if row["device"] == "cuda"}
+    ratios = {row["variant"]: f"{row['ratio']:.2f}×" for row in on_gpu(speeds)}
     lines = []
     for row, cells in losses(rows):
         state = f"{8 * row['state_percent'] / 100:.2f} ({cells[4]})"
         lines.append([label(row), *cells[:4], state, ratios.get(row["variant"], ""), cells[5]])
     return markdown(["optimizer", *LOSSES[:4], "state, bytes a parameter (of Adam's)",
                      "a step, of fused AdamW's", LOSSES[5]], lines)
+
+
+def on_gpu(speeds):
+    """Rows of optimizer_speed.csv: GPT-2 124M on a GPU."""
+    return [row for row in speeds if (row["shape"], row["device"]) == ("124m", "cuda")]
 
 
 def label(row):
@@ -230,6 +235,7 @@ def memory_largest(rows):
 @table("optimizer_speed", "optimizer_speed.csv")
 def optimizer_speed(rows):
     """One step on 124M parameters against torch's fused AdamW, and the bytes of state."""
+    rows = [row for row in rows if row["shape"] == "124m"]
     devices = dict.fromkeys(row["device"] for row in rows)
     parts = []
     for device in devices:
@@ -271,7 +277,7 @@ def muonsn8_state(rows):
 @figure("muonsn8_step", "optimizer_speed.csv")
 def muonsn8_step(rows):
     """More than fused AdamW's, GPT-2 124M on a GPU."""
-    row = next(row for row in rows if (row["device"], row["variant"]) == ("cuda", "muonsn8"))
+    row = next(row for row in on_gpu(rows) if row["variant"] == "muonsn8")
     return f"{row['step_ms'] - row['adamw_ms']:.1f} ms"
 
 

@@ -159,8 +159,7 @@ def _loss_against_state(axis, rows, setup, iterations):
 def policy_picker(rows):
     """A live picker of mode and policies around scaling_figure; what to display in a notebook.
 
-    Where ipywidgets is not installed, the figure with every policy, which is also what a reader
-    without a kernel sees.
+    Where ipywidgets is not installed, the figure with every policy.
     """
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     policies = list(dict.fromkeys(row["policy"] for row in rows))
