@@ -4,7 +4,7 @@ import itertools
 from statistics import median
 
 from experiments.paired import paired_difference
-from experiments.table_tools import figure, gigabytes, made_on, markdown, table
+from experiments.table_tools import figure, gigabytes, made_on, markdown, milliseconds, table
 
 
 def losses(rows):
@@ -26,6 +26,7 @@ LOSSES = ["validation loss", "against tuned AdamW", "p (paired)", "seeds", "stat
 # options whose worth docs/RESULTS.md shows, not the README
 ABLATED = ("column_norm=False", "nu=", "nu1=", "rounding=", "muonsn4:", "adamsn8:",
            "role_rates={}")
+DEFAULT_MOMENTUM = (0.95, 0.8)  # beta1 and nu1 of rows that name no other
 # what the larger character model is better with
 ADAMS_MOMENTUM = ("adamsn:betas=(0.9,0.99)+nu1=0.9", "adamsn:betas=(0.9,0.99)+nu1=1.0")
 PUBLISHED = "adamsn:norm=sum+partition=larger+betas=(0.9,0.99)+nu1=1.0+role_rates={}"
@@ -41,7 +42,7 @@ def optimizers(rows, speeds):
 def optimizers_all(rows, speeds):
     """The same with options that other rows are without."""
     rows = [row for row in rows if row["setup"] == "seed"]
-    ratios = {row["variant"]: f"{row['ratio']:.2f}×" for row in on_gpu(speeds)}
+    ratios = {row["variant"]: f"{row['ratio']:.2f}×" for row in timed_on("cuda", speeds)}
     lines = []
     for row, cells in losses(rows):
         state = f"{8 * row['state_percent'] / 100:.2f} ({cells[4]})"
@@ -50,9 +51,9 @@ def optimizers_all(rows, speeds):
                      "a step, of fused AdamW's", LOSSES[5]], lines)
 
 
-def on_gpu(speeds):
-    """Rows of optimizer_speed.csv: GPT-2 124M on a GPU."""
-    return [row for row in speeds if (row["shape"], row["device"]) == ("124m", "cuda")]
+def timed_on(device, speeds):
+    """Rows of optimizer_speed.csv: GPT-2 124M on "cpu" or "cuda"."""
+    return [row for row in speeds if (row["shape"], row["device"]) == ("124m", device)]
 
 
 def label(row):
@@ -92,14 +93,14 @@ def adamsn_momentum(rows):
               ("bpe51m", 1000): "GPT-2 tokens, 51M"}
     found = {((row["setup"], row["iterations"]), row["variant"]): row for row in rows}
     lines = []
-    for optimizer, (beta1, nu1) in itertools.product(
-            ("adamsn", "adamsn8"), ((0.95, 0.8), (0.9, 0.8), (0.9, 0.9), (0.9, 1.0))):
+    momenta = DEFAULT_MOMENTUM, (0.9, 0.8), (0.9, 0.9), (0.9, 1.0)
+    for optimizer, (beta1, nu1) in itertools.product(("adamsn", "adamsn8"), momenta):
         cells = []
         for setup in setups:
             name = optimizer  # beta2 is the setup's
-            if beta1 == 0.9:
+            if (beta1, nu1) != DEFAULT_MOMENTUM:
                 beta2 = 0.95 if setup[0] == "bpe51m" else 0.99
-                name += f":betas=(0.9,{beta2})+nu1={nu1}"
+                name += f":betas=({beta1},{beta2})+nu1={nu1}"
             row = found.get((setup, name))
             cells.append(f"{row['to_adamw']:+.4f} ± {row['to_adamw_interval']:.4f}" if row else "")
         if any(cells):
@@ -140,21 +141,21 @@ BEFORE = "+betas=(0.9,0.99)+nu1=1.0+role_rates={}"  # what adamsn's rows there h
 @table("adamsn_ablation", "optimizer_ablation.csv")
 def adamsn_ablation(rows):
     """Subsets of adamsn by role, each at the best of its small grid: means of the grid's seeds."""
+    rows = [row for row in rows if row["variant"].startswith("adamsn")
+            and row["variant"].endswith(BEFORE.removeprefix("+"))]
     found = {}
     for row in rows:
-        name = row["variant"]
-        if name.startswith("adamsn") and name.endswith(BEFORE.removeprefix("+")):
-            rates = f"{row['learning_rate']:g} / {row['embedding_lr']:g}"
-            name = name.removesuffix(BEFORE).removesuffix(BEFORE.removeprefix("+"))
-            losses = found.setdefault(name.rstrip(":"), {}).setdefault(rates, [])
-            losses.append(row["best_val_loss"])
+        rates = f"{row['learning_rate']:g} / {row['embedding_lr']:g}"
+        name = row["variant"].removesuffix(BEFORE).removesuffix(BEFORE.removeprefix("+"))
+        losses = found.setdefault(name.rstrip(":"), {}).setdefault(rates, [])
+        losses.append(row["best_val_loss"])
     lines = []
     for name, grid in found.items():
         rates = min(grid, key=lambda rates: sum(grid[rates]) / len(grid[rates]))
         lines.append([f"`{name}`", f"{sum(grid[rates]) / len(grid[rates]):.4f}", rates,
                       len(grid[rates])])
     return markdown(["subsets", "validation loss", "lr: linear / rest", "seeds"],
-                    sorted(lines, key=lambda line: line[1])) + made_on(rows[0])
+                    sorted(lines, key=lambda line: line[1])) + made_on(rows)
 
 
 @table("adaptive_search", "adaptive_search.csv")
@@ -176,7 +177,7 @@ def adaptive_search(rows):
         best += [line for line in compared if line[2] == family and line not in best]
         lines += [[f"`{name}`", f"{difference:+.4f}" + (f" ± {half:.4f}" if half else ""), seeds]
                   for difference, half, name, seeds in best]
-    return markdown(["recipe", "against AdamW", "seeds"], lines) + made_on(rows[0])
+    return markdown(["recipe", "against AdamW", "seeds"], lines) + made_on(rows)
 
 
 @table("low_byte", "optimizer_quality.csv")
@@ -217,7 +218,7 @@ def memory_variants(rows):
         [[f"`{row['variant']}`", row["weights"],
           "freed inside backward" if row["fused_backward"] == "True" else row["weights"],
           f"{row['state_bytes'] / row['parameters']:.3f}", f"{row['bytes_per_parameter']:.2f}",
-          gigabytes(row["peak_bytes"] / 1e9)] for row in rows]) + made_on(rows[0])
+          gigabytes(row["peak_bytes"] / 1e9)] for row in rows]) + made_on(rows)
 
 
 @table("memory_largest", "optimizer_memory.csv")
@@ -229,22 +230,20 @@ def memory_largest(rows):
         [[f"{row['parameters'] / 1e9:.1f}B", f"{row['bytes_per_parameter']:.2f}",
           gigabytes(row["peak_bytes"] / 1e9), f"{row['step_seconds']:.1f} s",
           f"{row['loss_first']:.2f} → {row['loss_last']:.2f}"] for row in rows]
-    ) + made_on(rows[0])
+    ) + made_on(rows)
 
 
 @table("optimizer_speed", "optimizer_speed.csv")
 def optimizer_speed(rows):
     """One step on 124M parameters against torch's fused AdamW, and the bytes of state."""
-    rows = [row for row in rows if row["shape"] == "124m"]
-    devices = dict.fromkeys(row["device"] for row in rows)
     parts = []
-    for device in devices:
-        mine = [row for row in rows if row["device"] == device]
+    for device in dict.fromkeys(row["device"] for row in rows):
+        mine = timed_on(device, rows)
         parts.append(markdown(
             ["optimizer", "a step", "of fused AdamW's", "state, bytes a parameter"],
-            [[f"`{row['variant']}`", f"{row['step_ms']:.3g} ms", f"{row['ratio']:.2f}×",
+            [[f"`{row['variant']}`", milliseconds(row["step_ms"]), f"{row['ratio']:.2f}×",
               f"{row['state_bytes'] / row['parameters']:.2f}"]
-             for row in sorted(mine, key=lambda row: row["ratio"])]) + made_on(mine[0]))
+             for row in sorted(mine, key=lambda row: row["ratio"])]) + made_on(mine))
     return "\n\n".join(parts)
 
 
@@ -254,7 +253,7 @@ def time_to_loss(rows):
     return markdown(["recipe", "seed", "reached", "iterations", "training time"],
                     [[row["side"], row["seed"], "yes" if row["reached"] == "True" else "no",
                       row["iterations"], f"{row['seconds']:.1f} s"] for row in rows]
-                    ) + made_on(rows[0])
+                    ) + made_on(rows)
 
 
 def of_variant(rows, variant):
@@ -277,8 +276,15 @@ def muonsn8_state(rows):
 @figure("muonsn8_step", "optimizer_speed.csv")
 def muonsn8_step(rows):
     """More than fused AdamW's, GPT-2 124M on a GPU."""
-    row = next(row for row in on_gpu(rows) if row["variant"] == "muonsn8")
+    row = next(row for row in timed_on("cuda", rows) if row["variant"] == "muonsn8")
     return f"{row['step_ms'] - row['adamw_ms']:.1f} ms"
+
+
+@figure("muonsn_cpu_step", "optimizer_speed.csv")
+def muonsn_cpu_step(rows):
+    """Of fused AdamW's, GPT-2 124M on a CPU."""
+    row = next(row for row in timed_on("cpu", rows) if row["variant"] == "muonsn")
+    return f"{row['ratio']:.0f}"
 
 
 @figure("short_step", "attention_gpu.csv")

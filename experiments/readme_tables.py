@@ -60,7 +60,7 @@ def time_and_peak(rows, mode):
 
     lengths = sorted({row["seq"] for row in rows})
     return markdown(["T", *policies], [[f"{T:,}", *(cell(T, policy) for policy in policies)]
-                                       for T in lengths]) + made_on(rows[0])
+                                       for T in lengths]) + made_on(rows)
 
 
 @table("attention_forward", "attention_scaling.csv")
@@ -89,7 +89,7 @@ def attention_predicted(rows):
              for row in rows}
     return markdown(["T", *policies],
                     [[f"{T:,}", *(cells.get((T, policy), "–") for policy in policies)]
-                     for T in sorted({row["seq"] for row in rows})]) + made_on(rows[0])
+                     for T in sorted({row["seq"] for row in rows})]) + made_on(rows)
 
 
 @table("attention_fit", "attention_scaling_fit.csv")
@@ -99,7 +99,7 @@ def attention_fit(rows):
         ["policy, mode", "grows by (T·C numbers)", "constant", "lengths", "worst residual"],
         [[f"{row['policy']}, {row['mode']}", f"{row['slope_streams']:.2f}",
           megabytes(row["intercept_MB"]), f"{row['shortest']:,}–{row['longest']:,}",
-          f"{row['worst_residual']:.1%}"] for row in rows]) + made_on(rows[0])
+          f"{row['worst_residual']:.1%}"] for row in rows]) + made_on(rows)
 
 
 @table("attention_errors", "attention_scaling.csv")
@@ -112,7 +112,7 @@ def attention_errors(rows):
     policies = dict.fromkeys(row["policy"] for row in rows)
     return markdown(["policy", "output", "gradients"],
                     [[policy, worst(policy, "max_rel_err"), worst(policy, "grad_rel_err")]
-                     for policy in policies]) + made_on(rows[0])
+                     for policy in policies]) + made_on(rows)
 
 
 @table("attention_chunks", "attention_chunks.csv")
@@ -122,13 +122,13 @@ def attention_chunks(rows):
         ["rows a tile", "time", "of plain's time", "peak"],
         [[row["q_chunk"] or "plain, no tiles", seconds(row["time_s"]),
           f"{row['time_vs_plain']:.2f}×", megabytes(row["peak_MB"])] for row in rows]
-    ) + made_on(rows[0])
+    ) + made_on(rows)
 
 
 def of_gpu(rows, prefix):
     """Rows of attention_gpu.csv whose name starts so, and a line on how they were made."""
     rows = [row for row in rows if row["name"].startswith(prefix)]
-    return rows, made_on(rows[0])
+    return rows, made_on(rows)
 
 
 @table("gpu_prefill", "attention_gpu.csv")
@@ -198,7 +198,7 @@ def generation(rows):
           *(f"{found[who, weights, kv, context]['tokens_per_s']:.1f}" for context in contexts),
           f"{found[who, weights, kv, contexts[0]]['GB_per_s']:.1f} of "
           f"{found[who, weights, kv, contexts[0]]['memory_GB_per_s']:.0f} GB/s"]
-         for who, weights, kv in kinds]) + made_on(rows[0])
+         for who, weights, kv in kinds]) + made_on(rows)
 
 
 @table("generation_gpu", "generation.csv")
@@ -213,7 +213,7 @@ def generation_gpu(rows):
           f"{row['tokens_per_s']:,.0f}",
           f"{row['GB_per_s']:,.0f} of {row['memory_GB_per_s']:,.0f} GB/s",
           megabytes(row["peak_MB"]) if row["peak_MB"] else "–"] for row in rows]
-    ) + made_on(rows[0])
+    ) + made_on(rows)
 
 
 @table("generation_quality", "generation_quality.csv")
@@ -237,7 +237,7 @@ def generation_quality(rows):
                       f"{100 * math.expm1(fmean(change)):+.2f}%",
                       "–" if math.isnan(divergence[0]) else f"{fmean(divergence):.4f}"])
     return markdown(["model", "what", "rounded by", "group", "bits", "loss", "change",
-                     "perplexity", "divergence"], lines) + made_on(rows[0])
+                     "perplexity", "divergence"], lines) + made_on(rows)
 
 
 @table("long_training", "long_training.csv")
@@ -245,7 +245,7 @@ def long_training(rows):
     """One step over a long sequence on the CPU, everything counted."""
     return markdown(["T", "policy", "step", "peak, everything counted"],
                     [[f"{row['T']:,}", row["name"], f"{row['step_s']:.0f} s",
-                      gigabytes(row["peak_GB"])] for row in rows]) + made_on(rows[0])
+                      gigabytes(row["peak_GB"])] for row in rows]) + made_on(rows)
 
 
 @table("two_commands", "two_commands.csv")
@@ -258,7 +258,7 @@ def two_commands(rows):
         if training:
             took, how = f"{took}, {training:.0f} s of it training", "Shortened, it"
         parts.append(f"{took} (`experiments/two_commands.py`). {how} printed:\n\n"
-                     f"```\n{row['shown']}\n```{made_on(row)}")
+                     f"```\n{row['shown']}\n```{made_on([row])}")
     return "\n\n".join(parts)
 
 
@@ -329,7 +329,7 @@ def rewrite(text, results):
         tables = [rows_of(f"{kind} {name!r}", path) for path in paths]
         try:
             return function(*tables)
-        except (KeyError, StopIteration) as error:
+        except (LookupError, StopIteration, ValueError) as error:  # no row, column; none to average
             raise UserError(f"{kind} {name!r} needs rows or columns that "
                             f"{' or '.join(map(str, paths))} lacks ({error or 'no such row'}); "
                             f"run the script under experiments/ that writes it") from error

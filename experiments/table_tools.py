@@ -22,9 +22,17 @@ def markdown(header, rows):
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, rule, *rows])
 
 
-def made_on(row):
-    """A line under a table that says what it was measured with."""
-    return f"\n\n{row['machine']}; torch {row['torch']}; commit {row['commit']}."
+def made_on(rows):
+    """A line under a table that says what its rows were measured with: every commit of them.
+
+    Raises LookupError where there are none.
+    """
+    if not rows:
+        raise LookupError("no rows to show")
+    machines, versions, commits = (list(dict.fromkeys(str(row[column]) for row in rows))
+                                   for column in ("machine", "torch", "commit"))
+    return (f"\n\n{' and '.join(machines)}; torch {' and '.join(versions)}; "
+            f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}.")
 
 
 def megabytes(value):
@@ -33,6 +41,10 @@ def megabytes(value):
 
 def seconds(value):
     return f"{value:.2f} s" if value >= 0.1 else f"{value * 1000:.1f} ms"
+
+
+def milliseconds(value):
+    return f"{value:.3g} ms" if value < 1000 else f"{value / 1000:.2f} s"
 
 
 def gigabytes(value):

@@ -6,9 +6,11 @@ import sys
 import pytest
 from conftest import ROOT
 
+import optimizers
 from errors import UserError
-from experiments import readme_pictures, readme_tables, two_commands
+from experiments import optimizer_tables, readme_pictures, readme_tables, two_commands
 from experiments.common import write_csv
+from experiments.table_tools import made_on
 
 PAGES = ("README.md", "docs/RESULTS.md")
 ROW = {"seq": 2048, "policy": "plain", "mode": "forward", "q_chunk": "", "k_chunk": "",
@@ -136,20 +138,32 @@ def test_unknown_tables_and_missing_results_are_named(folder):
 @pytest.mark.parametrize("block, file", [
     ("<!-- table: optimizers_grids -->\n<!-- end table -->", "optimizer_quality.csv"),
     ("<!-- figure: muonsn8_gain -->0<!-- end -->", "optimizer_quality_summary.csv"),
+    ("<!-- figure: short_step -->0<!-- end -->", "attention_gpu.csv"),  # a median of nothing
+    ("<!-- table: gpu_prefill -->\n<!-- end table -->", "attention_gpu.csv"),
 ])
 def test_results_without_the_rows_asked_for_are_one_clear_line(tmp_path, block, file):
-    (tmp_path / file).write_text("setup,iterations,variant,seed\nseed,2000,adamsn,1\n")
+    (tmp_path / file).write_text("setup,iterations,variant,seed,name\nseed,2000,adamsn,1,other\n")
     with pytest.raises(UserError, match=f"needs rows or columns that .*{file} lacks"):
         readme_tables.rewrite(block, tmp_path)
 
 
 def test_every_registered_table_can_be_made_from_the_committed_results():
     for name, (_, files) in readme_tables.TABLES.items():
-        if all((ROOT / "results" / file).exists() for file in files):
-            text = f"<!-- table: {name} -->\n<!-- end table -->"
-            made = readme_tables.rewrite(text, ROOT / "results")
-            # heading, rule, a row at least; or what a command printed
-            assert made.count("\n|") >= 3 or made.count("\n```") >= 2, name
+        text = f"<!-- table: {name} -->\n<!-- end table -->"
+        made = readme_tables.rewrite(text, ROOT / "results")
+        # heading, rule, a row at least; or what a command printed
+        assert made.count("\n|") >= 3 or made.count("\n```") >= 2, (name, files)
+
+
+def test_every_commit_of_a_table_is_named():
+    rows = [dict(machine="m", torch="2.11", commit=commit) for commit in ("a1", "b2", "a1")]
+    assert made_on(rows) == "\n\nm; torch 2.11; commits a1, b2."
+    assert made_on(rows[:1]) == "\n\nm; torch 2.11; commit a1."
+
+
+def test_the_table_of_momenta_knows_the_default():
+    default = optimizers.VARIANTS["adamsn"].options
+    assert optimizer_tables.DEFAULT_MOMENTUM == (default["betas"][0], default["nu1"])
 
 
 def test_the_pictures_agree_with_the_committed_results(tmp_path):
@@ -161,6 +175,19 @@ def test_the_pictures_agree_with_the_committed_results(tmp_path):
         assert not readme_pictures.is_fresh(copy)
         readme_pictures.draw(copy)
         assert readme_pictures.is_fresh(copy)
+
+
+def test_pictures_are_drawn_whenever_asked_and_only_checked_with_check(tmp_path):
+    def script(*flags):
+        return subprocess.run([sys.executable, ROOT / "experiments" / "readme_pictures.py",
+                               f"--folder={tmp_path}", *flags], capture_output=True, text=True)
+
+    assert script("--check=True").returncode == 1 and not list(tmp_path.iterdir())
+    assert script().returncode == 0 and script("--check=True").returncode == 0
+    picture = tmp_path / "optimizers.svg"
+    drawn = picture.read_bytes()
+    picture.write_bytes(drawn + b"<!-- by older code -->")
+    assert script().returncode == 0 and picture.read_bytes() == drawn
 
 
 @pytest.mark.parametrize("name", PAGES)
