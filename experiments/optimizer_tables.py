@@ -6,21 +6,21 @@ from statistics import median
 from experiments.paired import paired_difference
 from experiments.table_tools import figure, gigabytes, made_on, markdown, milliseconds, table
 
+COLUMNS = ["validation loss", "against tuned AdamW", "p (paired)", "seeds",
+           "state, bytes a parameter (of Adam's)", "a step, of fused AdamW's", "lr: linear / rest"]
 
-def losses(rows):
-    """Loss, its difference to AdamW's and p of summary rows, as cells."""
+
+def lines_of(rows, speeds):
+    """Summary rows, best first -> lines of the optimizer's name and COLUMNS."""
+    ratios = {row["variant"]: f"{row['ratio']:.2f}×" for row in timed_on("cuda", speeds)}
     for row in sorted(rows, key=lambda row: row["val_loss"]):
         reference = row["variant"] == "torch_adamw"
-        yield row, [
-            f"{row['val_loss']:.4f} ± {row['interval']:.4f}",
+        yield [
+            label(row), f"{row['val_loss']:.4f} ± {row['interval']:.4f}",
             "–" if reference else f"{row['to_adamw']:+.4f} ± {row['to_adamw_interval']:.4f}",
             "–" if reference else "< 1e-15" if row["p"] < 1e-15 else f"{row['p']:.1g}",
-            row["seeds"], f"{row['state_percent']:.1f}%",
-            f"{row['learning_rate']:g} / {row['embedding_lr']:g}"]
-
-
-LOSSES = ["validation loss", "against tuned AdamW", "p (paired)", "seeds", "state, of Adam's",
-          "lr: linear / rest"]
+            row["seeds"], f"{8 * row['state_percent'] / 100:.2f} ({row['state_percent']:.1f}%)",
+            ratios.get(row["variant"], ""), f"{row['learning_rate']:g} / {row['embedding_lr']:g}"]
 
 
 # options whose worth docs/RESULTS.md shows, not the README
@@ -42,13 +42,7 @@ def optimizers(rows, speeds):
 def optimizers_all(rows, speeds):
     """The same with options that other rows are without."""
     rows = [row for row in rows if row["setup"] == "seed"]
-    ratios = {row["variant"]: f"{row['ratio']:.2f}×" for row in timed_on("cuda", speeds)}
-    lines = []
-    for row, cells in losses(rows):
-        state = f"{8 * row['state_percent'] / 100:.2f} ({cells[4]})"
-        lines.append([label(row), *cells[:4], state, ratios.get(row["variant"], ""), cells[5]])
-    return markdown(["optimizer", *LOSSES[:4], "state, bytes a parameter (of Adam's)",
-                     "a step, of fused AdamW's", LOSSES[5]], lines)
+    return markdown(["optimizer", *COLUMNS], lines_of(rows, speeds))
 
 
 def timed_on(device, speeds):
@@ -71,8 +65,8 @@ SETUPS = {  # (setup, iterations) -> what the table calls it
 }
 
 
-@table("optimizers_larger", "optimizer_quality_summary.csv")
-def optimizers_larger(rows):
+@table("optimizers_larger", "optimizer_quality_summary.csv", "optimizer_speed.csv")
+def optimizers_larger(rows, speeds):
     """The same for larger models."""
     lines = []
     for key, name in SETUPS.items():
@@ -82,8 +76,8 @@ def optimizers_larger(rows):
         mine = [row for row in mine if not ablated(row) or row["variant"] in ADAMS_MOMENTUM
                 or "role_rates={}" in row["variant"]
                 and row["variant"].partition(":")[0] not in tuned]
-        lines += [[name, label(row), *cells] for row, cells in losses(mine)]
-    return markdown(["setup", "optimizer", *LOSSES], lines)
+        lines += [[name, *line] for line in lines_of(mine, speeds)]
+    return markdown(["setup", "optimizer", *COLUMNS], lines)
 
 
 @table("adamsn_momentum", "optimizer_quality_summary.csv")
