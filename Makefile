@@ -48,11 +48,11 @@ chat: $(READY)
 	    --num_samples=1 --max_new_tokens=40
 
 notebook: $(READY)
-	$(BIN)/python experiments/run_notebook.py
+	$(BIN)/python -m experiments.report.run_notebook
 
 tables: $(READY)
-	$(BIN)/python experiments/readme_tables.py
-	$(BIN)/python experiments/readme_pictures.py
+	$(BIN)/python -m experiments.report.readme_tables
+	$(BIN)/python -m experiments.report.readme_pictures
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -9,7 +9,7 @@ hands out (k, v) for rows [start, stop). `attend_rows` runs a tile of queries ov
 the causal diagonal tile, then what lies to its left, merged by logsumexp. Nothing above the
 diagonal is ever computed.
 
-For KV caches while decoding, see kv_cache.py.
+For KV caches while decoding, see leangpt/attention/kv_cache.py.
 """
 
 from functools import partial
@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-from attention_kernels import merge_, tile_forward
+from leangpt.attention.tile_kernels import merge_, tile_forward
 
 POLICIES = {
     "cache": "K and V of all rows kept while a block runs",

@@ -6,11 +6,12 @@
 
 Each cell runs in a process of its own, so that no cell inherits another's memory and one that
 runs out of it, or out of time, becomes a row instead of the end of the sweep. Time is the median
-over runs after a warm-up. The peak is the allocator's own, exact on the CPU too (memory.py),
-beyond the weights and the input; beside it what memory_plan.py's formula says (none for int4,
-whose weights are unpacked for a while). MB are 2**20 bytes. The error is against a plain softmax
-attention in float64 (measure.py), largest difference over largest value; int4's is against the
-block before packing, so it is what the 4 bits cost, for which weights_MB is what they save.
+over runs after a warm-up. The peak is the allocator's own, exact on the CPU too
+(leangpt/memory/meter.py), beyond the weights and the input; beside it what the formula of
+leangpt/memory/plan.py says (none for int4, whose weights are unpacked for a while). MB are 2**20
+bytes. The error is against a plain softmax attention in float64, largest difference over largest
+value; int4's is against the block before packing, so it is what the 4 bits cost, for which
+weights_MB is what they save.
 """
 
 import csv
@@ -28,8 +29,12 @@ import torch
 from tqdm import tqdm
 
 from configurator import parse_config
-from errors import UserError, exit_cleanly
-from measure import (
+from leangpt.attention.block_tiles import tile_sizes
+from leangpt.memory.meter import tensor_bytes
+from leangpt.memory.plan import predict_block_peak
+from leangpt.system.errors import UserError, exit_cleanly
+from leangpt.system.runtime import DTYPES, setup_runtime
+from leangpt.system.timing import (
     MIB,
     block_config,
     block_peak,
@@ -44,10 +49,6 @@ from measure import (
     synchronize,
     timed,
 )
-from memory import tensor_bytes
-from memory_plan import predict_block_peak
-from runtime import DTYPES, setup_runtime
-from tiled import tile_sizes
 
 COLUMNS = (
     "seq", "policy", "k_chunk", "q_chunk", "kv_heads", "time_s", "peak_cuda_MB", "delta_rss_MB",

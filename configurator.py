@@ -34,8 +34,8 @@ import types
 import typing
 from pathlib import Path
 
-from errors import UserError
-from whole_files import written_whole
+from leangpt.system.errors import UserError
+from leangpt.system.whole_files import written_whole
 
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 

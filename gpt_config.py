@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 
 from attention_policies import POLICIES
-from errors import UserError
+from leangpt.system.errors import UserError
 
 POSITIONS = ("learned", "rope", "none")
 NORMS = ("layernorm", "rmsnorm")

@@ -2,8 +2,9 @@
 
 GPT-2's architecture by default; with norm="rmsnorm", mlp="swiglu", position="rope" it is Llama's.
 Parameter names are nanoGPT's, so its checkpoints load as they are. Where keys and values live
-while a block runs is the attention policy's business (attention_policies.py, tiled.py); every
-policy has the same parameters, so weights trained under one run under another.
+while a block runs is the attention policy's business (attention_policies.py,
+leangpt/attention/block_tiles.py); every policy has the same parameters, so weights trained under
+one run under another.
 
 Shapes: B batch, T tokens, C n_embd, H n_head, G key/value heads, D head dim, L layers, V vocab.
 """
@@ -14,13 +15,13 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-import mlp_triton
 from attention_policies import attend
-from errors import UserError
 from gpt_config import GPTConfig
-from loss import chunked_cross_entropy
-from rope import apply_rope, rope_table
-from tiled import fill_cache, run_block, tile_sizes
+from leangpt.attention.block_tiles import fill_cache, run_block, tile_sizes
+from leangpt.layers import mlp_triton
+from leangpt.layers.loss import chunked_cross_entropy
+from leangpt.layers.rope import apply_rope, rope_table
+from leangpt.system.errors import UserError
 
 __all__ = ["GPT", "Block", "GPTConfig"]
 
@@ -203,7 +204,7 @@ class Block(nn.Module):
 
     def prefill(self, x, layer):
         """forward over a prompt x (B, T, C), overwritten if tiled, that also fills a cache's
-        layer (kv_cache.py)."""
+        layer (leangpt/attention/kv_cache.py)."""
         if self.tiled(x):
             fill_cache(self, x, layer)
             return run_block(self, x, inplace=True)
@@ -302,7 +303,7 @@ class GPT(nn.Module):
         """idx (B, T) int64, targets (B, T) int64 with -1 for "ignore", or None.
 
         Without targets: (logits (B, T, V), None). With them: (None, mean loss), float32; the
-        (B T, V) logits never exist at once (loss.py). Raises UserError past block_size.
+        (B T, V) logits never exist at once (layers/loss.py). Raises UserError past block_size.
         """
         x = self.hidden(idx)
         if targets is None:
@@ -361,7 +362,9 @@ class GPT(nn.Module):
 
     def calibration(self):
         """Activations to round 4-bit weights by; see generation.calibration."""
-        from generation import calibration  # above this file: imported when asked for
+        from leangpt.decoding.generate import (
+            calibration,  # above this file: imported when asked for
+        )
 
         return calibration(self)
 
@@ -381,14 +384,14 @@ class GPT(nn.Module):
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
         """Sample after idx (B, T) -> (B, T + max_new_tokens); see generation.generate."""
-        from generation import generate
+        from leangpt.decoding.generate import generate
 
         return generate(self, idx, max_new_tokens, temperature, top_k, **options)
 
     @classmethod
     def from_pretrained(cls, name_or_dir, **overrides):
         """GPT with a published model's weights; see pretrained.load_pretrained."""
-        from pretrained import load_pretrained
+        from leangpt.weights.load import load_pretrained
 
         return load_pretrained(name_or_dir, **overrides)
 

@@ -7,8 +7,8 @@ import re
 
 import torch
 
-from errors import UserError
-from optimizer_core import COMMON
+from leangpt.optim.base import COMMON
+from leangpt.system.errors import UserError
 from optimizers import EMBEDDING_OPTIONS, VARIANTS, build_optimizer
 
 

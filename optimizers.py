@@ -3,8 +3,8 @@
     optimizer = build_optimizer(model, "adamsn", learning_rate=4e-3, weight_decay=0.1)
     print(optimizer_table(model, optimizer))
 
-Each class also works alone, on any parameters: AdamSN (adamsn.py), Adafactor (adafactor.py), MuonSN
-(muonsn.py). To add a variant, add a Variant to VARIANTS.
+Each class also works alone, on any parameters: AdamSN, Adafactor, MuonSN (leangpt/optim). To add a
+variant, add a Variant to VARIANTS.
 """
 
 import difflib
@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from adafactor import Adafactor
-from adamsn import AdamSN
-from errors import UserError
-from low_byte import fuse_into_backward
-from muonsn import MuonSN
-from optimizer_core import COMMON, MemoryOptimizer
-from optimizer_shards import local
+from leangpt.optim.adafactor import Adafactor
+from leangpt.optim.adamsn import AdamSN
+from leangpt.optim.base import COMMON, MemoryOptimizer
+from leangpt.optim.fused_backward import fuse_into_backward
+from leangpt.optim.muonsn import MuonSN
+from leangpt.optim.sharding import local
+from leangpt.system.errors import UserError
 
 __all__ = [
     "VARIANTS", "Adafactor", "AdamSN", "MuonSN", "Variant", "build_optimizer", "fuse_into_backward",
@@ -121,7 +121,7 @@ def build_optimizer(
     embedding_factored   adafactor: False gives embeddings a second moment an element
     embedding_beta1, embedding_nu1   adamsn: the momentum of all but linear weights, where it is
                          another than theirs
-    fused_backward       update inside backward (low_byte.py)
+    fused_backward       update inside backward (leangpt/optim/fused_backward.py)
     grad_clip            with fused_backward: its max_norm; 0: update_clip defaults to 1 instead
     options              of the variant's class, e.g. momentum_bits=8, foreach=False, compile=True
 

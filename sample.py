@@ -4,9 +4,9 @@
     python sample.py --init_from=gpt2-xl --int4=True --save_int4=gpt2-xl-int4.safetensors
     python sample.py --init_from=gpt2-xl-int4.safetensors --stream=True --start=FILE:prompt.txt
 
-Every model decodes from a KV cache (kv_cache.py). All samples are written at once, as a batch;
-with --stream=True one after another, as they come. Ends with tokens a second beside the bytes of
-weights and cache that each step has to read, which is what limits it.
+Every model decodes from a KV cache (leangpt/attention/kv_cache.py). All samples are written at
+once, as a batch; with --stream=True one after another, as they come. Ends with tokens a second
+beside the bytes of weights and cache that each step has to read, which is what limits it.
 """
 
 import sys
@@ -16,18 +16,18 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import checkpoint_to_resume, load_checkpoint, model_from_checkpoint
 from configurator import parse_config
-from data.tokens import load_tokenizer
-from errors import UserError, exit_cleanly
-from generation import bytes_read, calibration, check_settings, generate
-from int4 import GROUP_SIZES, Int4Linear, quantize_, storage_bits
-from int4_files import load_int4, save_int4
-from int4_tuning import quantize_and_tune_
-from pretrained import load_pretrained
-from pretrained_export import export_pretrained
-from pretrained_text import PretrainedText, copy_text_files, load_pretrained_text
-from runtime import setup_runtime
+from leangpt.decoding.generate import bytes_read, calibration, check_settings, generate
+from leangpt.int4.files import load_int4, save_int4
+from leangpt.int4.tuning import quantize_and_tune_
+from leangpt.layers.int4_linear import GROUP_SIZES, Int4Linear, quantize_, storage_bits
+from leangpt.system.errors import UserError, exit_cleanly
+from leangpt.system.runtime import setup_runtime
+from leangpt.text.tokens import load_tokenizer
+from leangpt.training.checkpoint import checkpoint_to_resume, load_checkpoint, model_from_checkpoint
+from leangpt.weights.chat_text import PretrainedText, copy_text_files, load_pretrained_text
+from leangpt.weights.export import export_pretrained
+from leangpt.weights.load import load_pretrained
 
 RULE = "-" * 15  # between samples, as nanoGPT prints it
 

@@ -18,7 +18,19 @@ from pathlib import Path
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from checkpoint import (
+from configurator import config_dict, parse_config, save_config
+from leangpt.memory.meter import is_out_of_memory
+from leangpt.system.errors import UserError
+from leangpt.system.processor import keep_freed_memory
+from leangpt.system.runtime import (
+    DATA_STREAM,
+    StopSignal,
+    iteration_seed,
+    run_script,
+    setup_runtime,
+)
+from leangpt.text.dataset import load_dataset
+from leangpt.training.checkpoint import (
     BEST,
     LAST,
     checkpoint_to_resume,
@@ -28,29 +40,17 @@ from checkpoint import (
     model_args,
     save_checkpoint,
 )
-from configurator import config_dict, parse_config, save_config
-from dataset import load_dataset
-from errors import UserError
-from evaluation import evaluate
-from memory import is_out_of_memory
-from optimizer_setup import check_param_dtype, lr_factor, make_optimizer
-from optimizers import VARIANTS
-from processor import keep_freed_memory
-from runtime import (
-    DATA_STREAM,
-    StopSignal,
-    iteration_seed,
-    run_script,
-    setup_runtime,
-)
-from starting_point import adopt_model_args, build_model, check_dataset, resumed_settings
-from training_log import (
+from leangpt.training.evaluation import evaluate
+from leangpt.training.log import (
     StepClock,
     TrainingLog,
     advise_oom,
     startup_summary,
     updates_inside_backward,
 )
+from leangpt.training.start import adopt_model_args, build_model, check_dataset, resumed_settings
+from optimizer_setup import check_param_dtype, lr_factor, make_optimizer
+from optimizers import VARIANTS
 
 
 @dataclass

@@ -7,7 +7,7 @@
 # for this very model, so --optimizer_variant=adam brings its own, and the last learning rate is a
 # tenth of it.
 
-import processor
+from leangpt.system import processor
 
 out_dir = "out-shakespeare-char"
 eval_interval = 250

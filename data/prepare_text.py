@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configurator import parse_config  # noqa: E402
-from data.sources import CACHE, read_text, shakespeare_text  # noqa: E402
-from data.tokens import CharTokenizer, GPT2Tokenizer, write_dataset  # noqa: E402
-from errors import UserError, exit_cleanly  # noqa: E402
+from leangpt.system.errors import UserError, exit_cleanly  # noqa: E402
+from leangpt.text.sources import CACHE, read_text, shakespeare_text  # noqa: E402
+from leangpt.text.tokens import CharTokenizer, GPT2Tokenizer, write_dataset  # noqa: E402
 
 TRAIN_PART = 0.9
 

@@ -1,4 +1,4 @@
-"""Tests import the flat modules from the repository's root and stay on two threads each."""
+"""Tests import from the repository's root and stay on two threads each."""
 
 import importlib.util
 import os
@@ -53,7 +53,7 @@ def letters():
     """600 tokens of 11 kinds, for the searches' tiny models."""
     import torch
 
-    from experiments.many_runs import Text
+    from experiments.optimizers.many_runs import Text
 
     tokens = torch.randint(11, (600,), generator=torch.Generator().manual_seed(0))
     return Text(tokens[:500], tokens[500:], 11, "none")

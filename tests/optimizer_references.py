@@ -3,7 +3,7 @@ steps on gradients that repeat, for the tests that compare with them."""
 
 import torch
 
-from muonsn import QUINTIC
+from leangpt.optim.muonsn import QUINTIC
 
 
 def subsets(shape, partition, head_dim=None, row_blocks=None):

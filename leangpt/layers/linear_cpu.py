@@ -1,0 +1,106 @@
+"""Kernels for processors with AVX-512 and its integer products (VNNI), in C: layers/linear_cpu.c.
+
+The C compiler `cc` builds them on first use (system/c_library.py). Where there is no compiler, or
+the processor is another, `available()` is false and PyTorch's own operators do the same, slower.
+ATEN_CPU_CAPABILITY=avx2 has that effect too, as it has on PyTorch's.
+
+Here: 4-bit products. decoding/step_cpu.py has whole decoding steps.
+"""
+
+import ctypes
+import functools
+import platform
+from pathlib import Path
+
+import torch
+
+from leangpt.system import c_library
+
+SOURCE = Path(__file__).with_name("linear_cpu.c")
+HALF = {torch.bfloat16: 1, torch.float32: 0}  # the dtypes they know
+
+
+class LinearArguments(ctypes.Structure):
+    """layers/linear_cpu.c's Linear: a layer's tensors and sizes."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("weight", "scale_zero", "bias")),
+                *((name, ctypes.c_int64) for name in ("N", "K", "group"))]
+
+
+@functools.cache
+def library():
+    """The kernels, built if need be; None where they cannot run."""
+    if platform.system() != "Linux" or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return None
+    loaded = c_library.load(SOURCE) if "avx512_vnni" in c_library.processor_flags() else None
+    if loaded is None:
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    loaded.int4_rows.argtypes = [pointer] * 3 + [number] * 2
+    loaded.decode.argtypes = [pointer] * 4 + [number] + [pointer] * 2
+    loaded.int4_rows.restype = loaded.decode.restype = None
+    return loaded
+
+
+def available():
+    return library() is not None
+
+
+def pack_int4(packed):
+    """Plain order (N, K/2) uint8, K a multiple of 8 -> the kernel's: see layers/linear_cpu.c."""
+    codes = torch.stack([packed >> 4, packed & 15], dim=-1).flatten(1)
+    parts = []
+    for rows in split_blocks(codes):
+        rows = rows.unflatten(-1, (-1, 2, 4))  # (blocks, row, 8 inputs, half, 4)
+        both = rows[..., 0, :] | (rows[..., 1, :] << 4)
+        parts.append(both.transpose(1, 2).flatten())
+    return torch.cat(parts).view(packed.shape)
+
+
+def unpack_int4(packed):
+    """The kernel's order, from the start of a block on, (N, K/2) -> codes (N, K) uint8."""
+    parts = []
+    for rows in split_blocks(packed):
+        rows = rows.reshape(len(rows), -1, rows.size(1), 4).transpose(1, 2)
+        parts.append(torch.stack([rows & 15, rows >> 4], dim=-2).flatten(2).flatten(0, 1))
+    return torch.cat(parts)
+
+
+def split_blocks(x):
+    """x (N, K) -> its blocks of 16 rows (n, 16, K), and what is left (1, N % 16, K), if any."""
+    whole = len(x) // 16 * 16
+    parts = (x[:whole].unflatten(0, (-1, 16)), x[None, whole:])
+    return [part for part in parts if part.numel()]
+
+
+def int4_rows(x, packed, scale_zero, bias, group_size):
+    """x (M, K) W^T + bias -> (M, N) in x's dtype, bfloat16 or float32, as bias must be.
+
+    packed (N, K/2) from pack_int4, scale_zero (K/group, N, 2) bfloat16. Sums are float32; an
+    infinite input makes its row NaN.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.cpu_kernels.int4_rows(x, packed, scale_zero, bias, group_size)
+    return _int4_rows(x, packed, scale_zero, bias, group_size)
+
+
+def _int4_rows(x, packed, scale_zero, bias, group_size):
+    (M, K), N = x.shape, packed.size(0)
+    x = x.contiguous()
+    y = x.new_empty(M, N)
+    layer = LinearArguments(packed.data_ptr(), scale_zero.data_ptr(),
+                            None if bias is None else bias.data_ptr(), N, K, group_size)
+    library().int4_rows(x.data_ptr(), y.data_ptr(), ctypes.addressof(layer), M, HALF[x.dtype])
+    return y
+
+
+# an operator of its own, for torch.compile
+_library = torch.library.Library("cpu_kernels", "DEF")
+_library.define("int4_rows(Tensor x, Tensor packed, Tensor scale_zero, Tensor? bias, "
+                "int group_size) -> Tensor")
+_library.impl("int4_rows", _int4_rows, "CPU")
+
+
+@torch.library.register_fake("cpu_kernels::int4_rows", lib=_library)
+def _(x, packed, scale_zero, bias, group_size):
+    return x.new_empty(x.size(0), packed.size(0))

@@ -1,0 +1,116 @@
+"""Cross-entropy over the vocabulary without the (B T, V) logits ever existing at once.
+
+The rows are taken in chunks. While a chunk's logits are there, its gradient is taken too, so
+the head's matrix product is never repeated: the forward pass leaves dloss/dhidden (B T, C) and
+dloss/dweight (V, C) behind, and the backward pass only scales them.
+"""
+
+import torch
+
+# torch.compiler.disable, but torch._dynamo is imported at the first call: 2 s off every start
+from torch._compile import _disable_dynamo as graph_break
+
+IGNORE = -1  # targets that do not count, as in nanoGPT
+CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 30}  # of logits at once, at most
+
+
+def chunked_cross_entropy(hidden, weight, targets, norm=None):
+    """Mean cross-entropy of softmax(norm(hidden) weightᵀ) at targets.
+
+    hidden: (..., C); weight: (V, C); targets: (...) int64, -1 ignored; norm: a module over rows,
+    or None. Returns a float32 scalar (float64 for float64 input), NaN if every target is
+    ignored, as torch's. Under autocast the products run in its dtype; the softmax and the loss
+    are always float32 or wider.
+    """
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    count = (targets != IGNORE).sum()
+    if torch.is_grad_enabled():
+        return _loss(norm(hidden) if norm else hidden, weight, targets, count)
+    rows = chunk_rows(len(hidden), weight.size(0), hidden.device.type)
+    parts = zip(hidden.split(rows), targets.split(rows))  # nor is norm(hidden) ever whole
+    return sum(_loss(norm(h) if norm else h, weight, t, count) for h, t in parts)
+
+
+def _loss(hidden, weight, targets, count):
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden = hidden.to(torch.get_autocast_dtype(device))
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, count)
+
+
+def chunk_rows(rows, vocab_size, device_type, element_size=4):
+    """How many of `rows` rows have their logits held at once: even chunks, multiples of 64."""
+    most = max(64, CHUNK_BYTES.get(device_type, 1 << 24) // (element_size * vocab_size))
+    chunks = -(-rows // most)
+    return -(-rows // (64 * chunks)) * 64
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    @graph_break
+    def forward(ctx, hidden, weight, targets, count):
+        device = hidden.device.type
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        rows = chunk_rows(len(hidden), weight.size(0), device, hidden.element_size())
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        head = weight.to(hidden.dtype)
+        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_weight = torch.empty_like(weight, dtype=wide) if needs_grad else None
+        with torch.autocast(device, enabled=False):
+            for start in range(0, hidden.size(0), rows):
+                h, target = hidden[start:start + rows], targets[start:start + rows]
+                logits = h @ head.t()  # (rows, V)
+                share, grad = _loss_and_grad(logits, target, count)
+                loss += share
+                if needs_grad:
+                    torch.mm(grad, head, out=grad_hidden[start:start + rows])
+                    _add_product(grad_weight, grad, h, beta=float(start > 0))
+                del logits, grad  # before the next chunk's are made
+        if needs_grad:
+            if not len(hidden):
+                grad_weight.zero_()
+            ctx.save_for_backward(grad_hidden, grad_weight)
+            ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    @graph_break
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(
+            ctx.weight_dtype), None, None
+
+
+def _add_product(total, grad_logits, h, beta):
+    """total (V, C), float32, = beta total + grad_logitsᵀ h, summed in float32 where it can be.
+
+    beta = 0 ignores what total holds, as BLAS does: the first chunk needs no zeros.
+    """
+    if h.dtype == total.dtype:
+        total.addmm_(grad_logits.t(), h, beta=beta)
+    elif h.is_cuda:
+        torch.addmm(total, grad_logits.t(), h, beta=beta, out_dtype=total.dtype, out=total)
+    elif beta:
+        total += grad_logits.t() @ h
+    else:
+        total.copy_(grad_logits.t() @ h)
+
+
+def _loss_and_grad(logits, target, count):
+    """Share of the mean loss of some rows, and dloss/dlogits (rows, V) in their place."""
+    if logits.is_cuda:
+        from leangpt.layers.loss_triton import (
+            loss_and_grad,  # CUDA only: Triton comes with that build
+        )
+
+        return loss_and_grad(logits, target, count, IGNORE)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    counted = (target != IGNORE).to(wide.dtype)
+    target = target.clamp_min(0)[:, None]
+    lse = wide.logsumexp(-1, keepdim=True)
+    loss = ((lse - wide.gather(-1, target))[:, 0] * counted).sum() / count
+    grad = wide.sub_(lse).exp_()  # softmax
+    grad.scatter_add_(-1, target, torch.full_like(lse, -1.0))
+    return loss, grad.mul_((counted / count)[:, None]).to(logits.dtype)

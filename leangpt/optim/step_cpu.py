@@ -1,0 +1,160 @@
+"""Which tensors the CPU kernels of optim/step_cpu.c take, and how they are called.
+
+A `Stack` is all such matrices of one group, of any shapes: one C call a step. What does not change
+between steps (every address but the gradients') is kept by the optimizer. Where there is no C
+compiler (system/c_library.py), PyTorch's own operators do the same in more passes over memory.
+
+Each step gives the same bits again, whatever the number of threads and in another process too.
+"""
+
+import ctypes
+import functools
+import math
+import platform
+from pathlib import Path
+
+import torch
+
+from leangpt.optim.momentum import BLOCK
+from leangpt.system import c_library
+
+SOURCE = Path(__file__).with_name("step_cpu.c")
+FLAGS = (*c_library.FLAGS, "-fno-trapping-math")
+if platform.machine() == "x86_64":  # the fewer instructions, the more reads are under way
+    FLAGS += ("-mprefer-vector-width=512",)
+TILES = 32  # row tiles of a matrix, about ...
+TILE_ROWS = (16, 256)  # ... of at least and at most so many rows
+HUGEST = 1e30  # as optim/adafactor.py's
+MOMENTUM = {torch.float32: 32, torch.int8: 8}
+F32 = torch.float32
+
+
+class Matrix(ctypes.Structure):
+    """optim/step_cpu.c's."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p)
+          for name in ("param", "grad", "momentum", "scales", "row", "column")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "tile")),
+    ]  # fmt: skip
+
+
+class Step(ctypes.Structure):
+    """optim/step_cpu.c's."""
+
+    _fields_ = [
+        *((name, ctypes.c_float) for name in ("fresh", "share", "decay", "rate")),
+        ("bits", ctypes.c_int32), ("step", ctypes.c_uint32),
+    ]  # fmt: skip
+
+
+@functools.cache
+def library():
+    """The kernels, built if need be; None where they cannot be."""
+    loaded = c_library.load(SOURCE, FLAGS)
+    if loaded is None:
+        return None
+    pointer, number, real, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
+    loaded.adamsn.argtypes = [pointer, number, pointer, *[real] * 3, int32, int32]
+    loaded.adafactor.argtypes = [pointer, number, pointer, pointer, number, number,
+                                 *[real] * 4, int32]  # fmt: skip
+    loaded.adamsn.restype = loaded.adafactor.restype = None
+    return loaded
+
+
+def fits(item):
+    """Can the kernels take this tensor? PyTorch takes what they cannot."""
+    p, group = item.param, item.group
+    if p.device.type != "cpu" or p.ndim < 2 or not p.numel() or item.shards is not None:
+        return False
+    if not group["foreach"] or group["update_clip"] is not None:
+        return False
+    if torch.is_tensor(group["lr"]) or torch.is_tensor(group["weight_decay"]):
+        return False
+    state = dict(item.state)
+    momentum, scales = state.pop("momentum", None), state.pop("momentum_scale", None)
+    if momentum is not None and momentum.dtype not in MOMENTUM:
+        return False
+    if scales is not None and math.prod(p.shape[1:]) % BLOCK:  # a block lies in one row
+        return False
+    plain = [p, item.grad, *state.values()]
+    return (
+        all(t.dtype == F32 for t in plain)
+        and all(t.is_contiguous() for t in (*plain, *item.state.values()))
+        and library() is not None
+    )  # fmt: skip
+
+
+def stacks_of(items, most=None):
+    """Items (all of which fit) -> Stacks of the same group, step and momentum's bits."""
+    alike = {}
+    for item in items:
+        alike.setdefault((id(item.group), item.step, bits_of(item)), []).append(item)
+    return [Stack(same) for same in alike.values()]
+
+
+def bits_of(item):
+    momentum = item.state.get("momentum")
+    return 0 if momentum is None else MOMENTUM[momentum.dtype]
+
+
+class Stack:
+    """Matrices of one group, and the table of their addresses."""
+
+    def __init__(self, items):
+        self.items, self.group, self.bits = items, items[0].group, bits_of(items[0])
+        self.table = (Matrix * len(items))()
+        for entry, item in zip(self.table, items):
+            fill(entry, item)
+        tiles = max(-(-entry.rows // entry.tile) for entry in self.table)
+        self.most = (tiles, max(entry.columns for entry in self.table))  # tiles, columns
+
+    @property
+    def step(self):
+        return self.items[0].step
+
+    def begin(self, beta, rate, share=0.0):
+        """(table, matrices, Step) of this step: the first three arguments of every kernel."""
+        for entry, item in zip(self.table, self.items):
+            entry.grad = item.grad.data_ptr()
+        decay = 1 - float(self.group["lr"]) * float(self.group["weight_decay"])
+        self.now = Step(1 - beta, share, decay, rate, self.bits, self.step)
+        return ctypes.addressof(self.table), len(self.items), ctypes.addressof(self.now)
+
+    def adamsn(self, share, weight, correction2):
+        """One step of AdamSN with a second moment a row or run; the numbers of its schedule."""
+        (beta1, beta2), group = self.group["betas"], self.group
+        library().adamsn(
+            *self.begin(beta1, float(group["lr"]) * weight, share), 1 - beta2, correction2,
+            group["eps"], group["norm"] == "mean", torch.get_num_threads(),
+        )
+
+    def adafactor(self, fresh):
+        """One step of Adafactor."""
+        group, (tiles, columns) = self.group, self.most
+        scratch = torch.empty(tiles * (columns + 2) + columns)
+        clip = math.inf if group["clip"] is None else group["clip"]
+        library().adafactor(
+            *self.begin(group["momentum"], float(group["lr"])), scratch.data_ptr(), tiles, columns,
+            fresh, group["eps"][0], HUGEST, clip, torch.get_num_threads(),
+        )
+
+
+def fill(entry, item):
+    """Write an item's sizes and all addresses but the gradient's into its Matrix.
+
+    A matrix with AdamSN's second moments of shorter runs is one of so many shorter rows.
+    """
+    p, state = item.param, item.state
+    entry.rows = state["second_moment"].numel() if "second_moment" in state else p.shape[0]
+    entry.columns = p.numel() // entry.rows
+    least, most = TILE_ROWS
+    entry.tile = max(least, min(most, entry.rows // TILES))
+    entry.param = p.data_ptr()
+    for field, *names in (
+        ("momentum", "momentum"), ("scales", "momentum_scale"),
+        ("row", "second_moment", "row_mean_square"), ("column", "column_mean_square"),
+    ):  # fmt: skip
+        for name in names:
+            if name in state:
+                setattr(entry, field, state[name].data_ptr())

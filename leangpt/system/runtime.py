@@ -1,0 +1,230 @@
+"""Where and how a script runs: device, number type, process group, seeds. Shared by the scripts.
+
+One process by itself, or one of several started by `torchrun`, which sets RANK, LOCAL_RANK and
+WORLD_SIZE. Everything random in training is a function of (seed, iteration, process) through
+`iteration_seed`, never of what ran before: that is what makes an interrupted run continue exactly.
+"""
+
+import gc
+import os
+import resource
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from leangpt.system.errors import UserError, exit_cleanly
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BACKENDS = ("auto", "nccl", "gloo")
+DATA_STREAM = 0  # iteration_seed's stream for the data order; process r has stream 1 + r
+
+
+@dataclass
+class Runtime:
+    device: torch.device
+    reason: str  # why this device
+    dtype: torch.dtype  # what autocast computes in
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def device_type(self):
+        """'cpu', 'cuda' or 'mps'."""
+        return self.device.type
+
+    @property
+    def is_main(self):
+        """True in the one process that prints and writes files."""
+        return self.rank == 0
+
+    def autocast(self):
+        """Context in which matrix products run in `dtype`; does nothing for float32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device_type, dtype=self.dtype)
+
+    def synchronize(self):
+        """Wait until the device has done all that was queued (the CPU always has)."""
+        if self.device_type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device_type == "mps":
+            torch.mps.synchronize()
+
+    def seed(self, seed):
+        """Seed what this process draws from here on (dropout, stochastic rounding)."""
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed is 40 times slower
+        if self.device_type == "cuda":
+            torch.cuda.manual_seed(seed)
+        elif self.device_type == "mps":
+            torch.mps.manual_seed(seed)
+
+    def mean(self, values):
+        """Mean over the processes of each of `values`, a list of floats -> list of floats."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return (tensor / self.world_size).tolist()
+
+    def peak_memory(self):
+        """(bytes, what): the device's allocator peak on CUDA, the process's resident set else."""
+        if self.device_type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device), "cuda"
+        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "rss"
+
+    def describe(self):
+        """One line: device and why, dtype, threads or processes."""
+        name = next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+        parts = [f"{self.device} ({self.reason})", name]
+        if self.device_type == "cpu":
+            parts.append(f"{torch.get_num_threads()} threads")
+        if self.world_size > 1:
+            parts.append(f"{self.world_size} processes ({dist.get_backend()})")
+        return ", ".join(parts)
+
+    def close(self):
+        """Leave the process group, if there is one."""
+        if dist.is_initialized():
+            gc.collect()  # what still holds the group (DDP's buckets) goes first
+            dist.destroy_process_group()
+
+
+def run_script(main):
+    """errors.exit_cleanly, and one of several processes then leaves without Python's teardown.
+
+    A thread of the process group that still wants the interpreter while it is taken down aborts
+    the process, and torchrun would report a finished run as failed.
+    """
+    status = 0
+    try:
+        exit_cleanly(main)
+    except SystemExit as leaving:
+        status = leaving.code or 0
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def setup_runtime(device="auto", dtype="auto", seed=1337, backend="auto"):
+    """Choose device and dtype, seed torch, join torchrun's process group -> Runtime.
+
+    device: auto | cpu | cuda | cuda:N | mps; auto is CUDA where there is one, else the CPU.
+    dtype: auto | float32 | bfloat16 | float16; auto is bfloat16 on a GPU that has it, float16 on
+    an older one, float32 elsewhere. backend: auto (nccl on CUDA, gloo else) | nccl | gloo.
+    Every process is seeded alike. Raises UserError for what is unknown or not there.
+    """
+    world_size = _environment_int("WORLD_SIZE", 1)
+    rank, local_rank = _environment_int("RANK", 0), _environment_int("LOCAL_RANK", 0)
+    distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    chosen, reason = _choose_device(device, local_rank if distributed else None)
+    chosen_dtype = _choose_dtype(dtype, chosen)
+    if backend not in BACKENDS:
+        raise UserError(f"unknown backend {backend!r}; choose one of: {', '.join(BACKENDS)}")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+        torch.set_float32_matmul_precision("high")  # TF32 where float32 is asked for
+    if distributed:
+        if backend == "nccl" and chosen.type != "cuda":
+            raise UserError(f"backend='nccl' needs CUDA, not device {chosen}; use 'gloo' or 'auto'")
+        if backend == "auto":
+            backend = "nccl" if chosen.type == "cuda" else "gloo"
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if name not in os.environ:
+                raise UserError(f"RANK and WORLD_SIZE are set, {name} is not: start several "
+                                "processes with torchrun, or unset all of them")
+        dist.init_process_group(backend)
+    torch.manual_seed(seed)
+    return Runtime(chosen, reason, chosen_dtype, rank, world_size)
+
+
+class StopSignal:
+    """`with StopSignal() as stop:` remembers a SIGINT or SIGTERM, so a loop can end where it likes.
+
+    Its number is in `stop.received`, None before. Another one has its usual effect, unless it comes
+    within `patience` seconds: a Ctrl-C reaches the processes of torchrun twice.
+    """
+
+    patience = 1.0
+
+    def __enter__(self):
+        self.received = None
+        self.usual = {number: signal.signal(number, self._receive)
+                      for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _receive(self, number, frame):
+        if self.received is None:
+            self.received, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since >= self.patience:
+            self.__exit__()
+            os.kill(os.getpid(), number)
+
+    def __exit__(self, *exception):
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
+
+
+def iteration_seed(seed, iteration, stream):
+    """The seed of everything random in one iteration, distinct for each (seed, stream) in use.
+
+    stream: DATA_STREAM, or 1 + rank for what one process draws itself (dropout). The CPU's
+    generator keeps 32 bits of a seed: consecutive iterations never collide within a run, and runs
+    of neighbouring seeds lie a million iterations apart.
+    """
+    return (seed * 1_000_003 + stream * 0x9E3779B1 + iteration) % 2**32
+
+
+def _environment_int(name, default):
+    value = os.environ.get(name, str(default))
+    if not value.isdigit():
+        raise UserError(f"environment variable {name}={value!r} is not a number; start several "
+                        "processes with torchrun")
+    return int(value)
+
+
+def _choose_device(name, local_rank):
+    """(torch.device, why). local_rank is None outside torchrun."""
+    has_cuda = torch.cuda.is_available()
+    reason = "asked for"
+    if name == "auto":
+        reason = "CUDA is available" if has_cuda else "no CUDA device found"
+        name = "cuda" if has_cuda else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"unknown device {name!r}; use auto, cpu, cuda, cuda:N or mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device='mps' was asked for, but this machine has none; use device=auto")
+    if device.type == "cuda":
+        if not has_cuda:
+            raise UserError(f"device={name!r} was asked for, but no CUDA device is available; "
+                            "use device=cpu or device=auto")
+        index = device.index if device.index is not None else 0
+        if local_rank is not None:
+            index = local_rank
+        if index >= torch.cuda.device_count():
+            raise UserError(f"cuda:{index} does not exist: this machine has "
+                            f"{torch.cuda.device_count()} CUDA devices")
+        device = torch.device("cuda", index)
+        reason += f", {torch.cuda.get_device_name(device)}"
+    return device, reason
+
+
+def _choose_dtype(name, device):
+    if name == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    if name not in DTYPES:
+        raise UserError(f"unknown dtype {name!r}; choose one of: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]

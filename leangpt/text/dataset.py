@@ -1,0 +1,147 @@
+"""Opening a prepared dataset and making batches of it; all that train.py knows about data.
+
+data/tokens.py describes the folder's files. nanoGPT's own folders load too: with its meta.pkl
+(characters), or with neither meta file (GPT-2 BPE).
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from leangpt.system.errors import UserError
+from leangpt.text.tokens import load_tokenizer, prepare_hint, read_meta, write_dataset
+
+__all__ = ["Dataset", "describe", "load_dataset", "load_tokenizer", "write_dataset"]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One prepared dataset; `train` and `val` are read-only uint16 memory maps of token ids."""
+
+    name: str
+    directory: Path
+    train: np.ndarray
+    val: np.ndarray
+    meta: dict
+
+    @property
+    def vocab_size(self):
+        """Number of different token ids."""
+        return self.meta["vocab_size"]
+
+    @property
+    def source(self):
+        """Where the text came from, in words."""
+        return self.meta.get("source", "unknown")
+
+    @property
+    def sha256(self):
+        """Hex digest of the prepared text, or None where the prepare script recorded none."""
+        return self.meta.get("sha256")
+
+    def split(self, name):
+        """The token ids of split `name`: "train" or "val"."""
+        if name not in ("train", "val"):
+            raise UserError(f"unknown split {name!r}: use train or val")
+        return getattr(self, name)
+
+    def batch(self, split, batch_size, block_size, generator=None, device="cpu"):
+        """Random windows: x (B, T) and y (B, T), int64 on `device`, y being x one token on.
+
+        Only `generator` (a CPU torch.Generator) decides which windows, so that a run's data order
+        depends on nothing else. Raises UserError where the split is shorter than T + 1 tokens.
+        """
+        tokens = self._long_enough(split, block_size)
+        last = len(tokens) - block_size
+        starts = torch.randint(last, (batch_size, 1), generator=generator).numpy()
+        windows = tokens[starts + np.arange(block_size + 1)]  # (B, T + 1)
+        return _to_device(windows, device)
+
+    def full_split_batches(self, split, block_size, batch_size, device="cpu"):
+        """Yield (x, y), each (b, T) int64 with b <= B, over the whole split in order.
+
+        Blocks of T tokens follow one another without overlap; every block weighs the same, so a
+        mean over blocks is the split's loss. The last batch may have fewer rows, and fewer than
+        T + 1 tokens at the very end are left out.
+        """
+        tokens = self._long_enough(split, block_size)
+        blocks = (len(tokens) - 1) // block_size
+        for first in range(0, blocks, batch_size):
+            starts = np.arange(first, min(first + batch_size, blocks))[:, None] * block_size
+            yield _to_device(tokens[starts + np.arange(block_size + 1)], device)
+
+    def tokenizer(self):
+        """The tokenizer this dataset was prepared with."""
+        return load_tokenizer(self)
+
+    def _long_enough(self, split, block_size):
+        tokens = self.split(split)
+        if len(tokens) <= block_size:
+            raise UserError(
+                f"the {split} split of {self.name} has {len(tokens)} tokens, too few for "
+                f"block_size={block_size}: lower block_size or prepare more text"
+            )
+        return tokens
+
+
+def load_dataset(name, data_dir="data"):
+    """Open the dataset in `data_dir/name`.
+
+    Raises UserError where it is not prepared (naming the command that prepares it), where its
+    files disagree with one another, or where a token id lies outside the vocabulary.
+    """
+    directory = Path(data_dir) / name
+    splits = [_open_tokens(directory, split) for split in ("train", "val")]
+    meta = read_meta(directory)
+    vocab_size = meta["vocab_size"]
+    for split, tokens in zip(("train", "val"), splits):
+        expected = meta.get(f"{split}_tokens", len(tokens))
+        if len(tokens) != expected:
+            raise UserError(
+                f"{directory / split}.bin holds {len(tokens)} tokens but meta.json says {expected}:"
+                f" {prepare_hint(directory)}"
+            )
+        largest = int(tokens[:1_000_000].max(initial=0))  # a look, not a scan of gigabytes
+        if largest >= vocab_size:
+            raise UserError(
+                f"{directory / split}.bin holds token {largest} but the vocabulary has "
+                f"{vocab_size}: {prepare_hint(directory)}"
+            )
+    return Dataset(name, directory, *splits, meta)
+
+
+def read_uint16(path):
+    """A .bin file as a read-only uint16 memory map (an empty array for an empty file)."""
+    if os.path.getsize(path) == 0:
+        return np.zeros(0, dtype=np.uint16)
+    return np.memmap(path, dtype=np.uint16, mode="r")
+
+
+def _open_tokens(directory, split):
+    path = directory / f"{split}.bin"
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {prepare_hint(directory)}")
+    if os.path.getsize(path) % 2:
+        raise UserError(f"{path} has an odd number of bytes, so it is not uint16: "
+                        f"{prepare_hint(directory)}")
+    return read_uint16(path)
+
+
+def _to_device(windows, device):
+    """(B, T + 1) uint16 -> x (B, T), y (B, T), int64, copied without waiting where that helps."""
+    windows = torch.from_numpy(windows.astype(np.int64))
+    x, y = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+    if torch.device(device).type == "cuda":
+        return (x.pin_memory().to(device, non_blocking=True),
+                y.pin_memory().to(device, non_blocking=True))
+    return x.to(device), y.to(device)
+
+
+def describe(dataset):
+    """One line for a script's start-up summary."""
+    digest = f", sha256 {dataset.sha256[:12]}" if dataset.sha256 else ""
+    return (f"{dataset.name}: {len(dataset.train):,} train and {len(dataset.val):,} val tokens, "
+            f"vocabulary {dataset.vocab_size}, from {dataset.source}{digest}")

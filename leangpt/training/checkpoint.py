@@ -1,0 +1,188 @@
+"""Checkpoints: written whole or not at all, read without running code, nanoGPT's format.
+
+A checkpoint is a dict with nanoGPT's keys (model, optimizer, model_args, iter_num, best_val_loss,
+config) and a few of ours. `ckpt.pt` holds the best model so far, `ckpt_last.pt` the latest state:
+training resumes from the latter. Both hold everything, so either can be sampled or resumed.
+"""
+
+import os
+import pickle
+import shutil
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from gpt_config import config_from_dict
+from leangpt.system.errors import UserError
+from model import GPT
+
+BEST, LAST = "ckpt.pt", "ckpt_last.pt"
+REQUIRED = ("model", "model_args", "iter_num")
+# Settings a run may change freely: no parameter's shape or meaning depends on them.
+FREE_MODEL_ARGS = ("dropout", "attention_dropout", "attention_policy", "q_chunk", "k_chunk",
+                   "checkpoint_layers", "offload")
+
+
+def save_checkpoint(path, checkpoint):
+    """Write `checkpoint` (dict) to `path` so that a crash at any moment leaves the old file whole.
+
+    Written beside it under a temporary name, flushed to the disk, then renamed. Raises UserError
+    where the disk is full or not writable; the old file is then untouched.
+    """
+    _replace(path, lambda file: torch.save(checkpoint, file))
+
+
+def copy_checkpoint(source, path):
+    """Make `path` the same checkpoint as `source`, as atomically; costs no second copy of the
+    bytes where the file system has hard links."""
+    temporary = _temporary(path)
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        with open(source, "rb") as file:
+            _replace(path, lambda target: shutil.copyfileobj(file, target, 2**24))
+        return
+    os.replace(temporary, path)
+    _sync_directory(Path(path).parent)
+
+
+def _temporary(path):
+    return Path(f"{path}.tmp")
+
+
+def _replace(path, write):
+    """Atomically make `path` what write(file) writes."""
+    temporary = _temporary(path)
+    try:
+        temporary.unlink(missing_ok=True)  # it may be a hard link to a finished checkpoint
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_directory(Path(path).parent)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write checkpoint {path}: {error}; the file before it is "
+                        "untouched") from error
+
+
+def _sync_directory(directory):
+    """Make a rename in `directory` survive a power cut (POSIX)."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load_checkpoint(path, device="cpu"):
+    """Read a checkpoint of ours or nanoGPT's -> dict, its tensors on `device`.
+
+    Only tensors and plain values are unpickled (weights_only=True). Names that torch.compile or
+    DDP prefixed are cleaned, and nanoGPT's causal-mask buffers are dropped. Raises UserError for a
+    missing, truncated or foreign file.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch's, about files that fail below
+            checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}; train first, or set out_dir to a folder that "
+                        "has one") from None
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"{path} is truncated or not a checkpoint ({reason})") from None
+    missing = [key for key in REQUIRED
+               if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if missing:
+        raise UserError(f"{path} is not a checkpoint of this project or of nanoGPT: it lacks "
+                        f"{', '.join(missing)}")
+    checkpoint["model"] = {
+        _plain_name(name): tensor for name, tensor in checkpoint["model"].items()
+        if not name.endswith(".attn.bias")
+    }
+    checkpoint["best_val_loss"] = float(checkpoint.get("best_val_loss", float("inf")))
+    return checkpoint
+
+
+def _plain_name(name):
+    return name.removeprefix("module.").removeprefix("_orig_mod.").removeprefix("module.")
+
+
+def checkpoint_to_resume(out_dir):
+    """Path of the latest state in `out_dir`: ckpt_last.pt, else ckpt.pt (nanoGPT's only one)."""
+    last = Path(out_dir) / LAST
+    return last if last.exists() else Path(out_dir) / BEST
+
+
+def model_from_checkpoint(checkpoint, **overrides):
+    """GPT with the checkpoint's weights, on the CPU in float32 -> GPT.
+
+    overrides: GPTConfig fields that do not touch the weights (FREE_MODEL_ARGS). Raises UserError
+    for others, and where weights and model_args disagree.
+    """
+    fixed = sorted(set(overrides) - set(FREE_MODEL_ARGS))
+    if fixed:
+        raise UserError(f"a checkpoint's {', '.join(fixed)} cannot be changed")
+    model = GPT(config_from_dict({**checkpoint["model_args"], **overrides}))
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the checkpoint's weights do not fit its model_args: {reason}") from None
+    return model
+
+
+def model_args(model):
+    """The `model_args` entry of a checkpoint: every field of the model's GPTConfig."""
+    return asdict(model.config)
+
+
+def load_optimizer(optimizer, model, state):
+    """Continue `optimizer` from a checkpoint's `optimizer` entry -> None, or why it starts fresh.
+
+    Learning rates, weight decay and betas stay as `optimizer` was built (they come from the
+    settings); everything it accumulated comes from `state`. nanoGPT's AdamW state, ordered as its
+    two groups are, is fitted to torch's Adam family parameter by parameter.
+    """
+    if not state:
+        return "the checkpoint holds no optimizer state"
+    if not state["state"]:  # saved before the first update; steps may have been skipped
+        if hasattr(optimizer, "skipped_steps"):
+            optimizer.skipped_steps = state.get("skipped_steps", 0)
+        return None
+    built = [{key: group[key] for key in ("lr", "initial_lr", "weight_decay", "betas")
+              if key in group} for group in optimizer.param_groups]
+    if not any("name" in group for group in state["param_groups"]):
+        state, reason = _fit_nanogpt_state(optimizer, model, state)
+        if reason:
+            return reason
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError) as error:
+        return str(error)
+    for group, settings in zip(optimizer.param_groups, built):
+        group.update(settings)
+    return None
+
+
+def _fit_nanogpt_state(optimizer, model, state):
+    """nanoGPT's optimizer state in the order of this optimizer's groups -> (state, reason)."""
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        return None, f"nanoGPT's AdamW state does not fit {type(optimizer).__name__}"
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    in_order = [p for p in parameters if p.dim() >= 2] + [p for p in parameters if p.dim() < 2]
+    indices = [i for group in state["param_groups"] for i in group["params"]]
+    if len(indices) != len(in_order):
+        return None, f"it holds {len(indices)} parameters, the model has {len(in_order)}"
+    entries = {id(p): state["state"][i] for p, i in zip(in_order, indices) if i in state["state"]}
+    for p in in_order:
+        if id(p) in entries and entries[id(p)]["exp_avg"].shape != p.shape:
+            return None, "its shapes are not the model's"
+    fitted = optimizer.state_dict()
+    flat = [p for group in optimizer.param_groups for p in group["params"]]
+    fitted["state"] = {i: entries[id(p)] for i, p in enumerate(flat) if id(p) in entries}
+    return fitted, None

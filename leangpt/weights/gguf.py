@@ -1,0 +1,201 @@
+"""GGUF files (llama.cpp's format) for reading: settings, dequantised tensors, tokenizer.
+
+Parsed and dequantised by the `gguf` package, one tensor at a time from a memory map. Two things
+differ from Hugging Face's files: the names, and the row order of Llama's q and k, whose rotary
+pairs lie side by side here and D/2 rows apart there (and in our model).
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from leangpt.system.errors import UserError
+from leangpt.weights.hf_names import SUPPORTED, gpt2_pieces, llama_pieces, need
+
+LLAMA_NAMES = {
+    "wte": "token_embd",
+    "ln_f": "output_norm",
+    "ln_1": "blk.{i}.attn_norm",
+    "q": "blk.{i}.attn_q",
+    "k": "blk.{i}.attn_k",
+    "v": "blk.{i}.attn_v",
+    "attn.c_proj": "blk.{i}.attn_output",
+    "ln_2": "blk.{i}.ffn_norm",
+    "gate": "blk.{i}.ffn_gate",
+    "up": "blk.{i}.ffn_up",
+    "mlp.c_proj": "blk.{i}.ffn_down",
+    "head": "output",
+}
+GPT2_NAMES = {
+    "wte": "token_embd",
+    "wpe": "position_embd",
+    "ln_f": "output_norm",
+    "ln_1": "blk.{i}.attn_norm",
+    "attn.c_attn": "blk.{i}.attn_qkv",
+    "attn.c_proj": "blk.{i}.attn_output",
+    "ln_2": "blk.{i}.ffn_norm",
+    "mlp.c_fc": "blk.{i}.ffn_up",
+    "mlp.c_proj": "blk.{i}.ffn_down",
+    "head": "output",
+}
+ROPE_FACTORS = "rope_freqs.weight"  # (D/2,): what Llama 3 files divide their frequencies by
+
+# How each known `tokenizer.ggml.pre` cuts text before merging: digits apart, or words alone.
+DIGITS_APART = {"smollm": True, "gpt-2": False, "gpt2": False}
+CONTROL, USER_DEFINED = 3, 4  # token types whose text is never split
+
+
+class GGUFWeights:
+    """The weights of one .gguf file: `settings` (GPTConfig arguments), `pieces`, `read(name)`.
+
+    Raises UserError for a damaged file, another architecture, or the `gguf` package missing.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        try:
+            import gguf
+        except ImportError:
+            raise UserError("reading GGUF files needs the gguf package: pip install gguf") from None
+        self._dequantize = gguf.quants.dequantize
+        try:
+            reader = gguf.GGUFReader(self.path)
+            self.metadata = {name: field.contents() for name, field in reader.fields.items()}
+        except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
+            raise UserError(f"{path}: not a GGUF file, or a part of one ({error})") from None
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.settings = self._settings()
+
+    def names(self):
+        """Names of the tensors that belong to the model."""
+        return set(self._tensors) - {ROPE_FACTORS}
+
+    def shape(self, name):
+        """Shape as PyTorch has it, (out, in) for a linear weight."""
+        return tuple(int(n) for n in reversed(self._tensors[name].shape))
+
+    def read(self, name):
+        """The tensor, dequantised to float32."""
+        tensor = self._tensors[name]
+        try:
+            numbers = self._dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            kind = tensor.tensor_type.name
+            raise UserError(f"{self.path}: tensor {name} is {kind}, which gguf cannot dequantise") \
+                from None
+        numbers = np.require(numbers, np.float32, ["C", "W", "E"])  # a copy only of a mapped one
+        return torch.from_numpy(numbers).view(self.shape(name))
+
+    def pieces(self, config):
+        """Which of our parameters each tensor fills (hf_weights.Piece)."""
+        if self.metadata["general.architecture"] == "gpt2":
+            return list(gpt2_pieces(config, GPT2_NAMES, conv1d=False))
+        return list(llama_pieces(config, LLAMA_NAMES, paired=True))
+
+    def _settings(self):
+        family = self.metadata.get("general.architecture")
+        if family not in ("llama", "gpt2"):
+            raise UserError(f"{self.path}: architecture {family!r} is not supported; {SUPPORTED}")
+        keys = {name.removeprefix(family + "."): value for name, value in self.metadata.items()}
+        if "token_embd.weight" not in self._tensors:
+            raise UserError(f"{self.path}: tensor token_embd.weight is missing")
+        n_head = need(keys, "attention.head_count", self.path)
+        settings = dict(
+            block_size=need(keys, "context_length", self.path),
+            vocab_size=self.shape("token_embd.weight")[0],
+            n_layer=need(keys, "block_count", self.path),
+            n_head=n_head,
+            n_kv_head=need({"attention.head_count_kv": n_head, **keys},
+                           "attention.head_count_kv", self.path),
+            n_embd=need(keys, "embedding_length", self.path),
+            n_inner=need(keys, "feed_forward_length", self.path),
+            tie_embeddings="output.weight" not in self._tensors,
+        )
+        if family == "gpt2":
+            epsilon = round_float32(keys.get("attention.layer_norm_epsilon", 1e-5))
+            return settings | dict(bias=True, position="learned", norm="layernorm",
+                                   norm_eps=epsilon, mlp="gelu_tanh")
+        self._check_llama(keys, settings)
+        return settings | dict(
+            bias=False,
+            position="rope",
+            rope_theta=round_float32(keys.get("rope.freq_base", 10000.0)),
+            rope_scaling=self._rope_scaling(keys),
+            norm="rmsnorm",
+            norm_eps=round_float32(keys.get("attention.layer_norm_rms_epsilon", 1e-5)),
+            mlp="swiglu",
+        )
+
+    def _check_llama(self, keys, settings):
+        head_dim = settings["n_embd"] / settings["n_head"]
+        for key in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
+            if keys.get(key, head_dim) != head_dim:
+                raise UserError(f"{self.path}: {key}={keys[key]} differs from the head size "
+                                f"{head_dim:g} (width / heads), which is not supported")
+        if keys.get("expert_count"):
+            raise UserError(f"{self.path}: mixtures of experts are not supported")
+
+    def _rope_scaling(self, keys):
+        if ROPE_FACTORS in self._tensors:
+            return {"rope_type": "factors", "factors": self.read(ROPE_FACTORS).tolist()}
+        kind = keys.get("rope.scaling.type", "none")
+        if kind == "none":
+            return None
+        if kind == "linear":
+            factor = keys.get("rope.scaling.factor", 1.0)
+            return {"rope_type": "linear", "factor": round_float32(factor)}
+        raise UserError(f"{self.path}: rope scaling {kind!r} is not supported, only linear, llama3")
+
+
+def round_float32(value):
+    """The shortest decimal that is the same float32: 9.999999747378752e-06 -> 1e-05."""
+    return float(f"{value:.7g}")
+
+
+def tokenizer_json(metadata, where):
+    """A `tokenizer.json` (str) made from a GGUF file's vocabulary and merges.
+
+    Only byte-level BPE ("gpt2") with a known way of cutting words; UserError otherwise.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    kind, cut = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "gpt-2")
+    if kind != "gpt2" or cut not in DIGITS_APART:
+        raise UserError(f"{where}: its tokenizer ({kind!r}, {cut!r}) cannot be rebuilt; put the "
+                        "model's tokenizer.json into the same folder")
+    tokens = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    digits = [pre_tokenizers.Digits(individual_digits=True)] if DIGITS_APART[cut] else []
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, bytes_only])
+    tokenizer.decoder = decoders.ByteLevel()
+    types = metadata.get("tokenizer.ggml.token_type", [])
+    special = [AddedToken(token, special=kind == CONTROL, normalized=False)
+               for token, kind in zip(tokens, types) if kind in (CONTROL, USER_DEFINED)]
+    tokenizer.add_tokens(special)
+    return json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, indent=1)
+
+
+def write_text_files(metadata, folder, where):
+    """Write a GGUF file's tokenizer.json, tokenizer_config.json and generation_config.json.
+
+    They hold what Hugging Face keeps beside the weights: the vocabulary, the chat template with
+    the tokens it may name, and the ids that end a text. Raises UserError as tokenizer_json does.
+    """
+    folder, tokens = Path(folder), metadata.get("tokenizer.ggml.tokens", [])
+    ids = {name: metadata[f"tokenizer.ggml.{name}_id"] for name in ("bos_token", "eos_token")
+           if f"tokenizer.ggml.{name}_id" in metadata}
+    settings = {name: tokens[i] for name, i in ids.items() if i < len(tokens)}
+    if "tokenizer.chat_template" in metadata:
+        settings["chat_template"] = metadata["tokenizer.chat_template"]
+    contents = {
+        "tokenizer.json": tokenizer_json(metadata, where),
+        "tokenizer_config.json": json.dumps(settings, indent=1),
+        "generation_config.json": json.dumps({f"{name}_id": i for name, i in ids.items()}),
+    }
+    for name, content in contents.items():
+        (folder / name).write_text(content + "\n", encoding="utf-8")

@@ -1,0 +1,275 @@
+"""Generation: the text is the one a plain loop over full forwards would write."""
+
+import pytest
+import torch
+
+from leangpt.decoding.generate import calibration, generate, pick
+from leangpt.system.errors import UserError
+from model import GPT, GPTConfig
+
+POLICIES = [("cache", None), ("grouped", 2), ("recompute", None)]
+
+
+def make(policy="cache", n_kv_head=None, **options):
+    torch.manual_seed(0)
+    settings = dict(block_size=24, vocab_size=37, n_layer=2, n_head=4, n_embd=32, bias=True)
+    model = GPT(GPTConfig(**(settings | options), attention_policy=policy, n_kv_head=n_kv_head))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    return model.eval()
+
+
+def prompt(B=2, T=5, vocab=37):
+    return torch.randint(vocab, (B, T), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def recompute_all(model, idx, count, choose):
+    """nanoGPT's generate: a full forward over the cropped text for every token."""
+    for _ in range(count):
+        logits, _ = model(idx[:, -model.config.block_size:])
+        idx = torch.cat([idx, choose(logits[:, -1])[:, None]], dim=1)
+    return idx
+
+
+def greedy(logits):
+    return logits.argmax(-1)
+
+
+@pytest.mark.parametrize("policy,n_kv_head", POLICIES)
+def test_greedy_text_is_the_plain_loops_also_past_block_size(policy, n_kv_head):
+    model = make(policy, n_kv_head)
+    want = recompute_all(model, prompt(), 40, greedy)
+    assert want.size(1) > model.config.block_size
+    assert torch.equal(generate(model, prompt(), 40, temperature=0), want)
+
+
+@pytest.mark.parametrize("position", ["rope", "none"])
+def test_relative_positions_up_to_block_size_and_beyond(position):
+    model = make(position=position)
+    got = generate(model, prompt(), 40, temperature=0)
+    assert torch.equal(got[:, :24], recompute_all(model, prompt(), 19, greedy))
+    assert got.shape == (2, 45)
+
+
+def test_sampled_text_is_the_plain_loops():
+    model = make()
+    options = dict(temperature=0.8, top_k=9, top_p=0.9)
+    generator = torch.Generator().manual_seed(11)
+    want = recompute_all(model, prompt(), 40, lambda x: pick(x, generator=generator, **options))
+    got = generate(model, prompt(), 40, generator=generator.manual_seed(11), **options)
+    assert torch.equal(got, want)
+    other = generate(model, prompt(), 40, generator=generator.manual_seed(12), **options)
+    assert not torch.equal(got, other)
+
+
+def test_the_same_seed_gives_the_same_text_under_every_policy():
+    cache, recompute = make("cache"), make("recompute")
+    texts = [generate(m, prompt(), 60, generator=torch.Generator().manual_seed(5), slide=6)
+             for m in (cache, recompute)]
+    assert torch.equal(*texts)
+
+
+@torch.no_grad()
+def test_slide_sees_the_cropped_text():
+    """slide=8: after each crop to 17 tokens, up to 24 are seen."""
+    model, idx, slide = make(), prompt(), 8
+    got = generate(model, idx, 40, temperature=0, slide=slide)
+    start = 0  # first token in sight
+    for n in range(idx.size(1), 45):
+        if n - start > 24:
+            start = n - (24 + 1 - slide)
+        logits, _ = model(got[:, start:n])
+        assert torch.equal(logits[:, -1].argmax(-1), got[:, n])
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize("policy,n_kv_head", POLICIES)
+def test_rows_of_unequal_length_are_written_as_if_alone(policy, n_kv_head, position):
+    model = make(policy, n_kv_head, position=position)
+    idx, lengths = prompt(3, 9), torch.tensor([4, 9, 1])
+    got = generate(model, idx, 30, temperature=0, lengths=lengths)  # past block_size too
+    assert got.shape == (3, 39)
+    for b, n in enumerate(lengths):
+        alone = generate(model, idx[b:b + 1, :n], 30, temperature=0)
+        assert torch.equal(got[b, :n + 30], alone[0])
+        assert not got[b, n + 30:].any()
+
+
+def test_stop_tokens_end_a_row_and_not_the_others():
+    model = make()
+    free = generate(model, prompt(), 30, temperature=0)
+    stop = int(free[0, 9])
+    got = generate(model, prompt(), 30, temperature=0, stop_tokens=[stop])
+    for row, plain in zip(got, free):
+        hits = (plain[5:] == stop).nonzero()
+        end = 5 + int(hits[0]) + 1 if len(hits) else 35
+        assert torch.equal(row[:end], plain[:end])
+        assert (row[end:] == stop).all()
+    streamed = []
+    alone = generate(model, prompt()[:1], 30, 0, stop_tokens=[stop], stream=streamed.append)
+    assert torch.equal(alone, got[:1])
+    assert streamed[-1] == [stop] and len(streamed) < 30  # stopped early
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_stream_gets_every_token_once(count):
+    streamed = []
+    got = generate(make(), prompt(), count, stream=streamed.append)
+    assert torch.tensor(streamed).T.tolist() == got[:, 5:].tolist()
+
+
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_the_compiled_step_sees_one_count_a_shape(position, monkeypatch):
+    """What torch.compile would specialise on stays the same from token to token."""
+    counts = set()
+
+    def compile(function):
+        def compiled(token, cache):
+            counts.add(cache.length)
+            return function(token, cache)
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    model = make(position=position)
+    want = generate(model, prompt(), 40, temperature=0, slide=8)
+    assert torch.equal(generate(model, prompt(), 40, temperature=0, slide=8, compile=True), want)
+    assert counts == {23}
+
+
+def test_quantised_cache_writes_nearly_the_same_logits():
+    model = make(position="rope", block_size=64)
+    exact = generate(model, prompt(8), 30, temperature=0)
+    close = generate(model, prompt(8), 30, temperature=0, kv_bits=8)
+    same = (exact == close).float().mean()
+    assert same > 0.9 and torch.equal(exact[:, :16], close[:, :16])
+
+
+def test_pick_draws_from_the_distribution():
+    logits = torch.tensor([1.0, -1.0, 0.5, 3.0, 2.0])
+    generator = torch.Generator().manual_seed(0)
+    n = 20000
+    for options, kept in (({}, 5), ({"top_k": 3}, 3), ({"top_p": 0.7}, 2), ({"top_p": 1e-6}, 1),
+                          ({"top_k": 4, "top_p": 0.9}, 3)):
+        drawn = pick(logits.expand(n, 5), 1.3, generator=generator, **options)
+        p = (logits / 1.3).softmax(-1)
+        keep = p.topk(kept).indices
+        want = torch.zeros(5).index_copy(0, keep, p[keep] / p[keep].sum())
+        got = drawn.bincount(minlength=5) / n
+        assert (got - want).abs().max() < 4 * (0.25 / n) ** 0.5, options
+        assert (got[want == 0] == 0).all()
+
+
+def test_pick_never_takes_an_impossible_token():
+    logits = torch.full((4096, 50), -torch.inf)
+    logits[:, 7] = 0.0
+    assert (pick(logits, generator=torch.Generator().manual_seed(0)) == 7).all()
+    wide = torch.randn(64, 3000, generator=torch.Generator().manual_seed(1)) * 4
+    best = wide.argmax(-1)
+    for options in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 0}, {"temperature": 1e-4}):
+        assert torch.equal(pick(wide, **options), best)
+
+
+def test_top_p_beyond_the_shortlist_is_exact():
+    flat = torch.zeros(2, 3000)
+    drawn = pick(flat.expand(2, -1).repeat(4000, 1), top_p=0.9,
+                 generator=torch.Generator().manual_seed(0))
+    assert 2500 < len(drawn.unique()) <= 2701  # of 3000
+
+
+def test_vocab_size_hides_padded_ids():
+    model = make()
+    got = generate(model, prompt(vocab=5), 30, vocab_size=5, temperature=5.0)
+    assert got.max() < 5
+
+
+def test_training_mode_comes_back_and_dropout_is_off():
+    model = make(dropout=0.5).train()
+    a, b = (generate(model, prompt(), 20, temperature=0) for _ in range(2))
+    assert torch.equal(a, b) and model.training
+
+
+def test_the_text_can_be_trained_on():
+    model = make()
+    text = generate(model, prompt(), 6)
+    model(text[:, :-1], text[:, 1:])[1].backward()
+
+
+def test_model_generate_delegates():
+    model = make()
+    want = generate(model, prompt(), 6, temperature=0)
+    assert torch.equal(model.generate(prompt(), 6, temperature=0), want)
+
+
+def test_calibration_runs_every_linear_on_its_own_text():
+    model = make()
+    run = calibration(model, rows=3, tokens=10)
+    seen = []
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda m, x, y, name=name: seen.append(name))
+    run()
+    assert len(seen) == 4 * 2 + 1 and len(set(seen)) == len(seen)
+
+
+def test_calibration_on_a_given_text_shows_every_linear_all_of_it():
+    model, given = make(), prompt()
+    shapes = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(
+                lambda m, x, y, name=name: shapes.update({name: tuple(x[0].shape[:2])}))
+    calibration(model, text=given)()
+    assert len(shapes) == 4 * 2 + 1 and set(shapes.values()) == {tuple(given.shape)}
+
+
+@pytest.mark.parametrize("change,message", [
+    (dict(idx=torch.zeros(1, 0, dtype=torch.int64)), "prompt is empty"),
+    (dict(idx=torch.zeros(1, 25, dtype=torch.int64)), "25 tokens.*block_size=24"),
+    (dict(idx=torch.tensor([[1, 99]])), "token id 99"),
+    (dict(idx=torch.tensor([[1, -1]])), "token id -1"),
+    (dict(max_new_tokens=0), "max_new_tokens must be positive, not 0"),
+    (dict(temperature=-0.1), "temperature"),
+    (dict(temperature=float("nan")), "temperature"),
+    (dict(top_k=0), "top_k"),
+    (dict(top_p=0.0), "top_p"),
+    (dict(top_p=1.5), "top_p"),
+    (dict(kv_bits=5), "kv_bits=5"),
+    (dict(slide=0), "slide=0"),
+    (dict(lengths=[9, 1]), "lengths"),
+    (dict(lengths=[5, 0]), "lengths"),
+])
+def test_bad_input_is_named(change, message):
+    arguments = dict(idx=prompt(), max_new_tokens=4) | change
+    with pytest.raises(UserError, match=message):
+        generate(make(), **arguments)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("kv_bits", [None, 8, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize("policy,n_kv_head", POLICIES)
+@pytest.mark.parametrize("kernels", [False, True])
+def test_captured_steps_write_what_eager_ones_do(policy, n_kv_head, position, dtype, kv_bits,
+                                                 kernels, monkeypatch):
+    from leangpt.decoding.generate import Steps
+
+    monkeypatch.setattr("leangpt.decoding.generate.KERNELS_FROM", 0 if kernels else 1000)
+    model = make(policy, n_kv_head, position=position, n_embd=128).to("cuda", dtype)
+    idx, lengths = prompt(3, 9).cuda(), torch.tensor([4, 9, 1]).cuda()
+    generator = torch.Generator("cuda")
+    texts = []
+    for capture in (True, False):
+        def next_(steps, capture=capture):
+            steps.captured = capture
+            return original(steps)
+
+        original, Steps.next = Steps.next, next_
+        try:
+            texts.append(generate(model, idx, 40, top_k=10, generator=generator.manual_seed(1),
+                                  lengths=lengths, kv_bits=kv_bits, slide=5))
+        finally:
+            Steps.next = original
+    assert torch.equal(*texts)

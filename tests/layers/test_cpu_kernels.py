@@ -1,0 +1,227 @@
+"""The CPU's decoding kernels against plain PyTorch."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from leangpt.attention.kv_cache import build_cache
+from leangpt.decoding import step_cpu
+from leangpt.decoding.generate import generate
+from leangpt.layers import int4_linear, linear_cpu
+from leangpt.layers.int4_linear import Int4Linear, quantize_
+from leangpt.system import c_library
+from model import GPT, GPTConfig
+
+needs_kernels = pytest.mark.skipif(not linear_cpu.available(),
+                                   reason="needs cc, AVX-512 and VNNI")
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def relative(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def test_they_are_built_where_they_can_be():
+    cpuinfo = Path("/proc/cpuinfo")
+    can = (cpuinfo.exists() and "avx512_vnni" in cpuinfo.read_text() and shutil.which("cc")
+           and torch.backends.cpu.get_cpu_capability() == "AVX512")
+    assert linear_cpu.available() == bool(can)
+
+
+def test_a_source_that_does_not_compile_is_no_error(tmp_path, monkeypatch):
+    source = tmp_path / "bad.c"
+    source.write_text("int f( {")
+    monkeypatch.setattr(linear_cpu, "SOURCE", source)
+    monkeypatch.setattr(c_library, "CACHE", tmp_path / "cache")
+    assert linear_cpu.library.__wrapped__() is None
+    left = tmp_path / "cache"
+    assert not left.exists() or list(left.iterdir()) == []
+
+
+def test_packing_goes_both_ways():
+    codes = torch.randint(16, (48, 64), dtype=torch.uint8)
+    packed = linear_cpu.pack_int4(int4_linear.pack(codes))
+    assert packed.shape == (48, 32) and torch.equal(linear_cpu.unpack_int4(packed), codes)
+    # row 17 is row 1 of block 1; its input 13 is of the second 8, the high half of number 1
+    assert packed.view(3, 8, 16, 4)[1, 1, 1, 1] >> 4 == codes[17, 13]
+    odd = linear_cpu.pack_int4(int4_linear.pack(codes[:37]))  # the last block has 5 rows
+    assert odd.shape == (37, 32) and torch.equal(linear_cpu.unpack_int4(odd), codes[:37])
+    assert torch.equal(odd[:32], packed[:32])
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype,limit", [(torch.float32, 5e-5), (torch.bfloat16, 3e-3)])
+@pytest.mark.parametrize("M,N,K,group", [(1, 16, 32, 32), (1, 2304, 768, 32), (3, 112, 256, 64),
+                                         (10, 80, 128, 128), (64, 64, 3072, 32),
+                                         (2, 65, 64, 32), (1, 31, 96, 32)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_int4_rows(M, N, K, group, dtype, limit, biased):
+    codes = torch.randint(16, (N, K), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    scale_zero = random(K // group, N, 2, dtype=torch.bfloat16)
+    x = random(M, K, seed=2, dtype=dtype)
+    bias = random(N, seed=3, dtype=dtype) * 50 if biased else None
+    weight = int4_linear.dequantize(codes, scale_zero, torch.float64)
+    want = F.linear(x.double(), weight, None if bias is None else bias.double())
+    packed = linear_cpu.pack_int4(int4_linear.pack(codes))
+    got = linear_cpu.int4_rows(x, packed, scale_zero, bias, group)
+    assert got.dtype == dtype and got.shape == (M, N)
+    assert relative(got, want) < limit
+
+
+@needs_kernels
+def test_int4_rows_with_outliers_zeros_and_nan():
+    layer = Int4Linear.from_linear(torch.nn.Linear(128, 64, bias=False))
+    weight = layer.dequantize(torch.float64)
+    x = random(4, 128)
+    x[0, 40] = 3e4  # its group's other inputs lose what bfloat16 would have rounded off it
+    x[1] = 0
+    x[2, 7] = 1e-30
+    got, want = layer(x), x.double() @ weight.T
+    coarse = x.bfloat16().double() @ weight.T
+    assert (got[0] - want[0]).abs().max() < (coarse[0] - want[0]).abs().max() / 10
+    assert not got[1].any()
+    assert relative(got[2:], want[2:]) < 5e-5
+    for bad in (torch.nan, torch.inf):
+        x[3, 100] = bad
+        assert not layer(x)[3].isfinite().any() and layer(x)[:3].isfinite().all()
+
+
+def make(dtype=torch.float32, packed=False, **options):
+    """A GPT whose attention is far from uniform, in a dtype, 4-bit or not."""
+    torch.manual_seed(0)
+    settings = dict(block_size=160, vocab_size=61, n_layer=2, n_head=4, n_embd=64, bias=True)
+    model = GPT(GPTConfig(**(settings | options))).eval()
+    for p in model.parameters():
+        p.data.add_(torch.randn_like(p) * 0.2)
+    if packed:
+        quantize_(model, calibrate=False)
+    return model.to(dtype)
+
+
+@torch.no_grad()
+def logits_of(model, idx, first, slots, native, lengths=None):
+    """Logits (B, T - first, V) of steps after a prefill, by Step or by plain PyTorch."""
+    cache = build_cache(model.config, len(idx), slots, dtype=model.transformer.wte.weight.dtype)
+    model.prefill(idx[:, :first], cache, lengths)
+    assert not native or step_cpu.suits(model, cache)
+    step = step_cpu.Step(model, cache) if native else model.decode_one_token
+    out = [step(idx[:, i:i + 1], cache).float() for i in range(first, idx.size(1))]
+    assert cache.length == idx.size(1)
+    return torch.stack(out, dim=1)
+
+
+ARCHITECTURES = [
+    dict(),
+    dict(bias=False, n_embd=192, n_head=3),  # heads of 64
+    dict(mlp="gelu_tanh", tie_embeddings=False, n_head=2),
+    dict(norm="rmsnorm", mlp="swiglu", position="rope", n_kv_head=2, n_inner=96, bias=False),
+    dict(attention_policy="grouped", n_kv_head=1, position="none", n_embd=48, n_head=3),
+    dict(position="rope", mlp="swiglu", n_embd=256, n_head=1),  # the widest head
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("options", ARCHITECTURES)
+def test_steps_are_the_models_own(options):
+    model = make(**options)
+    idx = torch.randint(61, (1, 150))
+    want = logits_of(model, idx, 9, 160, native=False)
+    got = logits_of(model, idx, 9, 160, native=True)
+    assert relative(got, want) < 1e-5
+    full = model(idx)[0][:, 9:].detach()
+    assert relative(got, full) < 1e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize("position", ["rope", "none"])
+def test_steps_roll_past_the_caches_end(position):
+    model = make(position=position, n_kv_head=2)
+    idx = torch.randint(61, (1, 90))
+    got, want = (logits_of(model, idx, 9, 30, native) for native in (True, False))
+    assert relative(got, want) < 1e-5
+
+
+@needs_kernels
+@pytest.mark.parametrize("position", ["learned", "rope"])
+def test_rows_of_unequal_length(position):
+    idx, lengths = torch.randint(61, (3, 40)), torch.tensor([4, 9, 1])
+    slots = 30 if position == "rope" else 49
+    for dtype, limit in ((torch.float32, 5e-4), (torch.bfloat16, 3e-2)):
+        model = make(dtype, packed=True, position=position, n_kv_head=2)
+        got, want = (logits_of(model, idx, 9, slots, native, lengths) for native in (True, False))
+        assert relative(got, want) < limit
+
+
+@needs_kernels
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("options", ARCHITECTURES)
+def test_bfloat16_steps_are_nearer_to_float32_than_pytorchs(options, packed):
+    if packed and options.get("n_embd") == 48:
+        pytest.skip("groups of 32 do not divide 48")
+    model, exact = make(torch.bfloat16, packed, **options), make(packed=packed, **options)
+    exact.load_state_dict(model.state_dict())
+    idx = torch.randint(61, (1, 40))
+    want = logits_of(exact, idx, 9, 60, native=False)
+    got, plain = (logits_of(model, idx, 9, 60, native) for native in (True, False))
+    assert relative(got, want) < 1.1 * relative(plain, want) < 0.06
+
+
+@needs_kernels
+def test_large_scores_do_not_overflow():
+    model = make()
+    for block in model.transformer.h:
+        block.attn.c_attn.weight.data.mul_(30)
+    idx = torch.randint(61, (1, 100))
+    got, want = (logits_of(model, idx, 9, 160, native) for native in (True, False))
+    assert got.isfinite().all() and relative(got, want) < 1e-3
+
+
+@needs_kernels
+def test_generate_writes_the_same_text_with_and_without(monkeypatch):
+    model, used = make(position="rope", block_size=40), []
+    idx, call = torch.randint(61, (1, 5)), step_cpu.Step.__call__
+    monkeypatch.setattr(step_cpu.Step, "__call__", lambda *a: used.append(1) or call(*a))
+    text = generate(model, idx, 60, temperature=0)
+    assert len(used) == 59
+    monkeypatch.setattr(step_cpu, "suits", lambda *_: False)
+    assert torch.equal(generate(model, idx, 60, temperature=0), text)
+    assert len(used) == 59
+
+
+@needs_kernels
+def test_what_step_cannot_take_goes_the_plain_way():
+    def suits(model, **options):
+        dtype = model.transformer.wte.weight.dtype
+        cache = build_cache(model.config, options.pop("rows", 1), 20, dtype=dtype, **options)
+        return step_cpu.suits(model, cache)
+
+    assert suits(make()) and suits(make(torch.bfloat16)) and not suits(make(), rows=2)
+    assert suits(make(packed=True), rows=16) and not suits(make(packed=True), rows=17)
+    assert not suits(make(), kv_bits=8)
+    assert not suits(make(attention_policy="recompute"))
+    assert not suits(make(torch.float64))
+    assert not suits(make(n_head=8))  # heads of 8
+    assert not suits(make().train())
+    mixed = make(torch.bfloat16)
+    mixed.transformer.ln_f.float()
+    assert not suits(mixed)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not suits(make())
+    assert not suits(make(n_inner=72))
+
+
+@needs_kernels
+def test_as_an_operator():
+    layer = Int4Linear.from_linear(torch.nn.Linear(64, 37))
+    arguments = random(3, 64), layer.packed, layer.scale_zero, layer.bias.detach(), 32
+    torch.library.opcheck(torch.ops.cpu_kernels.int4_rows.default, arguments,
+                          test_utils=("test_schema", "test_faketensor"))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.inference_mode():
+        assert torch.equal(compiled(arguments[0]), layer(arguments[0]))

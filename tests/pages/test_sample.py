@@ -1,0 +1,184 @@
+"""sample.py on small checkpoints: same text however it decodes, and one clear line for mistakes."""
+
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+from leangpt.system.errors import UserError
+from model import GPT, GPTConfig
+
+ROOT = Path(sample.__file__).parent
+CHARACTERS = "\n !'abcdefghijklmnopqrstuvwxyzé"
+
+
+def save(folder, dataset=None, **options):
+    torch.manual_seed(0)
+    settings = dict(block_size=32, vocab_size=len(CHARACTERS), n_layer=2, n_head=4, n_embd=64)
+    model = GPT(GPTConfig(**(settings | options)))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    folder.mkdir()
+    checkpoint = {"model": model.state_dict(), "model_args": asdict(model.config), "iter_num": 5,
+                  "best_val_loss": 1.0, "config": {"dataset": "tiny"}, "optimizer": {}}
+    if dataset is not None:
+        checkpoint["dataset"] = dataset
+    torch.save(checkpoint, folder / "ckpt.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def out_dir(tmp_path_factory):
+    meta = {"tokenizer": "char", "characters": CHARACTERS, "vocab_size": len(CHARACTERS)}
+    return save(tmp_path_factory.mktemp("runs") / "out", meta)
+
+
+def run(capsys, out_dir, *flags):
+    """(the texts, the first line, the last line) of one run."""
+    sample.main([f"--out_dir={out_dir}", "--device=cpu", "--max_new_tokens=40", "--start=hello",
+                 "--num_samples=2", *flags])
+    out = capsys.readouterr().out
+    first, _, rest = out.partition("; cpu (asked for)\n")
+    body, _, last = rest.strip().rpartition("\n")
+    texts = body.split("\n" + sample.RULE)
+    return [text.removeprefix("\n") for text in texts[:-1]], first, last
+
+
+def test_writes_num_samples_texts_that_start_with_the_prompt(capsys, out_dir):
+    texts, first, last = run(capsys, out_dir)
+    assert len(texts) == 2 and texts[0] != texts[1]
+    assert all(text.startswith("hello") and len(text) == 45 for text in texts)
+    assert first.startswith("model: 0.1M parameters in float32; attention policy cache")
+    assert "tokens/s" in last and "GB/s" in last
+
+
+def test_the_same_seed_gives_the_same_text_under_every_policy(capsys, out_dir):
+    want, *_ = run(capsys, out_dir)
+    for flags in (["--attention_policy=recompute"], ["--attention_policy=cache", "--kv_bits=8"],
+                  ["--top_p=1.0"]):
+        got, *_ = run(capsys, out_dir, *flags)
+        # rounding K and V may turn a word in the end: a character model has close calls
+        assert [t[:25] for t in got] == [t[:25] for t in want]
+        assert "--kv_bits=8" in flags or got == want
+    other, *_ = run(capsys, out_dir, "--seed=2")
+    assert other != want
+
+
+def test_streaming_prints_the_same_characters(capsys, out_dir):
+    one, *_ = run(capsys, out_dir, "--num_samples=1")
+    streamed, *_ = run(capsys, out_dir, "--num_samples=1", "--stream=True")
+    assert streamed == one
+    two, *_ = run(capsys, out_dir, "--stream=True")
+    assert len(two) == 2 and two[0] == one[0] and two[1] != two[0]
+
+
+def test_greedy_ignores_the_seed(capsys, out_dir):
+    a, *_ = run(capsys, out_dir, "--temperature=0", "--seed=1")
+    b, *_ = run(capsys, out_dir, "--temperature=0", "--seed=2")
+    assert a == b and a[0] == a[1]
+
+
+def test_prompt_from_a_file(capsys, out_dir, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text("hello", encoding="utf-8")
+    want, *_ = run(capsys, out_dir)
+    got, *_ = run(capsys, out_dir, f"--start=FILE:{path}")
+    assert got == want
+
+
+def test_four_bits_saved_and_loaded(capsys, out_dir, tmp_path):
+    path = tmp_path / "model.safetensors"
+    texts, first, _ = run(capsys, out_dir, "--int4=True", f"--save_int4={path}", "--group_size=64")
+    assert "rounded to 4.5 bits a weight" in first and "4-bit layers of 4.5 bits" in first
+    assert "model: 0.1M parameters in bfloat16" in first
+    again, first, _ = run(capsys, tmp_path, f"--init_from={path}")
+    assert again == texts and "4-bit layers of 4.5 bits" in first
+
+
+def test_a_checkpoint_of_nanogpt_finds_its_data_set(capsys, tmp_path):
+    from leangpt.text.dataset import write_dataset
+
+    meta = {"tokenizer": "char", "characters": CHARACTERS, "vocab_size": len(CHARACTERS),
+            "source": "a test"}
+    write_dataset(tmp_path / "data" / "tiny", [1, 2, 3], [1, 2, 3], meta)
+    out = save(tmp_path / "out")
+    texts, *_ = run(capsys, out, f"--data_dir={tmp_path / 'data'}")
+    assert texts[0].startswith("hello")
+    with pytest.raises(UserError, match="no prepared dataset"):
+        run(capsys, out, f"--data_dir={tmp_path / 'nowhere'}")
+
+
+def test_published_weights_export_and_back(capsys, tmp_path):
+    """A GPT-2 checkpoint goes out as a transformers folder and comes back as init_from."""
+    out = save(tmp_path / "out", {"tokenizer": "gpt2", "vocab_size": 50257},
+               vocab_size=50257, n_embd=32, bias=True)
+    want, *_ = run(capsys, out, "--num_samples=1")
+    folder = tmp_path / "folder"
+    sample.main([f"--out_dir={out}", f"--export={folder}"])
+    assert "exported" in capsys.readouterr().out
+    got, *_ = run(capsys, out, "--num_samples=1", f"--init_from={folder}")
+    assert got == want
+    streamed, *_ = run(capsys, out, "--num_samples=1", "--stream=True")
+    assert streamed == want
+
+
+MISTAKES = [
+    (["--start="], "prompt is empty"),
+    (["--start=Hello, ünknown"], "lacks ',' 'H' 'ü'"),
+    (["--start=" + "a" * 33], "33 tokens.*block_size=32"),
+    (["--start=FILE:no/such.txt"], "cannot read the prompt no/such.txt"),
+    (["--max_new_tokens=0"], "max_new_tokens must be positive, not 0"),
+    (["--num_samples=0"], "num_samples must be positive"),
+    (["--temperature=-1"], "temperature"),
+    (["--top_p=0"], r"top_p must lie in \(0, 1\]"),
+    (["--top_p=1.1"], "top_p"),
+    (["--top_k=0"], "top_k"),
+    (["--kv_bits=3"], "kv_bits=3"),
+    (["--slide=0"], "slide=0"),
+    (["--slide=33"], "slide=33"),
+    (["--group_size=48"], "group_size=48"),
+    (["--int4=True", "--group_size=128"], "does not divide the 64 inputs"),
+    (["--save_int4=x.safetensors"], "needs --int4=True"),
+    (["--int4_tune=5"], "int4_tune needs --int4=True"),
+    (["--int4=True", "--int4_tune=-5"], "int4_tune=-5"),
+    (["--int4=True", "--export=x"], "export writes float weights"),
+    (["--attention_policy=grouped"], "fewer key/value heads"),
+    (["--attention_policy=magic"], "unknown attention_policy 'magic'"),
+    (["--chat=True"], "no chat format"),
+    (["--init_from=no/such/model/here"], "no such folder"),
+    (["--init_from=broken.safetensors"], "cannot read broken.safetensors"),
+    (["--out_dir=nowhere"], "no checkpoint at"),
+    (["--dtype=float8"], "unknown dtype"),
+    (["--device=tpu"], "device"),
+    (["--tempreature=1"], "temperature"),
+]
+
+
+@pytest.mark.parametrize("flags,message", MISTAKES, ids=lambda x: " ".join(x) if isinstance(
+    x, list) else "")
+def test_mistakes_are_one_clear_error(out_dir, flags, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.safetensors").write_bytes(b"not one")
+    with pytest.raises(UserError, match=message):
+        sample.main([f"--out_dir={out_dir}", "--device=cpu", "--start=hello", *flags])
+    assert [p.name for p in tmp_path.iterdir()] == ["broken.safetensors"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")
+def test_cuda_asked_for_but_absent(out_dir):
+    with pytest.raises(UserError, match="(?i)cuda"):
+        sample.main([f"--out_dir={out_dir}", "--device=cuda"])
+
+
+def test_the_script_exits_with_2_and_one_line(out_dir, tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    done = subprocess.run(
+        [sys.executable, ROOT / "sample.py", f"--out_dir={out_dir}", "--device=cpu",
+         f"--start=FILE:{tmp_path / 'latin.txt'}"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: the prompt") and done.stderr.count("\n") == 1

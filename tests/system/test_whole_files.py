@@ -1,0 +1,90 @@
+"""Files written whole or not at all: full disks, folders that cannot be, older files."""
+
+import contextlib
+import resource
+
+import pytest
+import torch
+
+from configurator import save_config
+from experiments.shared.common import write_csv
+from leangpt.system.errors import UserError
+from leangpt.system.whole_files import written_whole
+from leangpt.text.sources import write_atomically
+from leangpt.text.tokens import write_dataset
+from leangpt.training.log import MetricsFile
+from leangpt.weights.export import export_pretrained
+from model import GPT, GPTConfig
+from train import Settings
+
+
+@contextlib.contextmanager
+def full_disk(room=64):
+    """No file can grow beyond `room` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def tiny_gpt():
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8))
+
+
+WRITERS = {
+    "csv": lambda folder: write_csv(folder / "a.csv", [{"a": "x" * 100}]),
+    "settings": lambda folder: save_config(Settings(), folder / "config.json"),
+    "bytes": lambda folder: write_atomically(folder / "a.bin", b"x" * 100),
+    "dataset": lambda folder: write_dataset(folder, [0] * 99, [0] * 99, {
+        "tokenizer": "gpt2", "vocab_size": 50257}),
+    "export": lambda folder: export_pretrained(tiny_gpt(), folder),
+}
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_full_disk_leaves_the_older_files_and_one_line(write, tmp_path):
+    folder = tmp_path / "new"
+    with full_disk(), pytest.raises(UserError, match="^cannot write .*File too large"):
+        write(folder)
+    assert not [path for path in folder.iterdir() if path.name != "train.bin"]
+    write(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with full_disk(), pytest.raises(UserError):
+        write(folder)
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert after == {name: before[name] for name in after}  # a dataset loses its meta.json first
+    assert after == before or "meta.json" in before
+
+
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_folder_that_cannot_be_is_one_line(write, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="^(cannot write|export: )") as caught:
+        write(tmp_path / "file" / "folder")
+    assert "\n" not in str(caught.value)
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_config_json_of_an_export_comes_last(tmp_path, monkeypatch):
+    """Whoever sees it sees a whole folder."""
+    names = []
+    monkeypatch.setattr("leangpt.system.whole_files.os.replace",
+                        lambda temporary, path: names.append(path.name))
+    export_pretrained(tiny_gpt(), tmp_path)
+    assert names == ["model.safetensors", "config.json"]
+
+
+def test_other_errors_pass_and_leave_no_temporary_file(tmp_path):
+    with pytest.raises(KeyError), written_whole(tmp_path / "a") as temporary:
+        temporary.write_text("half")
+        raise KeyError("a bug")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_while_training_is_one_line(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.csv")
+    with full_disk(room=100), pytest.raises(UserError, match="cannot write .*metrics.csv"):
+        metrics.write(iter=1, loss="1" * 100)

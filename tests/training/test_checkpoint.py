@@ -1,0 +1,240 @@
+import os
+import pickle
+import resource
+import signal
+
+import pytest
+import torch
+from tiny_run import run_script
+
+from leangpt.system.errors import UserError
+from leangpt.training.checkpoint import (
+    BEST,
+    LAST,
+    checkpoint_to_resume,
+    copy_checkpoint,
+    load_checkpoint,
+    load_optimizer,
+    model_args,
+    model_from_checkpoint,
+    save_checkpoint,
+)
+from model import GPT, GPTConfig
+from optimizers import build_optimizer
+
+
+def tiny_model(**changes):
+    torch.manual_seed(0)
+    shape = dict(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=8)
+    return GPT(GPTConfig(**shape | changes))
+
+
+def one_step(model, optimizer):
+    tokens = torch.arange(8).view(1, 8)
+    model(tokens, tokens)[1].backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def checkpoint_of(model, optimizer=None):
+    return {"model": model.state_dict(), "model_args": model_args(model), "iter_num": 3,
+            "optimizer": optimizer.state_dict() if optimizer else None,
+            "best_val_loss": 1.5, "config": {"seed": 1}}
+
+
+def test_round_trip_is_bitwise(tmp_path):
+    model = tiny_model()
+    optimizer = build_optimizer(model, "adam")
+    one_step(model, optimizer)
+    save_checkpoint(tmp_path / BEST, checkpoint_of(model, optimizer))
+    loaded = load_checkpoint(tmp_path / BEST)
+    assert loaded["iter_num"] == 3 and loaded["best_val_loss"] == 1.5
+    assert os.listdir(tmp_path) == [BEST]  # no temporary file stays
+    again = model_from_checkpoint(loaded)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    fresh = build_optimizer(again, "adam")
+    assert load_optimizer(fresh, again, loaded["optimizer"]) is None
+    one_step(model, optimizer)
+    one_step(again, fresh)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_free_settings_can_change_and_shapes_cannot():
+    checkpoint = checkpoint_of(tiny_model())
+    model = model_from_checkpoint(checkpoint, dropout=0.2, attention_policy="recompute")
+    assert model.config.dropout == 0.2 and model.config.attention_policy == "recompute"
+    with pytest.raises(UserError, match="n_layer cannot be changed"):
+        model_from_checkpoint(checkpoint, n_layer=3)
+
+
+def test_copy_is_the_same_and_independent(tmp_path):
+    best, last = tmp_path / BEST, tmp_path / LAST
+    save_checkpoint(best, checkpoint_of(tiny_model()))
+    save_checkpoint(last, {"old": 1})
+    copy_checkpoint(best, last)
+    assert last.read_bytes() == best.read_bytes()
+    kept = best.read_bytes()
+    save_checkpoint(last, {"newer": 2})
+    assert best.read_bytes() == kept
+
+
+def test_copy_without_hard_links(tmp_path, monkeypatch):
+    def no_links(*names):
+        raise OSError("this file system has no hard links")
+
+    save_checkpoint(tmp_path / BEST, checkpoint_of(tiny_model()))
+    monkeypatch.setattr(os, "link", no_links)
+    copy_checkpoint(tmp_path / BEST, tmp_path / LAST)
+    assert (tmp_path / LAST).read_bytes() == (tmp_path / BEST).read_bytes()
+
+
+def test_the_latest_state_is_resumed(tmp_path):
+    assert checkpoint_to_resume(tmp_path) == tmp_path / BEST
+    save_checkpoint(tmp_path / LAST, {})
+    assert checkpoint_to_resume(tmp_path) == tmp_path / LAST
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"PK\x03\x04 not a zip", b"\x80\x04}.", pickle.dumps({"model": 1}), b"hello" * 1000,
+])
+def test_foreign_files(tmp_path, content):
+    path = tmp_path / BEST
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="not a checkpoint"):
+        load_checkpoint(path)
+    assert path.read_bytes() == content
+
+
+def test_missing_and_directory(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint at .*ckpt.pt; train first"):
+        load_checkpoint(tmp_path / BEST)
+    with pytest.raises(UserError, match="not a checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])
+def test_truncated(tmp_path, part):
+    path = tmp_path / BEST
+    save_checkpoint(path, checkpoint_of(tiny_model()))
+    content = path.read_bytes()
+    path.write_bytes(content[:int(len(content) * part)])
+    with pytest.raises(UserError, match="truncated or not a checkpoint"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [{"weights": torch.ones(2)}, [1, 2], torch.ones(3)])
+def test_torch_files_that_are_no_checkpoint(tmp_path, content):
+    torch.save(content, tmp_path / BEST)
+    with pytest.raises(UserError, match="it lacks model, model_args, iter_num"):
+        load_checkpoint(tmp_path / BEST)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(checkpoint_of(tiny_model()) | {"config": Harmful()}, BEST)
+    with pytest.raises(UserError, match="truncated or not a checkpoint"):
+        load_checkpoint(BEST)
+    assert not os.path.exists("harm")
+
+
+def test_weights_that_do_not_fit_their_model_args():
+    checkpoint = checkpoint_of(tiny_model())
+    checkpoint["model_args"]["n_embd"] = 16
+    with pytest.raises(UserError, match="do not fit its model_args"):
+        model_from_checkpoint(checkpoint)
+
+
+def test_prefixes_and_mask_buffers_of_other_programs_are_cleaned(tmp_path):
+    model = tiny_model()
+    checkpoint = checkpoint_of(model)
+    checkpoint["model"] = {f"_orig_mod.{n}": t for n, t in checkpoint["model"].items()}
+    checkpoint["model"]["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+    checkpoint["best_val_loss"] = torch.tensor(2.5)
+    save_checkpoint(tmp_path / BEST, checkpoint)
+    loaded = load_checkpoint(tmp_path / BEST)
+    assert list(loaded["model"]) == list(model.state_dict()) and loaded["best_val_loss"] == 2.5
+
+
+def nanogpt_optimizer(model):
+    """AdamW as nanoGPT makes it: matrices in one group, vectors in another."""
+    parameters = list(model.parameters())
+    return torch.optim.AdamW([
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ], lr=1e-3, betas=(0.9, 0.95))
+
+
+def test_a_run_whose_steps_were_all_skipped_says_so_after_resuming():
+    model = tiny_model()
+    optimizer = build_optimizer(model, "adamsn", skip_nonfinite=True)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    optimizer.step()
+    assert optimizer.skipped_steps == 1 and not optimizer.state
+    again = build_optimizer(model, "adamsn", skip_nonfinite=True)
+    assert load_optimizer(again, model, optimizer.state_dict()) is None
+    assert again.skipped_steps == 1
+    adam = build_optimizer(model, "adam")
+    assert load_optimizer(adam, model, adam.state_dict()) is None  # torch's counts nothing
+    assert not hasattr(adam, "skipped_steps")
+
+
+def test_nanogpt_optimizer_state_finds_its_parameters():
+    theirs = tiny_model(bias=True)
+    optimizer = nanogpt_optimizer(theirs)
+    one_step(theirs, optimizer)
+    ours = tiny_model(bias=True)
+    adam = build_optimizer(ours, "adam", learning_rate=5e-4)
+    assert load_optimizer(adam, ours, optimizer.state_dict()) is None
+    for (name, a), b in zip(theirs.named_parameters(), ours.parameters()):
+        assert torch.equal(optimizer.state[a]["exp_avg"], adam.state[b]["exp_avg"]), name
+        assert torch.equal(optimizer.state[a]["exp_avg_sq"], adam.state[b]["exp_avg_sq"]), name
+        assert float(adam.state[b]["step"]) == 1
+    assert {group["initial_lr"] for group in adam.param_groups} == {5e-4}
+
+
+def test_nanogpt_optimizer_state_that_cannot_fit_is_refused_with_a_reason():
+    theirs = tiny_model()
+    optimizer = nanogpt_optimizer(theirs)
+    one_step(theirs, optimizer)
+    ours = tiny_model()
+    adamsn = build_optimizer(ours, "adamsn")
+    assert "does not fit AdamSN" in load_optimizer(adamsn, ours, optimizer.state_dict())
+    deeper = tiny_model(n_layer=3)
+    adam = build_optimizer(deeper, "adam")
+    assert "parameters" in load_optimizer(adam, deeper, optimizer.state_dict())
+    wider = tiny_model(n_embd=16)
+    adam = build_optimizer(wider, "adam")
+    assert "shapes" in load_optimizer(adam, wider, optimizer.state_dict())
+    assert not adamsn.state and not adam.state
+
+
+def test_full_disk_leaves_the_old_file(tmp_path):
+    path = tmp_path / BEST
+    save_checkpoint(path, checkpoint_of(tiny_model()))
+    kept = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    usual = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(kept) // 2, limits[1]))
+        with pytest.raises(UserError, match="cannot write checkpoint .* is untouched"):
+            save_checkpoint(path, checkpoint_of(tiny_model(n_embd=32)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, usual)
+    assert path.read_bytes() == kept and os.listdir(tmp_path) == [BEST]
+
+
+def test_scripts_say_it_in_one_line(tmp_path):
+    (tmp_path / BEST).write_bytes(b"half a file")
+    result = run_script("train.py", "--init_from=resume", f"--out_dir={tmp_path}")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == [BEST]
