@@ -29,8 +29,12 @@ ROWS = 1024  # of queries whose attention over one tile of keys the CPU merges a
 
 def attend(q, k, v, dropout=0.0):
     """Causal attention over whole sequences, one fused kernel: (B, H, T, D) -> (B, H, T, D)."""
-    causal = partial(F.scaled_dot_product_attention, dropout_p=dropout, is_causal=True,
-                     enable_gqa=q.size(1) != k.size(1))
+    causal = partial(
+        F.scaled_dot_product_attention,
+        dropout_p=dropout,
+        is_causal=True,
+        enable_gqa=q.size(1) != k.size(1),
+    )
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
         with torch.autocast("cpu", enabled=False):
             return causal(q.float(), k.float(), v.float()).to(q.dtype)
@@ -59,11 +63,11 @@ class StoredRows(RecomputedRows):
     def __init__(self, project, x, k_chunk):
         super().__init__(project, x, k_chunk)
         for start in range(0, x.size(1), k_chunk):
-            parts = project(x[:, start:start + k_chunk], start)
+            parts = project(x[:, start : start + k_chunk], start)
             if start == 0:
                 self.parts = [self._buffer(part, x.size(1)) for part in parts]
             for whole, part in zip(self.parts, parts):
-                whole[:, :, start:start + k_chunk] = part
+                whole[:, :, start : start + k_chunk] = part
             del parts, part  # before the next chunk's are made
 
     def rows(self, start, stop):
@@ -118,11 +122,15 @@ def attend_rows(q, source, start, stop, fixed_shapes):
         for a, b in diagonal:
             k, v = head_rows(source, a, b)
             here, below = slice(a - start, b - start), slice(b - start, None)
-            merge_(merged[:, :, here], lse[:, :, here],
-                   *tile_forward(q[:, :, here], k, v, True, fixed_shapes))
+            merge_(
+                merged[:, :, here],
+                lse[:, :, here],
+                *tile_forward(q[:, :, here], k, v, True, fixed_shapes),
+            )
             if b < stop:
-                merge_keys_(merged[:, :, below], lse[:, :, below], q[:, :, below], k, v,
-                            fixed_shapes)
+                merge_keys_(
+                    merged[:, :, below], lse[:, :, below], q[:, :, below], k, v, fixed_shapes
+                )
             del k, v
     for a, b in key_tiles(0, start, source.k_chunk):
         merge_keys_(merged, lse, q, *head_rows(source, a, b), fixed_shapes)
@@ -141,5 +149,8 @@ def merge_keys_(merged, lse, q, k, v, fixed_shapes):
         step = max(ROWS, -(-ROWS * torch.get_num_threads() // (B * H)))
     for a in range(0, t, step):
         part = slice(a, a + step)
-        merge_(merged[:, :, part], lse[:, :, part],
-               *tile_forward(q[:, :, part], k, v, False, fixed_shapes))
+        merge_(
+            merged[:, :, part],
+            lse[:, :, part],
+            *tile_forward(q[:, :, part], k, v, False, fixed_shapes),
+        )

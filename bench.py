@@ -51,11 +51,47 @@ from leangpt.system.timing import (
 )
 
 COLUMNS = (
-    "seq", "policy", "k_chunk", "q_chunk", "kv_heads", "time_s", "peak_cuda_MB", "delta_rss_MB",
-    "out_shape", "peak_MB", "predicted_MB", "weights_MB", "iqr_s", "status", "max_rel_err",
-    "device", "dtype", "batch", "d_model", "heads", "runs", "machine", "torch", "commit", "message")
-SHOWN = ("seq", "policy", "q_chunk", "k_chunk", "kv_heads", "time_s", "iqr_s", "peak_MB",
-         "predicted_MB", "weights_MB", "max_rel_err", "status", "message")  # on the screen
+    "seq",
+    "policy",
+    "k_chunk",
+    "q_chunk",
+    "kv_heads",
+    "time_s",
+    "peak_cuda_MB",
+    "delta_rss_MB",
+    "out_shape",
+    "peak_MB",
+    "predicted_MB",
+    "weights_MB",
+    "iqr_s",
+    "status",
+    "max_rel_err",
+    "device",
+    "dtype",
+    "batch",
+    "d_model",
+    "heads",
+    "runs",
+    "machine",
+    "torch",
+    "commit",
+    "message",
+)
+SHOWN = (
+    "seq",
+    "policy",
+    "q_chunk",
+    "k_chunk",
+    "kv_heads",
+    "time_s",
+    "iqr_s",
+    "peak_MB",
+    "predicted_MB",
+    "weights_MB",
+    "max_rel_err",
+    "status",
+    "message",
+)  # on the screen
 WIDTHS = (8, 10, 8, 8, 9, 10, 10, 10, 13, 11, 12, 8, 0)
 
 
@@ -117,21 +153,29 @@ def grid(settings):
     if settings.dtype not in DTYPES:
         raise UserError(f"unknown dtype {settings.dtype!r}; choose from: {', '.join(DTYPES)}")
     device = str(setup_runtime(settings.device, settings.dtype, settings.seed).device)
-    shared = {name: getattr(settings, name)
-              for name in ("runs", "batch", "d_model", "heads", "kv_heads", "dtype", "seed")}
+    shared = {
+        name: getattr(settings, name)
+        for name in ("runs", "batch", "d_model", "heads", "kv_heads", "dtype", "seed")
+    }
     cells = {}
     axes = (settings.seq, settings.policy, settings.q_chunk or (None,), settings.k_chunk or (None,))
     for seq, policy, q_chunk, k_chunk in itertools.product(*axes):
-        cell = dict(shared, seq=seq, policy=policy, q_chunk=q_chunk, k_chunk=k_chunk,
-                    device=device)
+        cell = dict(shared, seq=seq, policy=policy, q_chunk=q_chunk, k_chunk=k_chunk, device=device)
         # A wrong shape is told before anything runs; what ignores its chunks is run once.
         cells.setdefault((policy, repr(cell_config(cell))), cell)
     return list(cells.values())
 
 
 def cell_config(cell):
-    return block_config(cell["policy"], cell["seq"], cell["d_model"], cell["heads"],
-                        cell["kv_heads"], cell["q_chunk"], cell["k_chunk"])
+    return block_config(
+        cell["policy"],
+        cell["seq"],
+        cell["d_model"],
+        cell["heads"],
+        cell["kv_heads"],
+        cell["q_chunk"],
+        cell["k_chunk"],
+    )
 
 
 def run_in_process(cell, timeout):
@@ -140,8 +184,9 @@ def run_in_process(cell, timeout):
     # Freeing a tensor from before a measurement would be reported on stderr each time
     environment = {**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout,
-                              env=environment)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env=environment
+        )
     except subprocess.TimeoutExpired:
         return row_of(cell, "timeout", f"not finished after {timeout:g} s")
     if done.returncode == 0:
@@ -156,9 +201,14 @@ def row_of(cell, status, message):
     """A row that says what was to be measured, with what, and what came of it; no measurements."""
     row = dict.fromkeys(COLUMNS, "")
     row.update({name: cell[name] for name in COLUMNS if cell.get(name) is not None})
-    return row | {"kv_heads": cell_config(cell).kv_heads, "status": status, "message": message,
-                  "machine": describe_machine(cell["device"]), "torch": torch.__version__,
-                  "commit": commit_id()}
+    return row | {
+        "kv_heads": cell_config(cell).kv_heads,
+        "status": status,
+        "message": message,
+        "machine": describe_machine(cell["device"]),
+        "torch": torch.__version__,
+        "commit": commit_id(),
+    }
 
 
 def run_cell(cell):
@@ -205,15 +255,27 @@ def measure_cell(cell, device, dtype):
     median, iqr = quartiles(seconds)
     with torch.inference_mode():
         q_chunk, k_chunk = tile_sizes(config, x.size(1), x.device.type) or ("", "")
-    predicted = "" if cell["policy"] == "int4" else round(predict_block_peak(
-        config, B, T, dtype.itemsize, torch.device(device).type) / MIB, 3)
+    predicted = (
+        ""
+        if cell["policy"] == "int4"
+        else round(
+            predict_block_peak(config, B, T, dtype.itemsize, torch.device(device).type) / MIB, 3
+        )
+    )
     row = row_of(cell, "ok", "")
-    row.update(k_chunk=k_chunk, q_chunk=q_chunk, time_s=round(median, 6), iqr_s=round(iqr, 6),
-               peak_cuda_MB=round(peak / MIB, 3) if device != "cpu" else "",
-               delta_rss_MB=round(delta_rss / MIB, 3), peak_MB=round(peak / MIB, 3),
-               predicted_MB=predicted, weights_MB=round(tensor_bytes(block) / MIB, 3),
-               out_shape=str(out_shape),
-               max_rel_err="" if error is None else float(f"{error:.3g}"))
+    row.update(
+        k_chunk=k_chunk,
+        q_chunk=q_chunk,
+        time_s=round(median, 6),
+        iqr_s=round(iqr, 6),
+        peak_cuda_MB=round(peak / MIB, 3) if device != "cpu" else "",
+        delta_rss_MB=round(delta_rss / MIB, 3),
+        peak_MB=round(peak / MIB, 3),
+        predicted_MB=predicted,
+        weights_MB=round(tensor_bytes(block) / MIB, 3),
+        out_shape=str(out_shape),
+        max_rel_err="" if error is None else float(f"{error:.3g}"),
+    )
     return row
 
 
@@ -234,8 +296,9 @@ def print_row(row):
 
 
 def print_line(values):
-    print(" ".join(f"{value!s:<{width}}" for value, width in zip(values, WIDTHS)).rstrip(),
-          flush=True)
+    print(
+        " ".join(f"{value!s:<{width}}" for value, width in zip(values, WIDTHS)).rstrip(), flush=True
+    )
 
 
 if __name__ == "__main__":

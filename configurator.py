@@ -152,8 +152,11 @@ def _convert(option, text):
             raise ValueError(text)
         return text.lower() in TRUE
     if typing.get_origin(option) is tuple:
-        return tuple(_convert(typing.get_args(option)[0], part.strip())
-                     for part in text.split(",") if part.strip())
+        return tuple(
+            _convert(typing.get_args(option)[0], part.strip())
+            for part in text.split(",")
+            if part.strip()
+        )
     value = option(text)
     if isinstance(value, float) and math.isnan(value):
         raise ValueError(text)

@@ -44,29 +44,40 @@ class GPTConfig:
         for name in ("n_kv_head", "q_chunk", "k_chunk", "n_inner"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, not {getattr(self, name)}")
-        for name, known in (("attention_policy", POLICIES), ("position", POSITIONS),
-                            ("norm", NORMS), ("mlp", MLPS)):
+        for name, known in (
+            ("attention_policy", POLICIES),
+            ("position", POSITIONS),
+            ("norm", NORMS),
+            ("mlp", MLPS),
+        ):
             if getattr(self, name) not in known:
-                raise UserError(f"unknown {name} {getattr(self, name)!r}; "
-                                f"choose one of: {', '.join(known)}")
+                raise UserError(
+                    f"unknown {name} {getattr(self, name)!r}; choose one of: {', '.join(known)}"
+                )
         if self.n_embd % self.n_head:
             raise UserError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
         if self.n_head % self.kv_heads:
             raise UserError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}")
         if self.attention_policy == "grouped" and self.kv_heads == self.n_head > 1:
-            raise UserError("attention_policy='grouped' needs n_kv_head smaller than n_head="
-                            f"{self.n_head}; use 'cache' for one key/value head per head")
+            raise UserError(
+                "attention_policy='grouped' needs n_kv_head smaller than n_head="
+                f"{self.n_head}; use 'cache' for one key/value head per head"
+            )
         if self.position == "rope" and self.head_dim % 2:
             raise UserError(f"position='rope' needs an even head size, not {self.head_dim}")
         for name in ("dropout", "attention_dropout"):
             if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
                 raise UserError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
         if self.k_chunk is not None and self.attention_policy != "recompute" and not self.q_chunk:
-            raise UserError(f"k_chunk={self.k_chunk} does nothing under attention_policy="
-                            f"{self.attention_policy!r} without q_chunk; set q_chunk too")
+            raise UserError(
+                f"k_chunk={self.k_chunk} does nothing under attention_policy="
+                f"{self.attention_policy!r} without q_chunk; set q_chunk too"
+            )
         if self.offload and not self.checkpoint_layers:
-            raise UserError("offload=True moves checkpointed layers to the host: "
-                            "set checkpoint_layers=True as well")
+            raise UserError(
+                "offload=True moves checkpointed layers to the host: "
+                "set checkpoint_layers=True as well"
+            )
 
     @property
     def kv_heads(self):

@@ -92,9 +92,12 @@ class CausalSelfAttention(nn.Module):
         """
         blocks = self.c_attn.row_blocks
         sizes = [block // self.config.kv_heads for block in blocks]  # rows a key/value head
-        rows = torch.cat([
-            sum(blocks[:n]) + torch.arange(heads[0] * sizes[n], heads[1] * sizes[n])
-            for n in range(first, stop)]).to(x.device)
+        rows = torch.cat(
+            [
+                sum(blocks[:n]) + torch.arange(heads[0] * sizes[n], heads[1] * sizes[n])
+                for n in range(first, stop)
+            ]
+        ).to(x.device)
         weight, bias = self.c_attn.weight.index_select(0, rows), self.c_attn.bias
         x = F.linear(x, weight, None if bias is None else bias.index_select(0, rows))
         return x.split([(heads[1] - heads[0]) * size for size in sizes[first:stop]], dim=-1)
@@ -104,8 +107,9 @@ class CausalSelfAttention(nn.Module):
         if not isinstance(self.c_attn, nn.Linear):  # packed weights have their own way
             return self.c_attn.forward_rows(x, start, stop)
         bias = self.c_attn.bias
-        return F.linear(x, self.c_attn.weight[start:stop],
-                        None if bias is None else bias[start:stop])
+        return F.linear(
+            x, self.c_attn.weight[start:stop], None if bias is None else bias[start:stop]
+        )
 
     def _heads(self, x):  # (B, t, n D) -> (B, n, t, D)
         B, t, width = x.shape
@@ -115,8 +119,12 @@ class CausalSelfAttention(nn.Module):
         """Rope's (cos, sin) for positions (t,) or (B, t): all layers' alike. None without rope."""
         if self.config.position != "rope" or isinstance(positions, tuple):
             return positions if isinstance(positions, tuple) else None
-        table = rope_table(self.config.head_dim, positions.flatten(), self.config.rope_theta,
-                           self.config.rope_scaling)
+        table = rope_table(
+            self.config.head_dim,
+            positions.flatten(),
+            self.config.rope_theta,
+            self.config.rope_scaling,
+        )
         if positions.ndim == 2:  # each row of the batch at positions of its own
             table = (part.view(len(positions), 1, -1, part.size(-1)) for part in table)
         return tuple(table)
@@ -147,8 +155,11 @@ class MLP(nn.Module):
 
     def forward(self, x):  # (B, t, C) -> (B, t, C)
         dtype = stream_dtype(x)
-        if (self.kind != "swiglu" and torch.is_grad_enabled()
-                and mlp_triton.fits(x, dtype, self.c_fc, self.c_proj)):
+        if (
+            self.kind != "swiglu"
+            and torch.is_grad_enabled()
+            and mlp_triton.fits(x, dtype, self.c_fc, self.c_proj)
+        ):
             w_fc, w_proj = self.c_fc.weight.to(dtype), self.c_proj.weight.to(dtype)
             y = mlp_triton.gelu_mlp(x.to(dtype), w_fc, w_proj, self.kind == "gelu_tanh")
             return self.dropout(y)

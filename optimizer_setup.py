@@ -19,8 +19,10 @@ def make_optimizer(settings, model, runtime):
     if options.get("fused_backward"):  # gradients are gone before anything could use them
         options["grad_clip"] = settings.grad_clip
         if settings.gradient_accumulation_steps != 1:
-            raise UserError("fused_backward=True needs gradient_accumulation_steps=1, not "
-                            f"{settings.gradient_accumulation_steps}")
+            raise UserError(
+                "fused_backward=True needs gradient_accumulation_steps=1, not "
+                f"{settings.gradient_accumulation_steps}"
+            )
         if runtime.dtype == torch.float16:
             raise UserError("fused_backward=True cannot unscale float16 gradients: use bfloat16")
     betas = None
@@ -29,8 +31,15 @@ def make_optimizer(settings, model, runtime):
         if settings.optimizer_variant in VARIANTS:
             own = VARIANTS[settings.optimizer_variant].options.get("betas", own)
         betas = tuple(o if b is None else b for b, o in zip((settings.beta1, settings.beta2), own))
-    return build_optimizer(model, settings.optimizer_variant, settings.learning_rate,
-                           settings.weight_decay, betas, settings.embedding_lr, **options)
+    return build_optimizer(
+        model,
+        settings.optimizer_variant,
+        settings.learning_rate,
+        settings.weight_decay,
+        betas,
+        settings.embedding_lr,
+        **options,
+    )
 
 
 def check_param_dtype(settings):
@@ -44,22 +53,27 @@ def check_param_dtype(settings):
     if settings.param_dtype != "bfloat16":
         raise UserError(f"unknown param_dtype {settings.param_dtype!r}; use float32 or bfloat16")
     if settings.dtype not in ("auto", "bfloat16"):
-        raise UserError(f"param_dtype=bfloat16 computes in bfloat16: leave out dtype="
-                        f"{settings.dtype}")
+        raise UserError(
+            f"param_dtype=bfloat16 computes in bfloat16: leave out dtype={settings.dtype}"
+        )
     if settings.optimizer_variant == "adam":
-        raise UserError("param_dtype=bfloat16 needs an optimizer that rounds stochastically, which "
-                        "adam does not: use adamsn8, muonsn8 or another")
+        raise UserError(
+            "param_dtype=bfloat16 needs an optimizer that rounds stochastically, which "
+            "adam does not: use adamsn8, muonsn8 or another"
+        )
 
 
 def parse_options(text):
-    """"partition=row,momentum_bits=8" -> {"partition": "row", "momentum_bits": 8}."""
+    """ "partition=row,momentum_bits=8" -> {"partition": "row", "momentum_bits": 8}."""
     options = {}
     parts = re.split(r",(?![^({\[]*[)}\]])", text)  # not at commas inside brackets
     for part in filter(None, (part.strip() for part in parts)):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or not name.isidentifier() or not value:
-            raise UserError(f"optimizer_options: {part!r} is not name=value; "
-                            "write them as partition=row,norm=mean")
+            raise UserError(
+                f"optimizer_options: {part!r} is not name=value; "
+                "write them as partition=row,norm=mean"
+            )
         try:
             options[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -76,16 +90,20 @@ def check_option_types(variant, options):
         return
     defaults = dict(COMMON)
     for function in (build_optimizer, VARIANTS[variant].cls):
-        defaults |= {name: parameter.default
-                     for name, parameter in inspect.signature(function).parameters.items()}
+        defaults |= {
+            name: parameter.default
+            for name, parameter in inspect.signature(function).parameters.items()
+        }
     for name in EMBEDDING_OPTIONS.get(VARIANTS[variant].cls, ()):
         defaults[f"embedding_{name}"] = defaults.get(name, 0.9)  # beta1 has no default of its own
     for name, value in options.items():
         default = defaults.get(name)
         fits = {bool: (bool,), int: (int,), float: (int, float)}.get(type(default))
         if fits is not None and type(value) not in fits:
-            raise UserError(f"optimizer_options: {name}={value} should be "
-                            f"{type(default).__name__}, as {name}={default} is")
+            raise UserError(
+                f"optimizer_options: {name}={value} should be "
+                f"{type(default).__name__}, as {name}={default} is"
+            )
 
 
 def lr_factor(iteration, settings):

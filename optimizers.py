@@ -23,9 +23,16 @@ from leangpt.optim.sharding import local
 from leangpt.system.errors import UserError
 
 __all__ = [
-    "VARIANTS", "Adafactor", "AdamSN", "MuonSN", "Variant", "build_optimizer", "fuse_into_backward",
-    "optimizer_table", "state_bytes",
-]  # fmt: skip
+    "VARIANTS",
+    "Adafactor",
+    "AdamSN",
+    "MuonSN",
+    "Variant",
+    "build_optimizer",
+    "fuse_into_backward",
+    "optimizer_table",
+    "state_bytes",
+]
 
 
 @dataclass(frozen=True)
@@ -50,57 +57,94 @@ MLP_RATES = {"mlp_in": 2.0, "mlp_out": 0.125}
 QUASI_HYPERBOLIC = dict(betas=(0.95, 0.95), nu1=0.8, embedding_beta1=0.9, embedding_nu1=1.0)
 
 VARIANTS = {
-    "adam": Variant(
-        "AdamW, fused: 8 bytes of state a parameter", torch.optim.AdamW, 4e-3, 4e-3
-    ),
+    "adam": Variant("AdamW, fused: 8 bytes of state a parameter", torch.optim.AdamW, 4e-3, 4e-3),
     "adamsn": Variant(
         "Adam with one second moment per output row of a linear weight: 4 bytes there, 8 elsewhere",
-        AdamSN, 4e-3, 1.6e-2, QUASI_HYPERBOLIC, MLP_RATES,
+        AdamSN,
+        4e-3,
+        1.6e-2,
+        QUASI_HYPERBOLIC,
+        MLP_RATES,
     ),
     "adamsn8": Variant(
         "adamsn, momentum in 8 bits, a second moment per 32 numbers of embeddings: about 1.1 bytes",
-        AdamSN, 4e-3, 8e-3, dict(momentum_bits=8, embedding_partition=32, **QUASI_HYPERBOLIC),
+        AdamSN,
+        4e-3,
+        8e-3,
+        dict(momentum_bits=8, embedding_partition=32, **QUASI_HYPERBOLIC),
         MLP_RATES,
     ),
     "adafactor": Variant(
         "row and column means for second moments, no momentum: about 0.01 bytes",
-        Adafactor, 2e-3, 4e-3, dict(decay=1.0), MLP_RATES,
+        Adafactor,
+        2e-3,
+        4e-3,
+        dict(decay=1.0),
+        MLP_RATES,
     ),
     "muonsn": Variant(
         "orthogonalised momentum with a second moment per row: 4 bytes in linear weights, 8 else",
-        MuonSN, 6e-3, 1.2e-2, dict(betas=(0.5, 0.95)),
+        MuonSN,
+        6e-3,
+        1.2e-2,
+        dict(betas=(0.5, 0.95)),
     ),
     "muonsn8": Variant(
         "muonsn with all momentum in 8 bits: about 1.1 bytes",
-        MuonSN, 6e-3, 1.2e-2,
+        MuonSN,
+        6e-3,
+        1.2e-2,
         dict(betas=(0.5, 0.95), momentum_bits=8, embedding_partition="row"),
     ),
     "muonsn4": Variant(
         "muonsn with all momentum in 4 bits: about 0.6 bytes",
-        MuonSN, 8e-3, 1.2e-2,
+        MuonSN,
+        8e-3,
+        1.2e-2,
         dict(betas=(0.5, 0.95), momentum=0.9, momentum_bits=4, embedding_partition="row"),
     ),
     "muonsn0": Variant(
         "muonsn without momentum: about 0.01 bytes",
-        MuonSN, 1.6e-2, 1.6e-2, dict(momentum=0.0, embedding_partition="row"),
+        MuonSN,
+        1.6e-2,
+        1.6e-2,
+        dict(momentum=0.0, embedding_partition="row"),
     ),
-}  # fmt: skip
+}
 
 # Options of a class that `embedding_...` sets apart for all that is not a linear weight.
 EMBEDDING_OPTIONS = {Adafactor: ("momentum", "factored"), AdamSN: ("beta1", "nu1")}
 ROLES = ("qkv", "attn_out", "mlp_in", "mlp_out", "linear")  # of linear weights
 ROLE_OF_NAME = {  # how the names of nn.Linear modules end
-    "c_attn": "qkv", "q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "attn.c_proj": "attn_out",
-    "o_proj": "attn_out", "mlp.c_fc": "mlp_in", "gate_proj": "mlp_in", "up_proj": "mlp_in",
-    "mlp.c_proj": "mlp_out", "down_proj": "mlp_out",
-}  # fmt: skip
+    "c_attn": "qkv",
+    "q_proj": "qkv",
+    "k_proj": "qkv",
+    "v_proj": "qkv",
+    "attn.c_proj": "attn_out",
+    "o_proj": "attn_out",
+    "mlp.c_fc": "mlp_in",
+    "gate_proj": "mlp_in",
+    "up_proj": "mlp_in",
+    "mlp.c_proj": "mlp_out",
+    "down_proj": "mlp_out",
+}
 
 
 def build_optimizer(
-    model, variant, learning_rate=None, weight_decay=0.1, betas=None, embedding_lr=None, *,
-    role_rates=None, partition=None, embedding_partition=None, fused_backward=False, grad_clip=0.0,
+    model,
+    variant,
+    learning_rate=None,
+    weight_decay=0.1,
+    betas=None,
+    embedding_lr=None,
+    *,
+    role_rates=None,
+    partition=None,
+    embedding_partition=None,
+    fused_backward=False,
+    grad_clip=0.0,
     **options,
-):  # fmt: skip
+):
     """The optimizer `variant` for any nn.Module. Every group has a `name` and an `initial_lr`.
 
     Groups, by role: the weights of nn.Linear modules (not tied to an embedding, not lm_head) are
@@ -136,8 +180,11 @@ def build_optimizer(
     options |= {} if betas is None else {"betas": tuple(betas)}
     embedding_partition = embedding_partition or options.pop("embedding_partition", "element")
     options.pop("embedding_partition", None)
-    apart = {name: options.pop(f"embedding_{name}")
-             for name in EMBEDDING_OPTIONS.get(recipe.cls, ()) if f"embedding_{name}" in options}
+    apart = {
+        name: options.pop(f"embedding_{name}")
+        for name in EMBEDDING_OPTIONS.get(recipe.cls, ())
+        if f"embedding_{name}" in options
+    }
     if grad_clip and not fused_backward:
         raise UserError("grad_clip is fused_backward's; without it call clip_grad_norm_ yourself")
     for name, rate in (("learning_rate", learning_rate), ("embedding_lr", embedding_lr)):
@@ -356,15 +403,31 @@ def optimizer_table(model, optimizer):
         elif group.get("momentum_bits", 32) < 32 and group.get("momentum", 1) > 0:
             method += f", {group['momentum_bits']}-bit momentum"
         rate = f"{float(group['lr']):.3g}"
-        rows.append((
-            group.get("name", "-"), str(len(group["params"])), f"{count:,}", rate,
-            f"{group['weight_decay']:g}", f"{size:,}", f"{size / max(1, count):.3f}", method,
-        ))  # fmt: skip
+        rows.append(
+            (
+                group.get("name", "-"),
+                str(len(group["params"])),
+                f"{count:,}",
+                rate,
+                f"{group['weight_decay']:g}",
+                f"{size:,}",
+                f"{size / max(1, count):.3f}",
+                method,
+            )
+        )
         numbers, total = numbers + count, total + size
-    rows.append((
-        "total", str(len(held)), f"{numbers:,}", "", "", f"{total:,}",
-        f"{total / max(1, numbers):.3f}", f"{100 * total / max(1, 8 * numbers):.1f}% of Adam's",
-    ))  # fmt: skip
+    rows.append(
+        (
+            "total",
+            str(len(held)),
+            f"{numbers:,}",
+            "",
+            "",
+            f"{total:,}",
+            f"{total / max(1, numbers):.3f}",
+            f"{100 * total / max(1, 8 * numbers):.1f}% of Adam's",
+        )
+    )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:

@@ -82,19 +82,25 @@ def main(argv=None):
     if not ids or not prompt:  # an empty message in a chat's format is no empty text
         raise UserError("the prompt is empty: give --start at least one character")
     if len(ids) > model.config.block_size:
-        raise UserError(f"the prompt has {len(ids)} tokens, the model reads at most "
-                        f"block_size={model.config.block_size}: shorten it")
+        raise UserError(
+            f"the prompt has {len(ids)} tokens, the model reads at most "
+            f"block_size={model.config.block_size}: shorten it"
+        )
     model.to(runtime.device)
     if settings.int4:
         quantise(model, settings, notes)
     model.to(dtype)
     parameters = sum(p.numel() for p in model.parameters()) + sum(
-        m.in_features * m.out_features for m in model.modules() if isinstance(m, Int4Linear))
-    packed = f", 4-bit layers of {storage_bits(model):.3g} bits a weight" if (
-        is_4bit(settings)) else ""
-    print(f"model: {parameters / 1e6:.1f}M parameters in {str(dtype).removeprefix('torch.')}"
-          f"{packed}; attention policy {model.config.attention_policy}; {runtime.device} "
-          f"({runtime.reason})")
+        m.in_features * m.out_features for m in model.modules() if isinstance(m, Int4Linear)
+    )
+    packed = (
+        f", 4-bit layers of {storage_bits(model):.3g} bits a weight" if (is_4bit(settings)) else ""
+    )
+    print(
+        f"model: {parameters / 1e6:.1f}M parameters in {str(dtype).removeprefix('torch.')}"
+        f"{packed}; attention policy {model.config.attention_policy}; {runtime.device} "
+        f"({runtime.reason})"
+    )
     write(model, text, ids, settings, runtime)
 
 
@@ -142,8 +148,9 @@ def load(settings, dtype):
         meta = checkpoint.get("dataset")
         if meta is None:  # nanoGPT's own checkpoints name the data set only
             name = checkpoint.get("config", {}).get("dataset")
-            meta = {"folder": str(Path(settings.data_dir) / name)} if name else {
-                "tokenizer": "gpt2"}
+            meta = (
+                {"folder": str(Path(settings.data_dir) / name)} if name else {"tokenizer": "gpt2"}
+            )
         notes = {"dataset": meta}
         return model_from_checkpoint(checkpoint).eval(), text_of(notes), notes
     if source.endswith(".safetensors"):
@@ -170,8 +177,10 @@ def set_policy(model, policy):
     """Run the model's weights under another attention policy."""
     kv_heads = model.config.kv_heads
     if policy == "grouped" and kv_heads == model.config.n_head:
-        raise UserError("attention_policy='grouped' needs weights trained with fewer key/value "
-                        "heads than heads; these have as many: use cache or recompute")
+        raise UserError(
+            "attention_policy='grouped' needs weights trained with fewer key/value "
+            "heads than heads; these have as many: use cache or recompute"
+        )
     replace(model.config, attention_policy=policy)  # which checks it
     model.config.attention_policy = policy
 
@@ -180,14 +189,18 @@ def quantise(model, settings, notes):
     """Pack the model in 4 bits, rounded on a text of its own; save it if asked to."""
     began = time.perf_counter()
     if settings.int4_tune:
-        before, after = quantize_and_tune_(model, settings.group_size, settings.int4_tune,
-                                           report=say_tuning)
-        print(f"fitted: {before:.5f} nats a token from the exact model before, {after:.5f} after"
-              + ("" if after < before else "; left as rounded, more steps are needed"))
+        before, after = quantize_and_tune_(
+            model, settings.group_size, settings.int4_tune, report=say_tuning
+        )
+        print(
+            f"fitted: {before:.5f} nats a token from the exact model before, {after:.5f} after"
+            + ("" if after < before else "; left as rounded, more steps are needed")
+        )
     else:
         quantize_(model, settings.group_size, calibration(model))
-    print(f"rounded to {storage_bits(model):.3g} bits a weight in "
-          f"{time.perf_counter() - began:.1f} s")
+    print(
+        f"rounded to {storage_bits(model):.3g} bits a weight in {time.perf_counter() - began:.1f} s"
+    )
     if settings.save_int4:
         save_int4(model, settings.save_int4, notes)
         size = Path(settings.save_int4).stat().st_size
@@ -197,8 +210,11 @@ def quantise(model, settings, notes):
 def say_tuning(step, steps, divergence):
     """A line ten times on the way."""
     if (step + 1) % max(1, steps // 10) == 0:
-        print(f"fitting 4-bit scales, step {step + 1} of {steps}: {divergence:.5f} nats a token "
-              "from the exact model", flush=True)
+        print(
+            f"fitting 4-bit scales, step {step + 1} of {steps}: {divergence:.5f} nats a token "
+            "from the exact model",
+            flush=True,
+        )
 
 
 def write(model, text, ids, settings, runtime):
@@ -212,26 +228,38 @@ def write(model, text, ids, settings, runtime):
         runtime.synchronize()
         began = time.perf_counter()
         out = generate(
-            model, idx, settings.max_new_tokens, settings.temperature, settings.top_k,
-            settings.top_p, text.stop_tokens, generator, settings.kv_bits, printer,
-            slide=settings.slide, compile=settings.compile,
-            vocab_size=min(text.tokenizer.vocab_size, model.config.vocab_size))
+            model,
+            idx,
+            settings.max_new_tokens,
+            settings.temperature,
+            settings.top_k,
+            settings.top_p,
+            text.stop_tokens,
+            generator,
+            settings.kv_bits,
+            printer,
+            slide=settings.slide,
+            compile=settings.compile,
+            vocab_size=min(text.tokenizer.vocab_size, model.config.vocab_size),
+        )
         runtime.synchronize()
         seconds += time.perf_counter() - began
         rows = [until_stop(row, len(ids), text.stop_tokens) for row in out.tolist()]
         steps += max(len(row) for row in rows) - len(ids)
         for row in rows:
             if printer is None:
-                print(text.tokenizer.decode(row[len(ids):] if settings.chat else row))
+                print(text.tokenizer.decode(row[len(ids) :] if settings.chat else row))
             else:
                 printer.end()
             print(RULE)
     mean_length = len(ids) + steps / max(1, settings.num_samples // at_once) / 2
     weights, cache = bytes_read(model, mean_length, settings.kv_bits)
     read = (weights + at_once * cache) * steps / seconds
-    print(f"{steps * at_once / seconds:,.1f} tokens/s, prompts included "
-          f"({at_once} at once, {seconds:.2f} s); a step reads {weights / 1e6:,.1f} MB of weights "
-          f"and {at_once * cache / 1e6:,.1f} MB of cache: {read / 1e9:,.1f} GB/s")
+    print(
+        f"{steps * at_once / seconds:,.1f} tokens/s, prompts included "
+        f"({at_once} at once, {seconds:.2f} s); a step reads {weights / 1e6:,.1f} MB of weights "
+        f"and {at_once * cache / 1e6:,.1f} MB of cache: {read / 1e9:,.1f} GB/s"
+    )
 
 
 def until_stop(row, start, stop_tokens):
@@ -256,9 +284,9 @@ class Printer:
             return
         self.ids.append(tokens[0])
         decode = self.text.tokenizer.decode
-        before, now = decode(self.ids[self.since:self.done]), decode(self.ids[self.since:])
+        before, now = decode(self.ids[self.since : self.done]), decode(self.ids[self.since :])
         if not now.endswith("\ufffd"):
-            self.show(now[len(before):])
+            self.show(now[len(before) :])
             self.since, self.done = self.done, len(self.ids)
 
     def show(self, text):
@@ -267,8 +295,8 @@ class Printer:
 
     def end(self):
         decode = self.text.tokenizer.decode
-        before, now = decode(self.ids[self.since:self.done]), decode(self.ids[self.since:])
-        self.show(now[len(before):] + "\n")
+        before, now = decode(self.ids[self.since : self.done]), decode(self.ids[self.since :])
+        self.show(now[len(before) :] + "\n")
 
 
 if __name__ == "__main__":

@@ -111,18 +111,32 @@ class Settings:
     backend: str = "auto"  # of several processes: auto | nccl | gloo
 
     def __post_init__(self):
-        for name in ("eval_interval", "log_interval", "gradient_accumulation_steps", "batch_size",
-                     "block_size"):
+        for name in (
+            "eval_interval",
+            "log_interval",
+            "gradient_accumulation_steps",
+            "batch_size",
+            "block_size",
+        ):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("seed", "max_iters", "eval_iters", "warmup_iters", "grad_clip", "min_lr",
-                     "weight_decay"):
+        for name in (
+            "seed",
+            "max_iters",
+            "eval_iters",
+            "warmup_iters",
+            "grad_clip",
+            "min_lr",
+            "weight_decay",
+        ):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"{name} must not be negative, but is {getattr(self, name)}")
         check_param_dtype(self)
         if self.int4:
-            raise UserError("int4=True packs weights for use, not for training: train without it, "
-                            "then sample.py --int4=True")
+            raise UserError(
+                "int4=True packs weights for use, not for training: train without it, "
+                "then sample.py --int4=True"
+            )
 
 
 class TrainingStopped(RuntimeError):
@@ -164,8 +178,10 @@ class Trainer:
     def __init__(self, settings, given, runtime, checkpoint=None):
         """Build data set, model and optimizer. Raises UserError; writes nothing."""
         if settings.gradient_accumulation_steps % runtime.world_size:
-            raise UserError(f"gradient_accumulation_steps={settings.gradient_accumulation_steps} "
-                            f"must be a multiple of the {runtime.world_size} processes")
+            raise UserError(
+                f"gradient_accumulation_steps={settings.gradient_accumulation_steps} "
+                f"must be a multiple of the {runtime.world_size} processes"
+            )
         self.runtime = runtime
         self.dataset = load_dataset(settings.dataset, settings.data_dir)
         self.raw_model = build_model(settings, given, self.dataset, checkpoint)
@@ -174,15 +190,17 @@ class Trainer:
         self.raw_model.to(runtime.device).train()
         self.optimizer = make_optimizer(settings, self.raw_model, runtime)
         self.scaler = torch.amp.GradScaler(
-            runtime.device_type, enabled=runtime.dtype == torch.float16)
+            runtime.device_type, enabled=runtime.dtype == torch.float16
+        )
         self.iteration, self.best_val_loss, seconds = 0, math.inf, 0.0
         self.notices = []
         if checkpoint is not None:
             self.iteration, self.best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
             seconds = checkpoint.get("train_seconds", 0.0)
             self._continue_optimizer(checkpoint)
-        self.compiled = runtime.device_type == "cuda" if settings.compile is None \
-            else settings.compile
+        self.compiled = (
+            runtime.device_type == "cuda" if settings.compile is None else settings.compile
+        )
         self.model = self.raw_model
         if self.compiled:
             self.model = self.raw_model.compiled(settings.block_size, runtime.device_type)
@@ -191,8 +209,9 @@ class Trainer:
             self.parallel = DistributedDataParallel(self.model)
         self.clock = StepClock(runtime, seconds)
         self.out_dir = Path(settings.out_dir)
-        self.tokens_per_iteration = (settings.gradient_accumulation_steps * settings.batch_size
-                                     * settings.block_size)
+        self.tokens_per_iteration = (
+            settings.gradient_accumulation_steps * settings.batch_size * settings.block_size
+        )
         self.agreed_to_stop = False
         self.losses = []  # of the iterations since they were last read, still on the device
         self.losses_from = 0  # the first of those iterations
@@ -230,8 +249,9 @@ class Trainer:
         log.say(startup_summary(self))
         if (losses := evaluate(self)) is None:
             sys.exit(128 + self.stop_signal.received)
-        log.say(f"step {self.iteration}: train loss {losses['train']:.4f}, "
-                f"val loss {losses['val']:.4f}")
+        log.say(
+            f"step {self.iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
+        )
 
     def _train(self):
         settings = self.settings
@@ -252,8 +272,10 @@ class Trainer:
         if self.stopping():
             self._save_and_exit()
         best = f"best val loss {self.best_val_loss:.4f}, in {self.out_dir / BEST}"
-        self.log.close(f"done: {self.iteration} iterations, {self.clock.total:.1f} s of training; "
-                       + (best if math.isfinite(self.best_val_loss) else "nothing to keep"))
+        self.log.close(
+            f"done: {self.iteration} iterations, {self.clock.total:.1f} s of training; "
+            + (best if math.isfinite(self.best_val_loss) else "nothing to keep")
+        )
 
     def step(self):
         """One iteration: gradients of its whole batch, clipped, and an update -> its loss."""
@@ -272,7 +294,8 @@ class Trainer:
         if settings.grad_clip > 0 and not inside:
             self.scaler.unscale_(self.optimizer)
             self.norm = torch.nn.utils.clip_grad_norm_(
-                self.raw_model.parameters(), settings.grad_clip)
+                self.raw_model.parameters(), settings.grad_clip
+            )
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -288,11 +311,17 @@ class Trainer:
         """
         settings, runtime = self.settings, self.runtime
         generator = torch.Generator().manual_seed(
-            iteration_seed(settings.seed, self.iteration, DATA_STREAM))
+            iteration_seed(settings.seed, self.iteration, DATA_STREAM)
+        )
         for index in range(settings.gradient_accumulation_steps):
             mine = index % runtime.world_size == runtime.rank
-            batch = self.dataset.batch("train", settings.batch_size, settings.block_size,
-                                       generator, runtime.device if mine else "cpu")
+            batch = self.dataset.batch(
+                "train",
+                settings.batch_size,
+                settings.block_size,
+                generator,
+                runtime.device if mine else "cpu",
+            )
             if mine:
                 yield batch
 
@@ -329,8 +358,13 @@ class Trainer:
         if better:
             self.best_val_loss = losses["val"]
         self.eval_seconds = time.perf_counter() - began
-        self.log.evaluation(self.eval_seconds, better, **self._progress(),
-                            train_loss=losses["train"], val_loss=losses["val"])
+        self.log.evaluation(
+            self.eval_seconds,
+            better,
+            **self._progress(),
+            train_loss=losses["train"],
+            val_loss=losses["val"],
+        )
         if better or (self.iteration > 0 and self.settings.always_save_checkpoint):
             self.save(BEST, LAST)
         elif self.iteration != self.saved_iteration:
@@ -351,17 +385,20 @@ class Trainer:
             return
         self.log.metrics.sync()
         first, *others = [self.out_dir / name for name in names]
-        save_checkpoint(first, {
-            "model": self.raw_model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "model_args": model_args(self.raw_model),
-            "iter_num": self.iteration,
-            "best_val_loss": self.best_val_loss,
-            "train_seconds": self.clock.total,
-            "config": config_dict(self.settings),
-            "dataset": {"name": self.dataset.name, **self.dataset.meta},
-        })
+        save_checkpoint(
+            first,
+            {
+                "model": self.raw_model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "model_args": model_args(self.raw_model),
+                "iter_num": self.iteration,
+                "best_val_loss": self.best_val_loss,
+                "train_seconds": self.clock.total,
+                "config": config_dict(self.settings),
+                "dataset": {"name": self.dataset.name, **self.dataset.meta},
+            },
+        )
         for other in others:
             copy_checkpoint(first, other)
 
@@ -382,9 +419,11 @@ class Trainer:
         self.read_losses()
         self.save(LAST)
         number = self.stop_signal.received or signal.SIGTERM
-        self.log.close(f"stopped by {signal.Signals(number).name} before iteration "
-                       f"{self.iteration}; {self.out_dir / LAST} is saved, continue with "
-                       "--init_from=resume")
+        self.log.close(
+            f"stopped by {signal.Signals(number).name} before iteration "
+            f"{self.iteration}; {self.out_dir / LAST} is saved, continue with "
+            "--init_from=resume"
+        )
         sys.exit(128 + number)
 
     # ------------------------------------------------------------------ reporting
@@ -409,7 +448,8 @@ class Trainer:
         return TrainingStopped(
             f"{what} is not finite at iteration {iteration}; the last good checkpoint is "
             f"{self.out_dir / LAST} (iteration {self.saved_iteration}): try a lower learning_rate "
-            "or a longer warmup_iters")
+            "or a longer warmup_iters"
+        )
 
     def report(self):
         """The log line and metrics row of this iteration; times are means since the last one."""
@@ -420,19 +460,29 @@ class Trainer:
         self.reported = self.iteration + 1, seconds
         each = (seconds - seconds_then) / (self.iteration + 1 - iteration_then)
         remaining = settings.max_iters - self.iteration - 1
-        evaluations = settings.max_iters // settings.eval_interval \
-            - self.iteration // settings.eval_interval
+        evaluations = (
+            settings.max_iters // settings.eval_interval - self.iteration // settings.eval_interval
+        )
         peak, peak_of = self.runtime.peak_memory()
         self.log.iteration(
-            remaining * each + evaluations * self.eval_seconds, peak_of, **self._progress(),
-            loss=loss, lr=self.learning_rate(),
+            remaining * each + evaluations * self.eval_seconds,
+            peak_of,
+            **self._progress(),
+            loss=loss,
+            lr=self.learning_rate(),
             grad_norm=None if self.norm is None else self.norm.item(),
-            tokens_per_s=self.tokens_per_iteration / each, ms=1000 * each, peak_mb=peak / 1e6)
+            tokens_per_s=self.tokens_per_iteration / each,
+            ms=1000 * each,
+            peak_mb=peak / 1e6,
+        )
 
     def _progress(self):
         """Cells of metrics.csv that every row has."""
-        return {"iter": self.iteration, "tokens": self.iteration * self.tokens_per_iteration,
-                "seconds": round(self.clock.total, 6)}
+        return {
+            "iter": self.iteration,
+            "tokens": self.iteration * self.tokens_per_iteration,
+            "seconds": round(self.clock.total, 6),
+        }
 
 
 if __name__ == "__main__":

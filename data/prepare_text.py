@@ -27,8 +27,8 @@ class Settings:
     """Prepare a text file of your own."""
 
     input: str | None = None  # the text file, UTF-8 (needed)
-    name: str | None = None   # the dataset's name: a folder under data/ (needed)
-    tokenizer: str = "char"   # char (one token a character) | gpt2 (byte-pair encoding)
+    name: str | None = None  # the dataset's name: a folder under data/ (needed)
+    tokenizer: str = "char"  # char (one token a character) | gpt2 (byte-pair encoding)
     data_dir: str = str(ROOT / "data")  # where the dataset's folder goes
 
 
@@ -83,10 +83,18 @@ def prepare(text, directory, tokenizer):
         raise UserError(f"unknown tokenizer {tokenizer!r}: it must be char or gpt2")
     print(f"text: {text}")
     cut = int(len(text.text) * TRAIN_PART)
-    meta |= {"source": text.source, "source_reason": text.reason, "sha256": text.sha256,
-             "text_characters": len(text.text)}
-    meta = write_dataset(directory, tokenizer_object.encode(text.text[:cut]),
-                         tokenizer_object.encode(text.text[cut:]), meta)
+    meta |= {
+        "source": text.source,
+        "source_reason": text.reason,
+        "sha256": text.sha256,
+        "text_characters": len(text.text),
+    }
+    meta = write_dataset(
+        directory,
+        tokenizer_object.encode(text.text[:cut]),
+        tokenizer_object.encode(text.text[cut:]),
+        meta,
+    )
     print(f"wrote {_summary(directory, meta)}")
 
 
@@ -94,13 +102,19 @@ def report_if_prepared(directory, tokenizer, sha256=None):
     """Whether `directory` holds this dataset whole (from the text `sha256`, if given); says so."""
     try:
         meta = json.loads((Path(directory) / "meta.json").read_text(encoding="utf-8"))
-        whole = meta["tokenizer"] == tokenizer and sha256 in (None, meta["sha256"]) and all(
-            (Path(directory) / f"{split}.bin").stat().st_size == 2 * meta[f"{split}_tokens"]
-            for split in ("train", "val")
+        whole = (
+            meta["tokenizer"] == tokenizer
+            and sha256 in (None, meta["sha256"])
+            and all(
+                (Path(directory) / f"{split}.bin").stat().st_size == 2 * meta[f"{split}_tokens"]
+                for split in ("train", "val")
+            )
         )
         if whole:
-            print(f"already prepared: {_summary(directory, meta)}\n"
-                  "(delete meta.json there to prepare it again)")
+            print(
+                f"already prepared: {_summary(directory, meta)}\n"
+                "(delete meta.json there to prepare it again)"
+            )
     except (OSError, ValueError, KeyError, TypeError):  # absent or broken: prepare it again
         return False
     return whole
@@ -109,9 +123,11 @@ def report_if_prepared(directory, tokenizer, sha256=None):
 def _summary(directory, meta):
     folder = Path(directory).resolve()
     folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-    return (f"{folder}: {meta['train_tokens']:,} train and {meta['val_tokens']:,} val tokens, "
-            f"vocabulary {meta['vocab_size']}\n  text: {meta['source']}, "
-            f"sha256 {meta['sha256'][:16]}...")
+    return (
+        f"{folder}: {meta['train_tokens']:,} train and {meta['val_tokens']:,} val tokens, "
+        f"vocabulary {meta['vocab_size']}\n  text: {meta['source']}, "
+        f"sha256 {meta['sha256'][:16]}..."
+    )
 
 
 if __name__ == "__main__":

@@ -68,8 +68,7 @@ def adafactor(p, grads, lr, beta2, decay, clip, weight_decay, momentum, relative
     return p
 
 
-def muonsn(p, grads, blocks, lr, mu, nu, row_beta2, eps, weight_decay, rms=0.2,
-           column_norm=True):
+def muonsn(p, grads, blocks, lr, mu, nu, row_beta2, eps, weight_decay, rms=0.2, column_norm=True):
     """Newton-Schulz on each block of rows (a list of (start, end)), then Subset-Norm by rows."""
     a, b, c = QUINTIC
     p, m, v = p.clone(), torch.zeros_like(p), torch.zeros(p.shape[0], 1, dtype=p.dtype)

@@ -17,11 +17,18 @@ def gpt2_tensors(vocab_size=61, n_positions=16, n_embd=24, n_layer=2, prefix="")
     tensors = {"wte.weight": random(vocab_size, C), "wpe.weight": random(n_positions, C)}
     for i in range(n_layer):
         shapes = {
-            "ln_1.weight": (C,), "ln_1.bias": (C,), "ln_2.weight": (C,), "ln_2.bias": (C,),
-            "attn.c_attn.weight": (C, 3 * C), "attn.c_attn.bias": (3 * C,),
-            "attn.c_proj.weight": (C, C), "attn.c_proj.bias": (C,),
-            "mlp.c_fc.weight": (C, 4 * C), "mlp.c_fc.bias": (4 * C,),
-            "mlp.c_proj.weight": (4 * C, C), "mlp.c_proj.bias": (C,),
+            "ln_1.weight": (C,),
+            "ln_1.bias": (C,),
+            "ln_2.weight": (C,),
+            "ln_2.bias": (C,),
+            "attn.c_attn.weight": (C, 3 * C),
+            "attn.c_attn.bias": (3 * C,),
+            "attn.c_proj.weight": (C, C),
+            "attn.c_proj.bias": (C,),
+            "mlp.c_fc.weight": (C, 4 * C),
+            "mlp.c_fc.bias": (4 * C,),
+            "mlp.c_proj.weight": (4 * C, C),
+            "mlp.c_proj.bias": (C,),
         }
         tensors |= {f"h.{i}.{name}": random(*shape) for name, shape in shapes.items()}
         tensors[f"h.{i}.attn.bias"] = torch.ones(1, 1, n_positions, n_positions).tril()
@@ -31,10 +38,19 @@ def gpt2_tensors(vocab_size=61, n_positions=16, n_embd=24, n_layer=2, prefix="")
 
 def gpt2_config(vocab_size=61, n_positions=16, n_embd=24, n_layer=2, n_head=3):
     """The config.json that goes with gpt2_tensors, with the keys the hub's file has."""
-    return dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=vocab_size,
-                n_ctx=n_positions, n_positions=n_positions, n_embd=n_embd, n_layer=n_layer,
-                n_head=n_head, activation_function="gelu_new", layer_norm_epsilon=1e-5,
-                eos_token_id=50256)
+    return dict(
+        model_type="gpt2",
+        architectures=["GPT2LMHeadModel"],
+        vocab_size=vocab_size,
+        n_ctx=n_positions,
+        n_positions=n_positions,
+        n_embd=n_embd,
+        n_layer=n_layer,
+        n_head=n_head,
+        activation_function="gelu_new",
+        layer_norm_epsilon=1e-5,
+        eos_token_id=50256,
+    )
 
 
 def write_folder(path, config, tensors):

@@ -25,8 +25,10 @@ def plain_block(block, x):
     if attn.c_attn.bias is not None:
         qkv = qkv + attn.c_attn.bias
     widths = (C, config.kv_heads * config.head_dim, config.kv_heads * config.head_dim)
-    q, k, v = (part.reshape(B, T, -1, config.head_dim).transpose(1, 2)
-               for part in qkv.split(widths, dim=-1))
+    q, k, v = (
+        part.reshape(B, T, -1, config.head_dim).transpose(1, 2)
+        for part in qkv.split(widths, dim=-1)
+    )
     if config.position == "rope":
         q, k = rotate(q, config.rope_theta), rotate(k, config.rope_theta)
     y = softmax_attention(q, k, v).transpose(1, 2).reshape(B, T, C)

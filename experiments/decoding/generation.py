@@ -38,8 +38,10 @@ from leangpt.system.errors import UserError, exit_cleanly
 from leangpt.system.timing import is_out_of_memory, synchronize
 from model import GPT, GPTConfig
 
-SHAPES = {"124m": dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304),
-          "tiny": dict(n_layer=2, n_head=4, n_embd=128, vocab_size=512)}
+SHAPES = {
+    "124m": dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304),
+    "tiny": dict(n_layer=2, n_head=4, n_embd=128, vocab_size=512),
+}
 LONG = 131072  # the long context of part=gpu
 BYTES = 80e9  # of part=longest: an H100, also where there is more
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -114,14 +116,25 @@ def make_model(settings, dtype="float32", int4=False, device="cpu", **options):
 class Ours:
     """Decoding from a KV cache at a context that can be set back."""
 
-    def __init__(self, model, batch, context, tokens, kv_bits=None, compile=False, prefill=True,
-                 fused=True, tile=None):
+    def __init__(
+        self,
+        model,
+        batch,
+        context,
+        tokens,
+        kv_bits=None,
+        compile=False,
+        prefill=True,
+        fused=True,
+        tile=None,
+    ):
         self.model, self.batch, self.context, self.tokens = model, batch, context, tokens
         self.kv_bits = kv_bits
         weight = model.transformer.wte.weight
         idx = torch.randint(model.config.vocab_size, (batch, context), device=weight.device)
-        self.cache = build_cache(model.config, batch, context + tokens + 1, weight.device,
-                                 weight.dtype, kv_bits)
+        self.cache = build_cache(
+            model.config, batch, context + tokens + 1, weight.device, weight.dtype, kv_bits
+        )
         self.cache.tile = tile or self.cache.tile
         self.text = Text(idx, None, tokens + 1, ())
         self.steps = Steps(model, self.cache, Choice(top_k=200), self.text, compile)
@@ -169,7 +182,7 @@ class RecomputeAll:
         idx = self.idx
         began = time.perf_counter()
         for _ in range(self.tokens):
-            logits = self.model.last_logits(idx[:, -self.model.config.block_size:])
+            logits = self.model.last_logits(idx[:, -self.model.config.block_size :])
             kept = logits.topk(200).values[:, -1:]
             p = F.softmax(logits.masked_fill(logits < kept, -torch.inf), dim=-1)
             idx = torch.cat([idx, torch.multinomial(p, 1)], dim=1)
@@ -192,8 +205,14 @@ class Transformers:
     def seconds(self, count):
         synchronize(self.model.device.type)
         began = time.perf_counter()
-        self.model.generate(self.idx, max_new_tokens=count, min_new_tokens=count, do_sample=True,
-                            top_k=200, pad_token_id=0)
+        self.model.generate(
+            self.idx,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=True,
+            top_k=200,
+            pad_token_id=0,
+        )
         synchronize(self.model.device.type)
         return time.perf_counter() - began
 
@@ -235,28 +254,48 @@ def race(contestants, rounds, memory_speed):
     for _ in range(rounds):
         for key, contestant in contestants.items():
             times[key].append(contestant())
-    return [row_of(key, median(times[key]), contestant.bytes_read(), memory_speed)
-            for key, contestant in contestants.items()]
+    return [
+        row_of(key, median(times[key]), contestant.bytes_read(), memory_speed)
+        for key, contestant in contestants.items()
+    ]
 
 
 def empty_row(key):
     name, weights, kv, batch, context = key
-    return dict(contestant=name, weights=weights, kv=kv, batch=batch, context=context,
-                tokens_per_s="", ms_per_step="", MB_per_step="", GB_per_s="", memory_GB_per_s="",
-                peak_MB="", bytes_per_token="", longest_context="", failed="")
+    return dict(
+        contestant=name,
+        weights=weights,
+        kv=kv,
+        batch=batch,
+        context=context,
+        tokens_per_s="",
+        ms_per_step="",
+        MB_per_step="",
+        GB_per_s="",
+        memory_GB_per_s="",
+        peak_MB="",
+        bytes_per_token="",
+        longest_context="",
+        failed="",
+    )
 
 
 def row_of(key, seconds, bytes_of_step, memory_speed, peak=None):
     name, weights, kv, batch, context = key
     row = empty_row(key) | dict(
-        tokens_per_s=round(batch / seconds, 2), ms_per_step=round(1e3 * seconds, 4),
+        tokens_per_s=round(batch / seconds, 2),
+        ms_per_step=round(1e3 * seconds, 4),
         MB_per_step=round(bytes_of_step / 1e6, 2),
-        GB_per_s=round(bytes_of_step / seconds / 1e9, 2), memory_GB_per_s=round(memory_speed, 1),
-        peak_MB="" if peak is None else round(peak / 1e6, 1))
-    print(f"{name:14} {weights:9} kv {kv:9} batch {batch:3} context {context:7}: "
-          f"{row['tokens_per_s']:10,.1f} tokens/s, {row['GB_per_s']:8,.1f} of "
-          f"{memory_speed:,.0f} GB/s" + ("" if peak is None else f", peak {peak / 1e6:,.0f} MB"),
-          flush=True)
+        GB_per_s=round(bytes_of_step / seconds / 1e9, 2),
+        memory_GB_per_s=round(memory_speed, 1),
+        peak_MB="" if peak is None else round(peak / 1e6, 1),
+    )
+    print(
+        f"{name:14} {weights:9} kv {kv:9} batch {batch:3} context {context:7}: "
+        f"{row['tokens_per_s']:10,.1f} tokens/s, {row['GB_per_s']:8,.1f} of "
+        f"{memory_speed:,.0f} GB/s" + ("" if peak is None else f", peak {peak / 1e6:,.0f} MB"),
+        flush=True,
+    )
     return row
 
 
@@ -270,28 +309,43 @@ def print_kernels(contestant, steps=4, shown=8):
             for _ in range(steps):
                 contestant.steps.next()
             torch.cuda.synchronize()
-        found = [(e.self_device_time_total / steps, e.count / steps, e.key[:48])
-                 for e in recorded.key_averages() if e.self_device_time_total > 0]
-        top = "; ".join(f"{name} {count:.0f}x {time:.0f}"
-                        for time, count, name in sorted(found, reverse=True)[:shown])
-        print(f"    {sum(n for _, n, _ in found):.0f} kernels a step, "
-              f"{sum(time for time, _, _ in found):.0f} us in them: {top}", flush=True)
+        found = [
+            (e.self_device_time_total / steps, e.count / steps, e.key[:48])
+            for e in recorded.key_averages()
+            if e.self_device_time_total > 0
+        ]
+        top = "; ".join(
+            f"{name} {count:.0f}x {time:.0f}"
+            for time, count, name in sorted(found, reverse=True)[:shown]
+        )
+        print(
+            f"    {sum(n for _, n, _ in found):.0f} kernels a step, "
+            f"{sum(time for time, _, _ in found):.0f} us in them: {top}",
+            flush=True,
+        )
     except Exception as error:  # a machine may not allow it
         print(f"    no profile: {error}", flush=True)
 
 
 def cpu_rows(settings, table):
-    models = {"float32": make_model(settings), "bfloat16": make_model(settings, "bfloat16"),
-              "int4": make_model(settings, "bfloat16", int4=True)}
+    models = {
+        "float32": make_model(settings),
+        "bfloat16": make_model(settings, "bfloat16"),
+        "int4": make_model(settings, "bfloat16", int4=True),
+    }
     peers = {dtype: transformers_model(settings, dtype) for dtype in DTYPES}
     memory_speed, tokens = bandwidth("cpu"), settings.tokens
     for context in map(int, settings.contexts.split(",")):
-        contestants = {("recompute all", "float32", "none", 1, context):
-                       RecomputeAll(models["float32"], context, tokens)}
+        contestants = {
+            ("recompute all", "float32", "none", 1, context): RecomputeAll(
+                models["float32"], context, tokens
+            )
+        }
         for dtype, peer in peers.items():
             if peer is not None:
                 contestants[("transformers", dtype, dtype, 1, context)] = Transformers(
-                    peer, context, tokens)
+                    peer, context, tokens
+                )
         for weights, model in models.items():
             kv = "float32" if weights == "float32" else "bfloat16"
             contestants[("ours", weights, kv, 1, context)] = Ours(model, 1, context, tokens)
@@ -307,14 +361,22 @@ def gpu_rows(settings, table):
     models = {
         "bfloat16": make_model(settings, "bfloat16", device="cuda"),
         "int4": make_model(settings, "bfloat16", int4=True, device="cuda"),
-        "long": make_model(settings, "bfloat16", device="cuda", position="rope",
-                           block_size=long + 4 * tokens),
+        "long": make_model(
+            settings, "bfloat16", device="cuda", position="rope", block_size=long + 4 * tokens
+        ),
     }
-    kernels_of = {("ours", "bfloat16", 1, middle, None), ("ours", "int4", 1, middle, None),
-                  ("ours", "long", 1, long, None), ("ours", "long", 1, long, 4),
-                  ("ours", "bfloat16", 64, middle, None)}
-    cases = [("ours", weights, 1, context, None) for context in sorted(contexts, key=middle.__ne__)
-             for weights in ("bfloat16", "int4")]
+    kernels_of = {
+        ("ours", "bfloat16", 1, middle, None),
+        ("ours", "int4", 1, middle, None),
+        ("ours", "long", 1, long, None),
+        ("ours", "long", 1, long, 4),
+        ("ours", "bfloat16", 64, middle, None),
+    }
+    cases = [
+        ("ours", weights, 1, context, None)
+        for context in sorted(contexts, key=middle.__ne__)
+        for weights in ("bfloat16", "int4")
+    ]
     cases += [("ours", "long", 1, long, kv_bits) for kv_bits in (None, 4, 8)]
     cases += [("ours", "bfloat16", 64, context, None) for context in contexts]
     cases += [("ours, unfused", weights, 1, middle, None) for weights in ("bfloat16", "int4")]
@@ -326,8 +388,16 @@ def gpu_rows(settings, table):
         model = models[weights]
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        contestant = Ours(model, batch, context, tokens, kv_bits, name == "ours, compiled",
-                          prefill=weights != "long", fused=name == "ours")
+        contestant = Ours(
+            model,
+            batch,
+            context,
+            tokens,
+            kv_bits,
+            name == "ours, compiled",
+            prefill=weights != "long",
+            fused=name == "ours",
+        )
         seconds = median(contestant() for _ in range(settings.rounds))
         own = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
         peak = torch.cuda.max_memory_allocated() - before + own
@@ -347,8 +417,12 @@ def gpu_rows(settings, table):
     def peers_time(key):
         contestant = Transformers(peer, key[-1], tokens)
         contestant()
-        return row_of(key, median(contestant() for _ in range(settings.rounds)),
-                      contestant.bytes_read(), memory_speed)
+        return row_of(
+            key,
+            median(contestant() for _ in range(settings.rounds)),
+            contestant.bytes_read(),
+            memory_speed,
+        )
 
     for context in contexts if peer is not None else ():
         key = ("transformers", "bfloat16", "bfloat16", 1, context)
@@ -359,9 +433,15 @@ def longest_rows(settings, table):
     """The longest context of one sequence in BYTES: computed, then decoded at."""
     memory_speed = bandwidth("cuda")
     torch.cuda.empty_cache()
-    for case in [("cache", None, None), ("cache", None, 8), ("cache", None, 4),
-                 ("grouped", 3, None), ("grouped", 3, 4), ("recompute", None, None),
-                 ("recompute", None, 4)]:
+    for case in [
+        ("cache", None, None),
+        ("cache", None, 8),
+        ("cache", None, 4),
+        ("grouped", 3, None),
+        ("grouped", 3, 4),
+        ("recompute", None, None),
+        ("recompute", None, 4),
+    ]:
         kv = "bfloat16" if case[2] is None else f"int{case[2]}"
         key = (case[0], "bfloat16", kv, 1, "")
         table.attempt(key, partial(longest_row, settings, memory_speed, key, *case))
@@ -370,8 +450,7 @@ def longest_rows(settings, table):
 def longest_row(settings, memory_speed, key, policy, n_kv_head, kv_bits):
     if n_kv_head and SHAPES[settings.shape]["n_head"] % n_kv_head:
         n_kv_head = 1
-    options = dict(attention_policy=policy, n_kv_head=n_kv_head, position="none",
-                   block_size=2**31)
+    options = dict(attention_policy=policy, n_kv_head=n_kv_head, position="none", block_size=2**31)
     model = make_model(settings, "bfloat16", device="cuda", **options)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     # what the text itself and the cache's slot numbers take: int64, 8 bytes a token each
@@ -385,8 +464,13 @@ def longest_row(settings, memory_speed, key, policy, n_kv_head, kv_bits):
         torch.cuda.reset_peak_memory_stats()
         try:
             contestant = Ours(model, 1, tried, 2, kv_bits, prefill=False, tile=tile)
-            row = row_of((*key[:4], tried), contestant(), contestant.bytes_read(), memory_speed,
-                         torch.cuda.max_memory_allocated())
+            row = row_of(
+                (*key[:4], tried),
+                contestant(),
+                contestant.bytes_read(),
+                memory_speed,
+                torch.cuda.max_memory_allocated(),
+            )
         except (RuntimeError, torch.OutOfMemoryError) as error:
             if not is_out_of_memory(error):
                 raise

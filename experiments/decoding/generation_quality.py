@@ -81,17 +81,33 @@ def main(argv=None):
     if settings.part in ("all", "characters"):
         model = model_from_checkpoint(load_checkpoint(Path(settings.out_dir) / "ckpt.pt")).eval()
         batches = list(dataset.full_split_batches("val", model.config.block_size, ROWS))
-        rows = measure("characters", model, batches, 0, settings.seeds, tune=settings.tune,
-                       sample=sample(dataset.split("train"), model.config.block_size))
+        rows = measure(
+            "characters",
+            model,
+            batches,
+            0,
+            settings.seeds,
+            tune=settings.tune,
+            sample=sample(dataset.split("train"), model.config.block_size),
+        )
         replace(settings.out, rows, origin)
     if settings.part in ("all", "pretrained") and settings.pretrained:
         model = load_pretrained(settings.pretrained)
         encode = load_pretrained_text(settings.pretrained).tokenizer.encode
-        val, train = (encode(dataset.tokenizer().decode(part.tolist())) for part in (
-            dataset.split("val"), dataset.split("train")[:8 * SAMPLE]))
+        val, train = (
+            encode(dataset.tokenizer().decode(part.tolist()))
+            for part in (dataset.split("val"), dataset.split("train")[: 8 * SAMPLE])
+        )
         batches = windows(val, settings.windows, settings.tokens)
-        rows = measure("SmolLM2-135M", model, batches, CONTEXT, settings.seeds, groups=(32,),
-                       sample=sample(train, model.config.block_size))
+        rows = measure(
+            "SmolLM2-135M",
+            model,
+            batches,
+            CONTEXT,
+            settings.seeds,
+            groups=(32,),
+            sample=sample(train, model.config.block_size),
+        )
         replace(settings.out, rows, origin)
     print(f"wrote {settings.out}")
 
@@ -117,22 +133,32 @@ def seconds_of_gpt2():
 
 
 def row_of(model, what, rule, group, bits, seed="", seconds="", loss="", change="", divergence=""):
-    return dict(model=model, what=what, rule=rule, group=group, bits=bits, seed=seed, loss=loss,
-                change=change, divergence=divergence, seconds=seconds)
+    return dict(
+        model=model,
+        what=what,
+        rule=rule,
+        group=group,
+        bits=bits,
+        seed=seed,
+        loss=loss,
+        change=change,
+        divergence=divergence,
+        seconds=seconds,
+    )
 
 
 def windows(ids, count, tokens):
     """The first `count` windows of ids as one batch [(x, y)], each (count, tokens) int64."""
     if len(ids) <= count * tokens:
         raise UserError(f"the text has {len(ids)} tokens, {count} windows of {tokens} need more")
-    ids = torch.tensor(ids[:count * tokens + 1])
+    ids = torch.tensor(ids[: count * tokens + 1])
     return [(ids[:-1].view(count, tokens), ids[1:].view(count, tokens))]
 
 
 def sample(ids, block_size):
     """The first SAMPLE ids as texts (n, tokens) int64."""
     tokens = min(256, block_size)
-    return torch.tensor(ids[:SAMPLE // tokens * tokens]).long().view(-1, tokens)
+    return torch.tensor(ids[: SAMPLE // tokens * tokens]).long().view(-1, tokens)
 
 
 def measure(name, model, batches, context, seeds, groups=GROUP_SIZES, sample=None, tune=0):
@@ -145,10 +171,25 @@ def measure(name, model, batches, context, seeds, groups=GROUP_SIZES, sample=Non
 
     def report(what, rule, group, bits, found, exact, seed="", seconds=""):
         loss, divergence = found
-        rows.append(row_of(name, what, rule, group, bits, seed, seconds, round(loss, 5),
-                           round(loss - exact, 5), round(divergence, 5)))
-        print(f"{name:12} {what:8} {rule:22} group {group:4} {bits:5} bits: {loss:.5f} "
-              f"({loss - exact:+.5f}), divergence {divergence:.5f}", flush=True)
+        rows.append(
+            row_of(
+                name,
+                what,
+                rule,
+                group,
+                bits,
+                seed,
+                seconds,
+                round(loss, 5),
+                round(loss - exact, 5),
+                round(divergence, 5),
+            )
+        )
+        print(
+            f"{name:12} {what:8} {rule:22} group {group:4} {bits:5} bits: {loss:.5f} "
+            f"({loss - exact:+.5f}), divergence {divergence:.5f}",
+            flush=True,
+        )
 
     quality = partial(compare, exact=list(predictions(model, batches)), batches=batches)
     found = quality(model)
@@ -174,16 +215,30 @@ def measure(name, model, batches, context, seeds, groups=GROUP_SIZES, sample=Non
                 rounded, began = copy.deepcopy(model), time.perf_counter()
                 quantize_and_tune_(rounded, group, tune, seed)
                 seconds = round(time.perf_counter() - began, 1)
-                report("weights", "calibrated, fitted", group, bits, quality(rounded), exact, seed,
-                       seconds)
+                report(
+                    "weights",
+                    "calibrated, fitted",
+                    group,
+                    bits,
+                    quality(rounded),
+                    exact,
+                    seed,
+                    seconds,
+                )
         if sample is not None:
             rounded = copy.deepcopy(model)
             quantize_(rounded, group, calibration(rounded, text=sample))
             report("weights", "calibrated on data", group, bits, quality(rounded), exact)
     found = decode(model, batches, context)
     for kv_bits, one in zip(KV_BITS, found):
-        report("kv cache", "minimum and maximum" if kv_bits else "exact",
-               model.config.head_dim // 2 if kv_bits else "", kv_bits or 32, one, found[0][0])
+        report(
+            "kv cache",
+            "minimum and maximum" if kv_bits else "exact",
+            model.config.head_dim // 2 if kv_bits else "",
+            kv_bits or 32,
+            one,
+            found[0][0],
+        )
     return rows
 
 
@@ -211,7 +266,7 @@ def decode(model, batches, context):
     for x, y in batches:
         caches = [build_cache(model.config, len(x), x.size(1), kv_bits=bits) for bits in KV_BITS]
         for t in range(x.size(1)):
-            found = [model.decode_one_token(x[:, t:t + 1], cache) for cache in caches]
+            found = [model.decode_one_token(x[:, t : t + 1], cache) for cache in caches]
             if t >= context:
                 found = [logits.float().log_softmax(-1) for logits in found]
                 for total, log_q in zip(totals, found):
@@ -273,9 +328,10 @@ def torchao_rules(group):
         packed = Int4OpaqueTensor.from_hp(padded, [1, group], algorithm)
         return F.linear(torch.eye(K), packed).T[:N].contiguous()
 
-    return {rule: lambda weight, kind=kind: rounding(weight, getattr(Int4ChooseQParamsAlgorithm,
-                                                                     kind))
-            for rule, kind in (("torchao", "TINYGEMM"), ("torchao HQQ", "HQQ"))}
+    return {
+        rule: lambda weight, kind=kind: rounding(weight, getattr(Int4ChooseQParamsAlgorithm, kind))
+        for rule, kind in (("torchao", "TINYGEMM"), ("torchao HQQ", "HQQ"))
+    }
 
 
 if __name__ == "__main__":

@@ -60,19 +60,29 @@ def main():
         sources = {"gguf": (bare, {"gguf_file": MODEL}), "exported": (folder, {})}
         for name, (place, options) in sources.items():
             theirs = transformers.AutoModelForCausalLM.from_pretrained(
-                place, dtype=torch.float32, attn_implementation="eager", **options).eval()
+                place, dtype=torch.float32, attn_implementation="eager", **options
+            ).eval()
             with torch.inference_mode():
                 rows.append(compare(name, ours, theirs(idx).logits[0], idx[0]))
             del theirs
         tokenizer = transformers.AutoTokenizer.from_pretrained(bare, gguf_file=MODEL)
     same = tokenizer.encode(TEXT) == idx[0].tolist()
-    rows.append({"check": "tokenizer", "tokens": idx.size(1),
-                 "answer": "equal" if same else "different"})
+    rows.append(
+        {"check": "tokenizer", "tokens": idx.size(1), "answer": "equal" if same else "different"}
+    )
     for name, prompt in PROMPTS.items():
         prompt = text.chat(prompt) if name == "chat" else prompt
         rows.append({"check": name, "answer": greedy(model, text, prompt)})
-    columns = ["check", "tokens", "max_abs_error", "rms_logit", "top1_agreement", "loss_ours",
-               "loss_transformers", "answer"]
+    columns = [
+        "check",
+        "tokens",
+        "max_abs_error",
+        "rms_logit",
+        "top1_agreement",
+        "loss_ours",
+        "loss_transformers",
+        "answer",
+    ]
     about = {**provenance(), "transformers": transformers.__version__}
     rows = [{column: row.get(column, "") for column in columns} | about for row in rows]
     for row in rows:
@@ -82,6 +92,7 @@ def main():
 
 def compare(name, ours, theirs, idx):
     """A row comparing two (T, V) logits of the tokens idx (T,)."""
+
     def loss(logits):
         return torch.nn.functional.cross_entropy(logits[:-1], idx[1:]).item()
 

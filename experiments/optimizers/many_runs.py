@@ -57,11 +57,26 @@ SETUPS = {
     "seed_unclipped": Setup("seed_unclipped", SEED, 12, 2000, clip=0.0, weights=torch.bfloat16),
     # 10.7M: nanoGPT's config/train_shakespeare_char.py (published best validation loss 1.4697) in
     # a fifth of its iterations, 16 passes over the text: in more, the best only overfit sooner
-    "char384": Setup("char384", dict(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
-                     64, 1000, eval_interval=250, dtype=torch.bfloat16, compile=True),
+    "char384": Setup(
+        "char384",
+        dict(block_size=256, n_layer=6, n_head=6, n_embd=384, dropout=0.2),
+        64,
+        1000,
+        eval_interval=250,
+        dtype=torch.bfloat16,
+        compile=True,
+    ),
     # 51M with GPT-2's vocabulary: 8.2M tokens of data/python_stdlib (stdlib_text.py)
-    "bpe51m": Setup("bpe51m", dict(block_size=512, n_layer=8, n_head=8, n_embd=512), 16, 1000,
-                    eval_interval=500, betas=(0.9, 0.95), dtype=torch.bfloat16, compile=True),
+    "bpe51m": Setup(
+        "bpe51m",
+        dict(block_size=512, n_layer=8, n_head=8, n_embd=512),
+        16,
+        1000,
+        eval_interval=500,
+        betas=(0.9, 0.95),
+        dtype=torch.bfloat16,
+        compile=True,
+    ),
 }
 
 
@@ -106,8 +121,10 @@ def read_text(path, block_size):
         cut = int(0.9 * len(tokens))
         parts, vocab_size = (tokens[:cut], tokens[cut:]), len(number)
     else:
-        raise UserError(f"no file or folder {path}: run data/shakespeare_char/prepare.py, or give "
-                        "a text with --input=PATH")
+        raise UserError(
+            f"no file or folder {path}: run data/shakespeare_char/prepare.py, or give "
+            "a text with --input=PATH"
+        )
     if min(len(part) for part in parts) <= block_size:
         raise UserError(f"{path} is too short: each split needs more than {block_size} tokens")
     return Text(*parts, vocab_size, sha256)
@@ -144,14 +161,15 @@ def validation_losses(stack, tokens, block_size, dtype):
     """Mean loss over the whole stream in consecutive blocks, per replica: (M,) float64."""
     M, stack.training = len(stack.replicas), False
     blocks = (len(tokens) - 1) // block_size
-    idx = tokens[:blocks * block_size].view(blocks, block_size)
-    targets = tokens[1:blocks * block_size + 1].view(blocks, block_size)
+    idx = tokens[: blocks * block_size].view(blocks, block_size)
+    targets = tokens[1 : blocks * block_size + 1].view(blocks, block_size)
     at_once = max(1, 2**28 // (M * block_size * max(stack.config.vocab_size, 1024)))
     total = torch.zeros(M, dtype=torch.float64, device=tokens.device)
     for start in range(0, blocks, at_once):
-        x, y = idx[start:start + at_once], targets[start:start + at_once]
-        with torch.autocast(tokens.device.type, dtype=torch.bfloat16,
-                            enabled=dtype == torch.bfloat16):
+        x, y = idx[start : start + at_once], targets[start : start + at_once]
+        with torch.autocast(
+            tokens.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16
+        ):
             losses = stack.losses(x.expand(M, *x.shape), y.expand(M, *y.shape))
         total += losses.double() * len(x)
     stack.training = True
@@ -169,7 +187,7 @@ class Cohort:
     @property
     def module(self):
         """Its replicas as one nn.Module, for optimizers built from a module."""
-        return nn.ModuleList(self.stack.replicas[self.start:self.stop])
+        return nn.ModuleList(self.stack.replicas[self.start : self.stop])
 
     @property
     def slices(self):
@@ -180,8 +198,10 @@ class Cohort:
 def cohorts(stack, runs):
     """Split sorted runs where variant or learning rates change: [(first run, Cohort), ...]."""
     starts = [i for i, run in enumerate(runs) if i == 0 or _setting(run) != _setting(runs[i - 1])]
-    return [(runs[start], Cohort(stack, start, stop))
-            for start, stop in zip(starts, [*starts[1:], len(runs)])]
+    return [
+        (runs[start], Cohort(stack, start, stop))
+        for start, stop in zip(starts, [*starts[1:], len(runs)])
+    ]
 
 
 def _setting(run):
@@ -197,8 +217,9 @@ def train_runs(setup, runs, text, build, device="cpu", graph=None, report=None):
     """
     runs, device = sorted(runs), torch.device(device)
     graph = device.type == "cuda" if graph is None else graph
-    stack = StackedGPT(setup.config(text.vocab_size), [run.seed for run in runs], device,
-                       setup.weights)
+    stack = StackedGPT(
+        setup.config(text.vocab_size), [run.seed for run in runs], device, setup.weights
+    )
     optimizers = build(cohorts(stack, runs), setup)
     orders = {run.seed: data_order(setup, text, run.seed) for run in runs}
     offsets = torch.stack([orders[run.seed] for run in runs], 1).to(device)  # (iterations, M, B)
@@ -206,8 +227,17 @@ def train_runs(setup, runs, text, build, device="cpu", graph=None, report=None):
     block_size = setup.model["block_size"]
     if device.type == "cuda":
         torch.cuda.manual_seed(runs[0].seed)  # dropout's noise
-    step = Step(stack, train, setup.batch_size, block_size, setup.clip, setup.dtype, graph,
-                setup.compile, setup.clip_late)
+    step = Step(
+        stack,
+        train,
+        setup.batch_size,
+        block_size,
+        setup.clip,
+        setup.dtype,
+        graph,
+        setup.compile,
+        setup.clip_late,
+    )
     last = torch.zeros(len(runs), device=device)
     curve = {}  # iteration -> validation losses (M,)
     started = time.perf_counter()
@@ -227,8 +257,19 @@ def train_runs(setup, runs, text, build, device="cpu", graph=None, report=None):
     final = curve[setup.iterations].tolist()
     best = torch.stack(list(curve.values())).nan_to_num(math.inf).amin(0).tolist()
     last = (last / min(LAST, setup.iterations)).tolist()
-    return [dict(setup=setup.name, variant=run.variant, learning_rate=run.learning_rate,
-                 embedding_lr=run.embedding_lr, seed=run.seed, iterations=setup.iterations,
-                 val_loss=round(final[i], 6), best_val_loss=round(best[i], 6),
-                 train_loss=round(last[i], 6), replicas=len(runs), batch_seconds=round(seconds, 1))
-            for i, run in enumerate(runs)]
+    return [
+        dict(
+            setup=setup.name,
+            variant=run.variant,
+            learning_rate=run.learning_rate,
+            embedding_lr=run.embedding_lr,
+            seed=run.seed,
+            iterations=setup.iterations,
+            val_loss=round(final[i], 6),
+            best_val_loss=round(best[i], 6),
+            train_loss=round(last[i], 6),
+            replicas=len(runs),
+            batch_seconds=round(seconds, 1),
+        )
+        for i, run in enumerate(runs)
+    ]

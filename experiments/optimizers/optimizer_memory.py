@@ -32,19 +32,36 @@ from optimizers import build_optimizer, state_bytes
 
 STEPS = 3
 SHAPES = {  # (layers, heads, width)
-    "tiny": (2, 2, 64), "124m": (12, 12, 768), "xl": (48, 25, 1600), "7b": (32, 32, 4096),
-    "13b": (40, 40, 5120), "18b": (40, 48, 6144), "20b": (44, 48, 6144), "22b": (48, 48, 6144),
-    "23b": (51, 48, 6144), "24b": (53, 48, 6144), "25b": (55, 48, 6144),
-}  # fmt: skip
+    "tiny": (2, 2, 64),
+    "124m": (12, 12, 768),
+    "xl": (48, 25, 1600),
+    "7b": (32, 32, 4096),
+    "13b": (40, 40, 5120),
+    "18b": (40, 48, 6144),
+    "20b": (44, 48, 6144),
+    "22b": (48, 48, 6144),
+    "23b": (51, 48, 6144),
+    "24b": (53, 48, 6144),
+    "25b": (55, 48, 6144),
+}
 
 VARIANTS = (  # (variant, weights, updated inside backward)
-    ("adam", "float32", False), ("adamsn", "float32", False), ("adafactor", "float32", False),
-    ("muonsn", "float32", False), ("adamsn8", "float32", False), ("muonsn8", "float32", False),
-    ("muonsn4", "float32", False), ("muonsn0", "float32", False),
-    ("adamsn8", "bfloat16", False), ("muonsn8", "bfloat16", False), ("muonsn4", "bfloat16", False),
-    ("adamsn8", "bfloat16", True), ("muonsn8", "bfloat16", True), ("muonsn4", "bfloat16", True),
+    ("adam", "float32", False),
+    ("adamsn", "float32", False),
+    ("adafactor", "float32", False),
+    ("muonsn", "float32", False),
+    ("adamsn8", "float32", False),
+    ("muonsn8", "float32", False),
+    ("muonsn4", "float32", False),
+    ("muonsn0", "float32", False),
+    ("adamsn8", "bfloat16", False),
+    ("muonsn8", "bfloat16", False),
+    ("muonsn4", "bfloat16", False),
+    ("adamsn8", "bfloat16", True),
+    ("muonsn8", "bfloat16", True),
+    ("muonsn4", "bfloat16", True),
     ("adafactor", "bfloat16", True),
-)  # fmt: skip
+)
 
 
 @dataclass
@@ -62,10 +79,22 @@ class Settings:
 def run_case(shape, variant, dtype, fused, T, checkpoint, device):
     """Build, train STEPS steps on one batch -> a dict of bytes, losses and seconds; or why not."""
     layers, heads, width = SHAPES[shape]
-    config = GPTConfig(block_size=T, vocab_size=50304, n_layer=layers, n_head=heads, n_embd=width,
-                       checkpoint_layers=checkpoint)
-    result = dict(shape=shape, variant=variant, weights=dtype, fused_backward=fused, tokens=T,
-                  checkpoint_layers=checkpoint)
+    config = GPTConfig(
+        block_size=T,
+        vocab_size=50304,
+        n_layer=layers,
+        n_head=heads,
+        n_embd=width,
+        checkpoint_layers=checkpoint,
+    )
+    result = dict(
+        shape=shape,
+        variant=variant,
+        weights=dtype,
+        fused_backward=fused,
+        tokens=T,
+        checkpoint_layers=checkpoint,
+    )
     try:
         with PeakMeter(device) as meter:
             result |= train(config, variant, getattr(torch, dtype), fused, device)
@@ -90,14 +119,14 @@ def train(config, variant, dtype, fused, device):
     finally:
         torch.set_default_dtype(before)
     options = dict(fused_backward=True) if fused else {}
-    optimizer = build_optimizer(model, variant, learning_rate=2e-4, embedding_lr=2e-4,
-                                **options)
+    optimizer = build_optimizer(model, variant, learning_rate=2e-4, embedding_lr=2e-4, **options)
     text = torch.randint(50257, (1, config.block_size + 1), device=device)
     losses, seconds, numbers = [], [], {}
 
     def step():
-        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16,
-                            enabled=dtype == torch.float32):
+        with torch.autocast(
+            torch.device(device).type, dtype=torch.bfloat16, enabled=dtype == torch.float32
+        ):
             _, loss = model(text[:, :-1], text[:, 1:])
         loss.backward()
         losses.append(loss.item())
@@ -106,7 +135,8 @@ def train(config, variant, dtype, fused, device):
         if not numbers:  # the first step makes the state
             numbers["allocator_state_bytes"] = None if fused else allocated(device) - held
             numbers["gradient_bytes"] = tensor_bytes(
-                p.grad for p in model.parameters() if p.grad is not None)
+                p.grad for p in model.parameters() if p.grad is not None
+            )
         optimizer.zero_grad(set_to_none=True)
 
     for _ in range(STEPS):
@@ -114,10 +144,16 @@ def train(config, variant, dtype, fused, device):
     parameters = sum(p.numel() for p in model.parameters())
     state, weights = state_bytes(optimizer), tensor_bytes(model)
     return dict(
-        fits=True, parameters=parameters, weight_bytes=weights, state_bytes=state, **numbers,
+        fits=True,
+        parameters=parameters,
+        weight_bytes=weights,
+        state_bytes=state,
+        **numbers,
         bytes_per_parameter=round((weights + numbers["gradient_bytes"] + state) / parameters, 3),
-        loss_first=round(losses[0], 4), loss_last=round(losses[-1], 4),
-        step_seconds=round(seconds[-1], 3))
+        loss_first=round(losses[0], 4),
+        loss_last=round(losses[-1], 4),
+        step_seconds=round(seconds[-1], 3),
+    )
 
 
 def allocated(device):
@@ -136,8 +172,10 @@ def cases_of(settings, device):
     sizes = settings.sizes.split(",")
     if unknown := [size for size in sizes if size not in SHAPES]:
         raise UserError(f"unknown size {unknown[0]!r}; known: {', '.join(SHAPES)}")
-    return [(size, settings.low_byte, "bfloat16", True, settings.block_size, True, device)
-            for size in sizes]
+    return [
+        (size, settings.low_byte, "bfloat16", True, settings.block_size, True, device)
+        for size in sizes
+    ]
 
 
 def main():
@@ -147,12 +185,12 @@ def main():
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     out = Path(settings.out)
-    kept = [row for row in (read_csv(out) if out.exists() else [])
-            if row["part"] != settings.part]
+    kept = [row for row in (read_csv(out) if out.exists() else []) if row["part"] != settings.part]
     rows = []
     # a fresh process for every case, so that nothing of an earlier one remains
-    pool = ProcessPoolExecutor(settings.workers, max_tasks_per_child=1,
-                               mp_context=multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        settings.workers, max_tasks_per_child=1, mp_context=multiprocessing.get_context("spawn")
+    )
     jobs = [pool.submit(run_case, *case) for case in cases_of(settings, device)]
     for job in jobs:
         row = dict(part=settings.part) | job.result()
@@ -168,10 +206,13 @@ def main():
             if settings.part == "largest":
                 break
             continue
-        print(f"{label} peak {row['peak_bytes'] / 2**30:6.2f} GiB, weights + gradients + state "
-              f"{row['bytes_per_parameter']:6.3f} bytes a parameter, state {row['state_bytes']:,} "
-              f"(allocator {row['allocator_state_bytes']}), loss {row['loss_first']:.3f} -> "
-              f"{row['loss_last']:.3f}, {row['step_seconds']} s a step", flush=True)
+        print(
+            f"{label} peak {row['peak_bytes'] / 2**30:6.2f} GiB, weights + gradients + state "
+            f"{row['bytes_per_parameter']:6.3f} bytes a parameter, state {row['state_bytes']:,} "
+            f"(allocator {row['allocator_state_bytes']}), loss {row['loss_first']:.3f} -> "
+            f"{row['loss_last']:.3f}, {row['step_seconds']} s a step",
+            flush=True,
+        )
     pool.shutdown(cancel_futures=True)
 
 

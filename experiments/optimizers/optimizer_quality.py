@@ -82,8 +82,12 @@ def next_runs(variant, rows, settings):
     seeds = range(1, settings.grid_seeds + 1)
 
     def lacking(points, seeds):
-        return [Run(variant, *point, seed) for point in points for seed in seeds
-                if seed not in done.get(point, {})]
+        return [
+            Run(variant, *point, seed)
+            for point in points
+            for seed in seeds
+            if seed not in done.get(point, {})
+        ]
 
     fresh = range(FRESH + 1, FRESH + 1 + settings.confirm_seeds)
     points = grid_settings(variant, settings)
@@ -94,8 +98,12 @@ def next_runs(variant, rows, settings):
     best = best_setting(done, seeds)
     if settings.climb and climbs(points, best) < CLIMBS:
         linear, embedding = best
-        neighbours = [(linear * 2, embedding), (linear / 2, embedding),
-                      (linear, embedding * 2), (linear, embedding / 2)]
+        neighbours = [
+            (linear * 2, embedding),
+            (linear / 2, embedding),
+            (linear, embedding * 2),
+            (linear, embedding / 2),
+        ]
         if runs := lacking(neighbours, seeds):
             return runs
     return lacking([best], fresh)
@@ -103,9 +111,11 @@ def next_runs(variant, rows, settings):
 
 def best_setting(done, seeds):
     """The learning rates with the lowest mean over the grid's seeds; diverged runs are infinite."""
+
     def mean(point):
         losses = [done[point].get(seed, math.inf) for seed in seeds]
         return sum(math.inf if loss is None or math.isnan(loss) else loss for loss in losses)
+
     return min(done, key=mean)
 
 
@@ -114,8 +124,9 @@ def climbs(points, best):
     outside = 0.0
     for axis in (0, 1):
         rates = [point[axis] for point in points]
-        outside = max(outside, math.log2(best[axis] / max(rates)),
-                      math.log2(min(rates) / best[axis]))
+        outside = max(
+            outside, math.log2(best[axis] / max(rates)), math.log2(min(rates) / best[axis])
+        )
     return outside
 
 
@@ -127,23 +138,27 @@ def batches(runs, replicas, workers):
     for family in families.values():
         size = min(replicas, max(12, math.ceil(len(family) / workers)))
         for start in range(0, len(family), size):
-            yield family[start:start + size]
+            yield family[start : start + size]
 
 
 def work(setup, runs, path, device, precision):
     """One batch, in a worker process: rows of results with the state's size added."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     text = read_text(path, setup.model["block_size"])
-    state = {variant: state_of_one(variant, setup, text, device)
-             for variant in sorted({run.variant for run in runs})}
+    state = {
+        variant: state_of_one(variant, setup, text, device)
+        for variant in sorted({run.variant for run in runs})
+    }
     label = f"{len(runs)} x {', '.join(state)}"
 
     def report(iteration, loss):
         print(f"    {label[:60]}: iteration {iteration}, training loss {loss:.4f}", flush=True)
 
     rows = train_runs(setup, runs, text, build, device, report=report)
-    return [row | state[row["variant"]] | dict(precision=precision, sha256=text.sha256[:16])
-            for row in rows]
+    return [
+        row | state[row["variant"]] | dict(precision=precision, sha256=text.sha256[:16])
+        for row in rows
+    ]
 
 
 def summarise(rows):
@@ -163,34 +178,51 @@ def summarise(rows):
     for (setup, iterations, variant), mine in fresh.items():
         if len(mine) < 2:  # its runs are not finished
             continue
-        reference = {row["seed"]: row["best_val_loss"]
-                     for row in fresh.get((setup, iterations, REFERENCE), [])}
+        reference = {
+            row["seed"]: row["best_val_loss"]
+            for row in fresh.get((setup, iterations, REFERENCE), [])
+        }
         losses = {row["seed"]: row["best_val_loss"] for row in mine}
         common = sorted(losses.keys() & reference.keys())
         mean, half = mean_interval(list(losses.values()))
         difference, difference_half, p = (
             paired_difference([losses[seed] for seed in common], [reference[s] for s in common])
-            if common else (math.nan,) * 3)
+            if common
+            else (math.nan,) * 3
+        )
         first = mine[0]
-        table.append(dict(
-            setup=setup, iterations=iterations, variant=variant,
-            learning_rate=first["learning_rate"],
-            embedding_lr=first["embedding_lr"], seeds=len(losses), val_loss=round(mean, 4),
-            interval=round(half, 4), to_adamw=round(difference, 4),
-            to_adamw_interval=round(difference_half, 4), p=float(f"{p:.2g}"),
-            state_bytes=first["state_bytes"],
-            state_percent=round(100 * first["state_bytes"] / (8 * first["parameters"]), 2)))
+        table.append(
+            dict(
+                setup=setup,
+                iterations=iterations,
+                variant=variant,
+                learning_rate=first["learning_rate"],
+                embedding_lr=first["embedding_lr"],
+                seeds=len(losses),
+                val_loss=round(mean, 4),
+                interval=round(half, 4),
+                to_adamw=round(difference, 4),
+                to_adamw_interval=round(difference_half, 4),
+                p=float(f"{p:.2g}"),
+                state_bytes=first["state_bytes"],
+                state_percent=round(100 * first["state_bytes"] / (8 * first["parameters"]), 2),
+            )
+        )
     return sorted(table, key=lambda row: (row["setup"], row["iterations"], row["val_loss"]))
 
 
 def print_table(table):
     """The summary, a line a variant."""
-    print(f"{'variant':44s} {'linear':>8s} {'embed':>8s} {'val loss':>17s} {'to AdamW':>18s} "
-          f"{'p':>8s} {'state':>7s}")
+    print(
+        f"{'variant':44s} {'linear':>8s} {'embed':>8s} {'val loss':>17s} {'to AdamW':>18s} "
+        f"{'p':>8s} {'state':>7s}"
+    )
     for row in table:
-        print(f"{row['variant'][:44]:44s} {row['learning_rate']:8.2g} {row['embedding_lr']:8.2g} "
-              f"{row['val_loss']:.4f} +- {row['interval']:.4f} {row['to_adamw']:+.4f} +- "
-              f"{row['to_adamw_interval']:.4f} {row['p']:8.2g} {row['state_percent']:6.1f}%")
+        print(
+            f"{row['variant'][:44]:44s} {row['learning_rate']:8.2g} {row['embedding_lr']:8.2g} "
+            f"{row['val_loss']:.4f} +- {row['interval']:.4f} {row['to_adamw']:+.4f} +- "
+            f"{row['to_adamw_interval']:.4f} {row['p']:8.2g} {row['state_percent']:6.1f}%"
+        )
 
 
 def run_all(settings):
@@ -213,13 +245,18 @@ def run_all(settings):
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
         while True:
-            mine = [row for row in rows if row["setup"] == setup.name
-                    and row["iterations"] == setup.iterations]
+            mine = [
+                row
+                for row in rows
+                if row["setup"] == setup.name and row["iterations"] == setup.iterations
+            ]
             runs = [run for variant in variants for run in next_runs(variant, mine, settings)]
             if not runs:
                 break
-            jobs = {pool.submit(work, setup, batch, settings.input, device, precision): batch
-                    for batch in batches(runs, settings.replicas, workers)}
+            jobs = {
+                pool.submit(work, setup, batch, settings.input, device, precision): batch
+                for batch in batches(runs, settings.replicas, workers)
+            }
             print(f"{len(runs)} runs in {len(jobs)} batches", flush=True)
             late = False
             for job in concurrent.futures.as_completed(jobs):
@@ -237,9 +274,11 @@ def run_all(settings):
                     continue
                 rows += [row | columns for row in job.result()]
                 write_csv(out, rows)
-                print(f"{time.perf_counter() - started:6.0f} s: {len(rows)} rows, best so far "
-                      f"{min(row['best_val_loss'] for row in job.result()):.4f} in this batch",
-                      flush=True)
+                print(
+                    f"{time.perf_counter() - started:6.0f} s: {len(rows)} rows, best so far "
+                    f"{min(row['best_val_loss'] for row in job.result()):.4f} in this batch",
+                    flush=True,
+                )
             if late:
                 print("out of time: run the same command again to go on")
                 break
@@ -252,8 +291,11 @@ def choose_setup(settings):
         raise UserError(f"unknown setup {settings.setup!r}; choose from: {', '.join(SETUPS)}")
     setup = SETUPS[settings.setup]
     if settings.iterations:
-        setup = replace(setup, iterations=settings.iterations,
-                        warmup=min(setup.warmup, settings.iterations // 2))
+        setup = replace(
+            setup,
+            iterations=settings.iterations,
+            warmup=min(setup.warmup, settings.iterations // 2),
+        )
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "tf32": torch.float32}
     precision = settings.dtype or str(setup.dtype).removeprefix("torch.")
     if precision not in known:

@@ -79,6 +79,7 @@ def main():
         def step():
             for optimizer in optimizers:
                 optimizer.step()
+
         return step, optimizers
 
     rows = []
@@ -95,17 +96,33 @@ def main():
             print(f"skipped {variant}: {type(error).__name__}: {str(error)[:100]}")
             continue
         (base, _), (mine, spread) = (quartiles([1e3 * t for t in column]) for column in times)
-        rows.append(dict(
-            shape=settings.shape, parameters=parameters, device=device, variant=variant,
-            step_ms=round(mine, 3), spread_ms=round(spread, 3), adamw_ms=round(base, 3),
-            ratio=round(mine / base, 3), state_bytes=optimizer_state_bytes(variant, optimizers),
-            rounds=settings.rounds, **provenance(device)))
-        print(f"{variant:44s} {mine:9.2f} ms (spread {spread:.2f}), fused AdamW {base:.2f} ms: "
-              f"{mine / base:.2f} times", flush=True)
+        rows.append(
+            dict(
+                shape=settings.shape,
+                parameters=parameters,
+                device=device,
+                variant=variant,
+                step_ms=round(mine, 3),
+                spread_ms=round(spread, 3),
+                adamw_ms=round(base, 3),
+                ratio=round(mine / base, 3),
+                state_bytes=optimizer_state_bytes(variant, optimizers),
+                rounds=settings.rounds,
+                **provenance(device),
+            )
+        )
+        print(
+            f"{variant:44s} {mine:9.2f} ms (spread {spread:.2f}), fused AdamW {base:.2f} ms: "
+            f"{mine / base:.2f} times",
+            flush=True,
+        )
         del step, optimizers  # its state
     out = Path(settings.out)
-    kept = [row for row in (read_csv(out) if out.exists() else [])
-            if (row["shape"], row["device"]) != (settings.shape, device)]
+    kept = [
+        row
+        for row in (read_csv(out) if out.exists() else [])
+        if (row["shape"], row["device"]) != (settings.shape, device)
+    ]
     write_csv(out, kept + rows)
 
 

@@ -23,60 +23,123 @@ SCALES = {
 }
 
 OURS = (
-    "torch_adamw", "adamsn", "adamsn:norm=sum+partition=larger", "adamsn:partition=column",
-    "adamsn8", "adafactor", "adafactor:momentum=0.9", "muonsn", "muonsn8", "muonsn4", "muonsn0",
-)  # fmt: skip
+    "torch_adamw",
+    "adamsn",
+    "adamsn:norm=sum+partition=larger",
+    "adamsn:partition=column",
+    "adamsn8",
+    "adafactor",
+    "adafactor:momentum=0.9",
+    "muonsn",
+    "muonsn8",
+    "muonsn4",
+    "muonsn0",
+)
 
 # Options whose worth is to be found out, one at a time. Run with a small grid that climbs:
 # --linear_lrs=4e-3,8e-3 --embedding_lrs=8e-3 --confirm_seeds=0
 ABLATIONS = {
     "ablation_adamsn": (
-        "adamsn", "adamsn:partition=column", "adamsn:partition=head",
-        "adamsn:partition=head_column", "adamsn:partition=larger", "adamsn:partition=32",
-        "adamsn:partition=8", "adamsn:partition=element",
-        "adamsn:partition={'qkv':'column'}", "adamsn:partition={'qkv':'head'}",
-        "adamsn:partition={'qkv':'head_column'}", "adamsn:partition={'attn_out':'column'}",
-        "adamsn:partition={'mlp_in':'column'}", "adamsn:partition={'mlp_out':'column'}",
-        "adamsn:partition={'qkv':'element'}", "adamsn:partition={'attn_out':'element'}",
-        "adamsn:partition={'mlp_in':'element'}", "adamsn:partition={'mlp_out':'element'}",
-        "adamsn:betas=(0.95,0.99)", "adamsn:betas=(0.8,0.99)", "adamsn:betas=(0.9,0.95)",
-        "adamsn:betas=(0.9,0.999)", "adamsn:embedding_partition='row'",
-        "adamsn:update_clip=1.0", "adam:betas=(0.95,0.99)", "adam:betas=(0.9,0.95)",
-        "adam:betas=(0.9,0.999)", "adam:betas=(0.8,0.99)",
+        "adamsn",
+        "adamsn:partition=column",
+        "adamsn:partition=head",
+        "adamsn:partition=head_column",
+        "adamsn:partition=larger",
+        "adamsn:partition=32",
+        "adamsn:partition=8",
+        "adamsn:partition=element",
+        "adamsn:partition={'qkv':'column'}",
+        "adamsn:partition={'qkv':'head'}",
+        "adamsn:partition={'qkv':'head_column'}",
+        "adamsn:partition={'attn_out':'column'}",
+        "adamsn:partition={'mlp_in':'column'}",
+        "adamsn:partition={'mlp_out':'column'}",
+        "adamsn:partition={'qkv':'element'}",
+        "adamsn:partition={'attn_out':'element'}",
+        "adamsn:partition={'mlp_in':'element'}",
+        "adamsn:partition={'mlp_out':'element'}",
+        "adamsn:betas=(0.95,0.99)",
+        "adamsn:betas=(0.8,0.99)",
+        "adamsn:betas=(0.9,0.95)",
+        "adamsn:betas=(0.9,0.999)",
+        "adamsn:embedding_partition='row'",
+        "adamsn:update_clip=1.0",
+        "adam:betas=(0.95,0.99)",
+        "adam:betas=(0.9,0.95)",
+        "adam:betas=(0.9,0.999)",
+        "adam:betas=(0.8,0.99)",
     ),
     "ablation_adafactor": (
-        "adafactor", "adafactor:clip=None", "adafactor:clip=0.5", "adafactor:clip=2.0",
-        "adafactor:betas=(0.9,0.95)", "adafactor:betas=(0.9,0.98)", "adafactor:betas=(0.9,0.999)",
-        "adafactor:decay=0.6", "adafactor:decay=1.0", "adafactor:weight_decay=0.3",
-        "adafactor:weight_decay=0.02", "adafactor:momentum=0.9",
-        "adafactor:momentum=0.9+momentum_bits=8", "adafactor:momentum=0.5",
+        "adafactor",
+        "adafactor:clip=None",
+        "adafactor:clip=0.5",
+        "adafactor:clip=2.0",
+        "adafactor:betas=(0.9,0.95)",
+        "adafactor:betas=(0.9,0.98)",
+        "adafactor:betas=(0.9,0.999)",
+        "adafactor:decay=0.6",
+        "adafactor:decay=1.0",
+        "adafactor:weight_decay=0.3",
+        "adafactor:weight_decay=0.02",
+        "adafactor:momentum=0.9",
+        "adafactor:momentum=0.9+momentum_bits=8",
+        "adafactor:momentum=0.5",
     ),
     "ablation_second": (  # what the first round suggests, together
-        "adafactor:decay=1.0+clip=2.0", "adafactor:decay=1.0+betas=(0.9,0.98)",
-        "adafactor:decay=1.0+betas=(0.9,0.995)", "adafactor:momentum=0.8",
-        "adafactor:momentum=0.8+decay=1.0", "adam:betas=(0.7,0.99)", "adam:betas=(0.8,0.95)",
-        "adamsn:betas=(0.8,0.99)+partition=8", "adamsn:betas=(0.7,0.99)",
+        "adafactor:decay=1.0+clip=2.0",
+        "adafactor:decay=1.0+betas=(0.9,0.98)",
+        "adafactor:decay=1.0+betas=(0.9,0.995)",
+        "adafactor:momentum=0.8",
+        "adafactor:momentum=0.8+decay=1.0",
+        "adam:betas=(0.7,0.99)",
+        "adam:betas=(0.8,0.95)",
+        "adamsn:betas=(0.8,0.99)+partition=8",
+        "adamsn:betas=(0.7,0.99)",
         "adamsn:betas=(0.8,0.99)+partition={'mlp_out':'element'}",
     ),
     "ablation_muonsn": (
-        "muonsn", "muonsn:momentum=0.8", "muonsn:momentum=0.9", "muonsn:momentum=0.98",
-        "muonsn:nu=0.95", "muonsn:nu=1.0", "muonsn:per_head=True", "muonsn:ns_steps=3",
+        "muonsn",
+        "muonsn:momentum=0.8",
+        "muonsn:momentum=0.9",
+        "muonsn:momentum=0.98",
+        "muonsn:nu=0.95",
+        "muonsn:nu=1.0",
+        "muonsn:per_head=True",
+        "muonsn:ns_steps=3",
         "muonsn:ns_steps=7",
-        "muonsn:row_beta2=0.8", "muonsn:row_beta2=0.99", "muonsn:weight_decay=0.02",
-        "muonsn:weight_decay=0.3", "muonsn:betas=(0.8,0.99)", "muonsn:betas=(0.95,0.99)",
-        "muonsn:betas=(0.9,0.95)", "muonsn:betas=(0.9,0.999)", "muonsn:embedding_partition='row'",
-        "muonsn8", "muonsn8:per_head=True", "muonsn4", "muonsn4:per_head=True",
-        "muonsn4:momentum=0.8", "muonsn4:momentum=0.95", "muonsn0", "muonsn0:per_head=True",
-        "muonsn0:ns_steps=3", "muonsn0:ns_steps=2", "muonsn0:momentum_bits=8",
+        "muonsn:row_beta2=0.8",
+        "muonsn:row_beta2=0.99",
+        "muonsn:weight_decay=0.02",
+        "muonsn:weight_decay=0.3",
+        "muonsn:betas=(0.8,0.99)",
+        "muonsn:betas=(0.95,0.99)",
+        "muonsn:betas=(0.9,0.95)",
+        "muonsn:betas=(0.9,0.999)",
+        "muonsn:embedding_partition='row'",
+        "muonsn8",
+        "muonsn8:per_head=True",
+        "muonsn4",
+        "muonsn4:per_head=True",
+        "muonsn4:momentum=0.8",
+        "muonsn4:momentum=0.95",
+        "muonsn0",
+        "muonsn0:per_head=True",
+        "muonsn0:ns_steps=3",
+        "muonsn0:ns_steps=2",
+        "muonsn0:momentum_bits=8",
     ),
-}  # fmt: skip
+}
 
 PACKAGES = {
-    "torchao_adamw8bit": "torchao.optim", "torchao_adamw4bit": "torchao.optim",
-    "bitsandbytes_adamw8bit": "bitsandbytes", "galore_adamw": "galore_torch.adamw",
-    "apollo_adamw": "apollo_torch.apollo", "apollo_mini": "apollo_torch.apollo",
-    "adam_mini": "adam_mini", "pytorch_optimizer_adamwsn": "pytorch_optimizer",
-}  # fmt: skip
+    "torchao_adamw8bit": "torchao.optim",
+    "torchao_adamw4bit": "torchao.optim",
+    "bitsandbytes_adamw8bit": "bitsandbytes",
+    "galore_adamw": "galore_torch.adamw",
+    "apollo_adamw": "apollo_torch.apollo",
+    "apollo_mini": "apollo_torch.apollo",
+    "adam_mini": "adam_mini",
+    "pytorch_optimizer_adamwsn": "pytorch_optimizer",
+}
 
 
 def expand(variants):
@@ -154,8 +217,13 @@ def build_ours(run, cohort, setup):
     name, options = parse_options(run.variant)
     beta1, _ = VARIANTS[name].options.get("betas", setup.betas)
     options = {"weight_decay": setup.weight_decay, "betas": (beta1, setup.betas[1])} | options
-    return build_optimizer(cohort.module, name, learning_rate=run.learning_rate,
-                           embedding_lr=run.embedding_lr, **options)
+    return build_optimizer(
+        cohort.module,
+        name,
+        learning_rate=run.learning_rate,
+        embedding_lr=run.embedding_lr,
+        **options,
+    )
 
 
 def state_of_one(variant, setup, text, device):
@@ -176,4 +244,3 @@ def optimizer_state_bytes(variant, optimizers):
     if is_peer(variant):
         return state_bytes_of(optimizers)
     return sum(state_bytes(optimizer) for optimizer in optimizers)
-

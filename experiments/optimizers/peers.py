@@ -22,8 +22,11 @@ def role(name):
 
 def groups(named, learning_rate, embedding_lr, weight_decay, roles=None, **linear_options):
     """Parameter groups by role; linear_options are added to the linear group alone."""
-    settings = {"linear": (learning_rate, weight_decay), "embedding": (embedding_lr, weight_decay),
-                "vector": (embedding_lr, 0.0)}
+    settings = {
+        "linear": (learning_rate, weight_decay),
+        "embedding": (embedding_lr, weight_decay),
+        "vector": (embedding_lr, 0.0),
+    }
     result = []
     for kind in roles or settings:
         params = [parameter for name, parameter in named if role(name) == kind]
@@ -39,8 +42,9 @@ def _arguments(run, setup):
 
 def _adamw(named, run, setup, roles=None):
     """torch's fused AdamW on some roles."""
-    return torch.optim.AdamW(groups(named, *_arguments(run, setup), roles=roles),
-                             betas=setup.betas, fused=True)
+    return torch.optim.AdamW(
+        groups(named, *_arguments(run, setup), roles=roles), betas=setup.betas, fused=True
+    )
 
 
 def torch_adamw(run, cohort, setup):
@@ -50,15 +54,22 @@ def torch_adamw(run, cohort, setup):
 
 def torch_nadam(run, cohort, setup):
     """NAdam (Dozat 2016) with decoupled decay: AdamW that looks a step ahead."""
-    return [torch.optim.NAdam(groups(cohort.slices.items(), *_arguments(run, setup)),
-                              betas=setup.betas, decoupled_weight_decay=True)]
+    return [
+        torch.optim.NAdam(
+            groups(cohort.slices.items(), *_arguments(run, setup)),
+            betas=setup.betas,
+            decoupled_weight_decay=True,
+        )
+    ]
 
 
 def torch_muon(run, cohort, setup):
     """torch.optim.Muon on linear weights, rates matched to AdamW's; AdamW for the rest."""
     linear = groups(cohort.module.named_parameters(), *_arguments(run, setup), roles=["linear"])
-    return [torch.optim.Muon(linear, adjust_lr_fn="match_rms_adamw"),
-            _adamw(cohort.slices.items(), run, setup, ["embedding", "vector"])]
+    return [
+        torch.optim.Muon(linear, adjust_lr_fn="match_rms_adamw"),
+        _adamw(cohort.slices.items(), run, setup, ["embedding", "vector"]),
+    ]
 
 
 def torch_adafactor(run, cohort, setup):
@@ -76,8 +87,9 @@ def _torchao(name, run, cohort, setup):
     numel = {key: cohort.stack.weights[key][0].numel() for key in cohort.slices}
     small = {key for key, n in numel.items() if n < 4096 or n % block}
     slices = cohort.slices
-    large = groups([item for item in slices.items() if item[0] not in small],
-                   *_arguments(run, setup))
+    large = groups(
+        [item for item in slices.items() if item[0] not in small], *_arguments(run, setup)
+    )
     rest = [item for item in slices.items() if item[0] in small]
     large = [group for group in large if group["params"]]
     optimizers = [getattr(optim, name)(large, betas=setup.betas)] if large else []
@@ -101,11 +113,16 @@ def bitsandbytes_adamw8bit(run, cohort, setup):
     slices = cohort.slices
     whole = {key for key in slices if cohort.stack.weights[key][0].numel() % 256 == 0}
     named = [item for item in slices.items() if item[0] in whole and role(item[0]) != "vector"]
-    named += [(key, parameter) for key, parameter in cohort.module.named_parameters()
-              if key.partition(".")[2] not in whole]  # "0.transformer..." -> "transformer..."
+    named += [
+        (key, parameter)
+        for key, parameter in cohort.module.named_parameters()
+        if key.partition(".")[2] not in whole
+    ]  # "0.transformer..." -> "transformer..."
     large = groups(named, *_arguments(run, setup), roles=["linear", "embedding"])
-    return [bitsandbytes.optim.AdamW8bit(large, betas=setup.betas),
-            _adamw(slices.items(), run, setup, ["vector"])]  # below 4096 elements: float32
+    return [
+        bitsandbytes.optim.AdamW8bit(large, betas=setup.betas),
+        _adamw(slices.items(), run, setup, ["vector"]),
+    ]  # below 4096 elements: float32
 
 
 def galore_adamw(run, cohort, setup):
@@ -113,19 +130,37 @@ def galore_adamw(run, cohort, setup):
     from galore_torch.adamw import AdamW
 
     rank = setup.model["n_embd"] // 4
-    linear = groups(cohort.module.named_parameters(), *_arguments(run, setup), roles=["linear"],
-                    rank=rank, update_proj_gap=200, scale=0.25, proj_type="std")
-    return [AdamW(linear, betas=setup.betas, no_deprecation_warning=True),
-            _adamw(cohort.slices.items(), run, setup, ["embedding", "vector"])]
+    linear = groups(
+        cohort.module.named_parameters(),
+        *_arguments(run, setup),
+        roles=["linear"],
+        rank=rank,
+        update_proj_gap=200,
+        scale=0.25,
+        proj_type="std",
+    )
+    return [
+        AdamW(linear, betas=setup.betas, no_deprecation_warning=True),
+        _adamw(cohort.slices.items(), run, setup, ["embedding", "vector"]),
+    ]
 
 
 def _apollo(run, cohort, setup, **options):
     from apollo_torch.apollo import AdamW
 
-    linear = groups(cohort.module.named_parameters(), *_arguments(run, setup), roles=["linear"],
-                    update_proj_gap=200, proj="random", proj_type="std", **options)
-    return [AdamW(linear, betas=setup.betas),
-            _adamw(cohort.slices.items(), run, setup, ["embedding", "vector"])]
+    linear = groups(
+        cohort.module.named_parameters(),
+        *_arguments(run, setup),
+        roles=["linear"],
+        update_proj_gap=200,
+        proj="random",
+        proj_type="std",
+        **options,
+    )
+    return [
+        AdamW(linear, betas=setup.betas),
+        _adamw(cohort.slices.items(), run, setup, ["embedding", "vector"]),
+    ]
 
 
 def apollo_adamw(run, cohort, setup):
@@ -146,11 +181,21 @@ def adam_mini(run, cohort, setup):
     optimizers = []
     C, H = setup.model["n_embd"], setup.model["n_head"]
     for kind, rate in (("linear", run.learning_rate), ("rest", run.embedding_lr)):
-        named = [item for name, parameter in cohort.module.named_parameters()
-                 if (role(name) == "linear") == (kind == "linear")
-                 for item in _adam_mini_names(name, parameter, C)]
-        optimizer = Adam_mini(named, lr=rate, betas=setup.betas, verbose=False,
-                              weight_decay=setup.weight_decay, dim=C, n_heads=H)
+        named = [
+            item
+            for name, parameter in cohort.module.named_parameters()
+            if (role(name) == "linear") == (kind == "linear")
+            for item in _adam_mini_names(name, parameter, C)
+        ]
+        optimizer = Adam_mini(
+            named,
+            lr=rate,
+            betas=setup.betas,
+            verbose=False,
+            weight_decay=setup.weight_decay,
+            dim=C,
+            n_heads=H,
+        )
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         optimizers.append(optimizer)
@@ -164,8 +209,8 @@ def _adam_mini_names(name, parameter, C):
         return [(name, parameter)]
     parts = []
     for i, label in enumerate(("wq", "wk", "wv")):
-        part = nn.Parameter(parameter.detach()[i * C:(i + 1) * C])
-        part.grad = parameter.grad[i * C:(i + 1) * C]
+        part = nn.Parameter(parameter.detach()[i * C : (i + 1) * C])
+        part.grad = parameter.grad[i * C : (i + 1) * C]
         parts.append((name.replace("c_attn", label), part))
     return parts
 
@@ -181,10 +226,23 @@ def pytorch_optimizer_adamwsn(run, cohort, setup):
     return [AdamWSN([*linear, *rest], betas=setup.betas)]
 
 
-PEERS = {function.__name__: function for function in (
-    torch_adamw, torch_nadam, torch_muon, torch_adafactor, torchao_adamw8bit, torchao_adamw4bit,
-    bitsandbytes_adamw8bit, galore_adamw, apollo_adamw, apollo_mini, adam_mini,
-    pytorch_optimizer_adamwsn)}
+PEERS = {
+    function.__name__: function
+    for function in (
+        torch_adamw,
+        torch_nadam,
+        torch_muon,
+        torch_adafactor,
+        torchao_adamw8bit,
+        torchao_adamw4bit,
+        bitsandbytes_adamw8bit,
+        galore_adamw,
+        apollo_adamw,
+        apollo_mini,
+        adam_mini,
+        pytorch_optimizer_adamwsn,
+    )
+}
 
 
 def state_bytes_of(optimizers):

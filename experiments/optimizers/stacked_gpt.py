@@ -30,14 +30,21 @@ class StackedGPT:
     """
 
     def __init__(self, config, seeds, device="cpu", dtype=torch.float32):
-        plain = (config.position == "learned" and config.norm == "layernorm" and not config.bias
-                 and config.mlp == "gelu" and config.kv_heads == config.n_head
-                 and config.tie_embeddings
-                 and config.attention_dropout in (None, config.dropout))
+        plain = (
+            config.position == "learned"
+            and config.norm == "layernorm"
+            and not config.bias
+            and config.mlp == "gelu"
+            and config.kv_heads == config.n_head
+            and config.tie_embeddings
+            and config.attention_dropout in (None, config.dropout)
+        )
         if not plain:
-            raise UserError("StackedGPT knows nanoGPT's architecture only: learned positions, "
-                            "layernorm without bias, gelu, one key/value head a head, tied head, "
-                            "one dropout rate")
+            raise UserError(
+                "StackedGPT knows nanoGPT's architecture only: learned positions, "
+                "layernorm without bias, gelu, one key/value head a head, tied head, "
+                "one dropout rate"
+            )
         self.config = config
         self.training = True
         self.replicas = []
@@ -150,13 +157,24 @@ class Step:
     by the norm of the step before.
     """
 
-    def __init__(self, stack, tokens, batch_size, block_size, clip=1.0, dtype=torch.float32,
-                 graph=False, compile=False, late=False):
+    def __init__(
+        self,
+        stack,
+        tokens,
+        batch_size,
+        block_size,
+        clip=1.0,
+        dtype=torch.float32,
+        graph=False,
+        compile=False,
+        late=False,
+    ):
         self.stack, self.tokens, self.clip, self.dtype = stack, tokens, clip, dtype
         self.losses_of = torch.compile(stack.losses, dynamic=False) if compile else stack.losses
         self.window = torch.arange(block_size + 1, device=tokens.device)
-        self.offsets = torch.zeros(len(stack.replicas), batch_size, dtype=torch.int64,
-                                   device=tokens.device)
+        self.offsets = torch.zeros(
+            len(stack.replicas), batch_size, dtype=torch.int64, device=tokens.device
+        )
         self.norms = torch.zeros(len(stack.replicas), device=tokens.device) if late else None
         self.graph = self._record() if graph else None
         if late:
@@ -171,8 +189,12 @@ class Step:
 
     def _run(self):
         text = self.tokens[self.offsets[..., None] + self.window]  # (M, B, T + 1)
-        with torch.autocast(self.tokens.device.type, dtype=torch.bfloat16,
-                            enabled=self.dtype == torch.bfloat16, cache_enabled=False):
+        with torch.autocast(
+            self.tokens.device.type,
+            dtype=torch.bfloat16,
+            enabled=self.dtype == torch.bfloat16,
+            cache_enabled=False,
+        ):
             losses = self.losses_of(text[..., :-1], text[..., 1:])
         return self.stack.backward(losses, self.clip, self.norms)
 

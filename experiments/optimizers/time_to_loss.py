@@ -29,10 +29,23 @@ from configurator import parse_config
 from experiments.shared.common import RESULTS, ROOT, interleaved, provenance, write_csv
 from leangpt.system.errors import UserError, exit_cleanly
 
-NANOGPT = ("--optimizer_variant=adam", "--learning_rate=1e-3", "--embedding_lr=1e-3",
-           "--min_lr=1e-4", "--weight_decay=0.1", "--beta1=0.9", "--beta2=0.99", "--max_iters=2000",
-           "--lr_decay_iters=2000", "--warmup_iters=100", "--batch_size=12", "--block_size=64",
-           "--optimizer_options=", "--dtype=float32", "--compile=False")
+NANOGPT = (
+    "--optimizer_variant=adam",
+    "--learning_rate=1e-3",
+    "--embedding_lr=1e-3",
+    "--min_lr=1e-4",
+    "--weight_decay=0.1",
+    "--beta1=0.9",
+    "--beta2=0.99",
+    "--max_iters=2000",
+    "--lr_decay_iters=2000",
+    "--warmup_iters=100",
+    "--batch_size=12",
+    "--block_size=64",
+    "--optimizer_options=",
+    "--dtype=float32",
+    "--compile=False",
+)
 
 
 @dataclass
@@ -51,12 +64,26 @@ class Settings:
 def train_until(settings, flags, seed, eval_interval):
     """Run train.py until its validation loss reaches the target -> dict of what it took."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "train.py", settings.config, *flags, f"--seed={seed}",
-                   f"--eval_interval={eval_interval}", f"--device={settings.device}",
-                   "--log_interval=1000000", f"--out_dir={folder}"]
+        command = [
+            sys.executable,
+            "train.py",
+            settings.config,
+            *flags,
+            f"--seed={seed}",
+            f"--eval_interval={eval_interval}",
+            f"--device={settings.device}",
+            "--log_interval=1000000",
+            f"--out_dir={folder}",
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": str(settings.threads)}
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
         try:
             while process.poll() is None:
                 time.sleep(0.5)
@@ -73,10 +100,16 @@ def train_until(settings, flags, seed, eval_interval):
     row = reached(rows, settings.target)
     last = row or rows[-1]
     trained = [r for r in rows if int(r["iter"])]
-    return dict(seed=seed, reached=bool(row), seconds=round(float(last["seconds"]), 2),
-                iterations=int(last["iter"]), val_loss=float(last["val_loss"]),
-                ms_per_iteration=round(1e3 * float(trained[-1]["seconds"])
-                                       / int(trained[-1]["iter"]), 2) if trained else None)
+    return dict(
+        seed=seed,
+        reached=bool(row),
+        seconds=round(float(last["seconds"]), 2),
+        iterations=int(last["iter"]),
+        val_loss=float(last["val_loss"]),
+        ms_per_iteration=round(1e3 * float(trained[-1]["seconds"]) / int(trained[-1]["iter"]), 2)
+        if trained
+        else None,
+    )
 
 
 def evaluations(folder):
@@ -103,32 +136,49 @@ def main():
     if settings.rounds < 1:
         raise UserError(f"rounds must be at least 1, not {settings.rounds}")
     torch.set_num_threads(settings.threads)  # for the machine's description; train.py has its own
-    seeds = {"ours": iter(range(1, settings.rounds + 1)),
-             "nanoGPT": iter(range(1, settings.rounds + 1))}
+    seeds = {
+        "ours": iter(range(1, settings.rounds + 1)),
+        "nanoGPT": iter(range(1, settings.rounds + 1)),
+    }
     flags = {"ours": settings.options.split(), "nanoGPT": list(NANOGPT)}
     every = {"ours": settings.eval_interval, "nanoGPT": settings.nanogpt_eval_interval}
 
     def contestant(side):
         def run():
             result = train_until(settings, flags[side], next(seeds[side]), every[side])
-            print(f"{side:8s} seed {result['seed']}: val loss {result['val_loss']:.4f} after "
-                  f"{result['seconds']:.1f} s, {result['iterations']} iterations of "
-                  f"{result['ms_per_iteration']} ms", flush=True)
+            print(
+                f"{side:8s} seed {result['seed']}: val loss {result['val_loss']:.4f} after "
+                f"{result['seconds']:.1f} s, {result['iterations']} iterations of "
+                f"{result['ms_per_iteration']} ms",
+                flush=True,
+            )
             return result
+
         return run
 
     turns = interleaved([contestant(side) for side in flags], settings.rounds)
     results = dict(zip(flags, turns))
-    rows = [dict(side=side, target=settings.target, threads=settings.threads,
-                 options=" ".join(flags[side])) | result | provenance(settings.device)
-            for side in flags for result in results[side]]
+    rows = [
+        dict(
+            side=side,
+            target=settings.target,
+            threads=settings.threads,
+            options=" ".join(flags[side]),
+        )
+        | result
+        | provenance(settings.device)
+        for side in flags
+        for result in results[side]
+    ]
     write_csv(settings.out, rows)
     seconds = {side: median([r["seconds"] for r in results[side]]) for side in flags}
     missed = [side for side in flags if not all(r["reached"] for r in results[side])]
     for side in missed:
         print(f"note: {side} did not reach {settings.target} in every run")
-    print(f"median seconds to {settings.target}: ours {seconds['ours']:.1f}, nanoGPT "
-          f"{seconds['nanoGPT']:.1f}: {seconds['nanoGPT'] / seconds['ours']:.1f} times sooner")
+    print(
+        f"median seconds to {settings.target}: ours {seconds['ours']:.1f}, nanoGPT "
+        f"{seconds['nanoGPT']:.1f}: {seconds['nanoGPT'] / seconds['ours']:.1f} times sooner"
+    )
 
 
 if __name__ == "__main__":

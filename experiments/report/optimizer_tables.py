@@ -6,8 +6,15 @@ from statistics import median
 from experiments.report.table_tools import figure, gigabytes, made_on, markdown, milliseconds, table
 from experiments.shared.paired import paired_difference
 
-COLUMNS = ["validation loss", "against tuned AdamW", "p (paired)", "seeds",
-           "state, bytes a parameter (of Adam's)", "a step, of fused AdamW's", "lr: linear / rest"]
+COLUMNS = [
+    "validation loss",
+    "against tuned AdamW",
+    "p (paired)",
+    "seeds",
+    "state, bytes a parameter (of Adam's)",
+    "a step, of fused AdamW's",
+    "lr: linear / rest",
+]
 
 
 def lines_of(rows, speeds):
@@ -16,16 +23,19 @@ def lines_of(rows, speeds):
     for row in sorted(rows, key=lambda row: row["val_loss"]):
         reference = row["variant"] == "torch_adamw"
         yield [
-            label(row), f"{row['val_loss']:.4f} ± {row['interval']:.4f}",
+            label(row),
+            f"{row['val_loss']:.4f} ± {row['interval']:.4f}",
             "–" if reference else f"{row['to_adamw']:+.4f} ± {row['to_adamw_interval']:.4f}",
             "–" if reference else "< 1e-15" if row["p"] < 1e-15 else f"{row['p']:.1g}",
-            row["seeds"], f"{8 * row['state_percent'] / 100:.2f} ({row['state_percent']:.1f}%)",
-            ratios.get(row["variant"], ""), f"{row['learning_rate']:g} / {row['embedding_lr']:g}"]
+            row["seeds"],
+            f"{8 * row['state_percent'] / 100:.2f} ({row['state_percent']:.1f}%)",
+            ratios.get(row["variant"], ""),
+            f"{row['learning_rate']:g} / {row['embedding_lr']:g}",
+        ]
 
 
 # options whose worth docs/RESULTS.md shows, not the README
-ABLATED = ("column_norm=False", "nu=", "nu1=", "rounding=", "muonsn4:", "adamsn8:",
-           "role_rates={}")
+ABLATED = ("column_norm=False", "nu=", "nu1=", "rounding=", "muonsn4:", "adamsn8:", "role_rates={}")
 DEFAULT_MOMENTUM = (0.95, 0.8)  # beta1 and nu1 of rows that name no other
 # what the larger character model is better with
 ADAMS_MOMENTUM = ("adamsn:betas=(0.9,0.99)+nu1=0.9", "adamsn:betas=(0.9,0.99)+nu1=1.0")
@@ -60,7 +70,8 @@ def ablated(row):
 
 
 SETUPS = {  # (setup, iterations) -> what the table calls it
-    ("char384", 1000): "characters, 16 passes", ("char384", 2000): "characters, 32 passes",
+    ("char384", 1000): "characters, 16 passes",
+    ("char384", 2000): "characters, 32 passes",
     ("bpe51m", 1000): "GPT-2 tokens, 51M",
 }
 
@@ -73,9 +84,14 @@ def optimizers_larger(rows, speeds):
         mine = [row for row in rows if (row["setup"], row["iterations"]) == key]
         tuned = {row["variant"] for row in mine}
         # the best that there is of an optimizer whose defaults have not run here
-        mine = [row for row in mine if not ablated(row) or row["variant"] in ADAMS_MOMENTUM
-                or "role_rates={}" in row["variant"]
-                and row["variant"].partition(":")[0] not in tuned]
+        mine = [
+            row
+            for row in mine
+            if not ablated(row)
+            or row["variant"] in ADAMS_MOMENTUM
+            or "role_rates={}" in row["variant"]
+            and row["variant"].partition(":")[0] not in tuned
+        ]
         lines += [[name, *line] for line in lines_of(mine, speeds)]
     return markdown(["setup", "optimizer", *COLUMNS], lines)
 
@@ -83,8 +99,11 @@ def optimizers_larger(rows, speeds):
 @table("adamsn_momentum", "optimizer_quality_summary.csv")
 def adamsn_momentum(rows):
     """adamsn's momentum at all three sizes: differences to AdamW on fresh seeds."""
-    setups = {("seed", 2000): "characters, 0.8M", ("char384", 1000): "characters, 10.7M",
-              ("bpe51m", 1000): "GPT-2 tokens, 51M"}
+    setups = {
+        ("seed", 2000): "characters, 0.8M",
+        ("char384", 1000): "characters, 10.7M",
+        ("bpe51m", 1000): "GPT-2 tokens, 51M",
+    }
     found = {((row["setup"], row["iterations"]), row["variant"]): row for row in rows}
     lines = []
     momenta = DEFAULT_MOMENTUM, (0.9, 0.8), (0.9, 0.9), (0.9, 1.0)
@@ -116,12 +135,27 @@ def optimizers_grids(rows):
         for mine in found.values():
             if all(row["seed"] == 1 for row in mine):
                 best = best_of_grid(mine)
-                lines.append([
-                    name, label(best), f"{best['best_val_loss']:.4f}",
-                    f"{best['best_val_loss'] - adamw:+.4f}", len(mine),
-                    f"{best['learning_rate']:g} / {best['embedding_lr']:g}"])
-    return markdown(["setup", "optimizer", "validation loss, seed 1", "against AdamW's",
-                     "settings run", "lr: linear / rest"], lines)
+                lines.append(
+                    [
+                        name,
+                        label(best),
+                        f"{best['best_val_loss']:.4f}",
+                        f"{best['best_val_loss'] - adamw:+.4f}",
+                        len(mine),
+                        f"{best['learning_rate']:g} / {best['embedding_lr']:g}",
+                    ]
+                )
+    return markdown(
+        [
+            "setup",
+            "optimizer",
+            "validation loss, seed 1",
+            "against AdamW's",
+            "settings run",
+            "lr: linear / rest",
+        ],
+        lines,
+    )
 
 
 def best_of_grid(rows):
@@ -135,8 +169,11 @@ BEFORE = "+betas=(0.9,0.99)+nu1=1.0+role_rates={}"  # what adamsn's rows there h
 @table("adamsn_ablation", "optimizer_ablation.csv")
 def adamsn_ablation(rows):
     """Subsets of adamsn by role, each at the best of its small grid: means of the grid's seeds."""
-    rows = [row for row in rows if row["variant"].startswith("adamsn")
-            and row["variant"].endswith(BEFORE.removeprefix("+"))]
+    rows = [
+        row
+        for row in rows
+        if row["variant"].startswith("adamsn") and row["variant"].endswith(BEFORE.removeprefix("+"))
+    ]
     found = {}
     for row in rows:
         rates = f"{row['learning_rate']:g} / {row['embedding_lr']:g}"
@@ -146,10 +183,13 @@ def adamsn_ablation(rows):
     lines = []
     for name, grid in found.items():
         rates = min(grid, key=lambda rates: sum(grid[rates]) / len(grid[rates]))
-        lines.append([f"`{name}`", f"{sum(grid[rates]) / len(grid[rates]):.4f}", rates,
-                      len(grid[rates])])
-    return markdown(["subsets", "validation loss", "lr: linear / rest", "seeds"],
-                    sorted(lines, key=lambda line: line[1])) + made_on(rows)
+        lines.append(
+            [f"`{name}`", f"{sum(grid[rates]) / len(grid[rates]):.4f}", rates, len(grid[rates])]
+        )
+    return markdown(
+        ["subsets", "validation loss", "lr: linear / rest", "seeds"],
+        sorted(lines, key=lambda line: line[1]),
+    ) + made_on(rows)
 
 
 @table("adaptive_search", "adaptive_search.csv")
@@ -165,12 +205,15 @@ def adaptive_search(rows):
             if name.partition(":")[0] == family:
                 seeds = sorted(losses)
                 difference, half, _ = paired_difference(
-                    [losses[seed] for seed in seeds], [found["adamw"][seed] for seed in seeds])
+                    [losses[seed] for seed in seeds], [found["adamw"][seed] for seed in seeds]
+                )
                 compared.append((difference, half, name, len(seeds)))
         best = sorted(compared)[:8]
         best += [line for line in compared if line[2] == family and line not in best]
-        lines += [[f"`{name}`", f"{difference:+.4f}" + (f" ± {half:.4f}" if half else ""), seeds]
-                  for difference, half, name, seeds in best]
+        lines += [
+            [f"`{name}`", f"{difference:+.4f}" + (f" ± {half:.4f}" if half else ""), seeds]
+            for difference, half, name, seeds in best
+        ]
     return markdown(["recipe", "against AdamW", "seeds"], lines) + made_on(rows)
 
 
@@ -178,10 +221,12 @@ def adaptive_search(rows):
 def low_byte(rows):
     """Weights in bfloat16, and updates inside backward, against float32; paired by seed, at the
     same rates."""
-    names = {"seed": "float32, clipped by the norm of all gradients",
-             "seed_bf16": "bfloat16, rounded stochastically; the same clip",
-             "seed_fused": "bfloat16, clipped by the norm of the step before, as inside backward",
-             "seed_unclipped": "bfloat16, each tensor's update clipped instead (`grad_clip=0`)"}
+    names = {
+        "seed": "float32, clipped by the norm of all gradients",
+        "seed_bf16": "bfloat16, rounded stochastically; the same clip",
+        "seed_fused": "bfloat16, clipped by the norm of the step before, as inside backward",
+        "seed_unclipped": "bfloat16, each tensor's update clipped instead (`grad_clip=0`)",
+    }
     found = {}
     for row in rows:
         base = row["variant"].removesuffix(":update_clip=1.0")
@@ -197,8 +242,15 @@ def low_byte(rows):
                 continue
             mine = [found[optimizer, setup][run] for run in runs]
             difference, half, _ = paired_difference(mine, [whole[run] for run in runs])
-            lines.append([f"`{optimizer}`", name, f"{sum(mine) / len(mine):.4f}",
-                          "–" if setup == "seed" else f"{difference:+.4f} ± {half:.4f}", len(runs)])
+            lines.append(
+                [
+                    f"`{optimizer}`",
+                    name,
+                    f"{sum(mine) / len(mine):.4f}",
+                    "–" if setup == "seed" else f"{difference:+.4f} ± {half:.4f}",
+                    len(runs),
+                ]
+            )
     return markdown(["optimizer", "weights", "validation loss", "against float32", "seeds"], lines)
 
 
@@ -207,12 +259,26 @@ def memory_variants(rows):
     """GPT-2 XL, one sequence of 1,024 tokens: bytes a parameter, and the whole peak."""
     rows = [row for row in rows if row["part"] == "variants"]
     return markdown(
-        ["optimizer", "weights", "gradients", "bytes a parameter: state",
-         "weights + gradients + state", "peak of a training step"],
-        [[f"`{row['variant']}`", row["weights"],
-          "freed inside backward" if row["fused_backward"] == "True" else row["weights"],
-          f"{row['state_bytes'] / row['parameters']:.3f}", f"{row['bytes_per_parameter']:.2f}",
-          gigabytes(row["peak_bytes"] / 1e9)] for row in rows]) + made_on(rows)
+        [
+            "optimizer",
+            "weights",
+            "gradients",
+            "bytes a parameter: state",
+            "weights + gradients + state",
+            "peak of a training step",
+        ],
+        [
+            [
+                f"`{row['variant']}`",
+                row["weights"],
+                "freed inside backward" if row["fused_backward"] == "True" else row["weights"],
+                f"{row['state_bytes'] / row['parameters']:.3f}",
+                f"{row['bytes_per_parameter']:.2f}",
+                gigabytes(row["peak_bytes"] / 1e9),
+            ]
+            for row in rows
+        ],
+    ) + made_on(rows)
 
 
 @table("memory_largest", "optimizer_memory.csv")
@@ -221,9 +287,16 @@ def memory_largest(rows):
     rows = [row for row in rows if row["part"] == "largest" and row["fits"] == "True"]
     return markdown(
         ["parameters", "bytes a parameter", "peak", "a step", "loss on one batch, 3 steps"],
-        [[f"{row['parameters'] / 1e9:.1f}B", f"{row['bytes_per_parameter']:.2f}",
-          gigabytes(row["peak_bytes"] / 1e9), f"{row['step_seconds']:.1f} s",
-          f"{row['loss_first']:.2f} → {row['loss_last']:.2f}"] for row in rows]
+        [
+            [
+                f"{row['parameters'] / 1e9:.1f}B",
+                f"{row['bytes_per_parameter']:.2f}",
+                gigabytes(row["peak_bytes"] / 1e9),
+                f"{row['step_seconds']:.1f} s",
+                f"{row['loss_first']:.2f} → {row['loss_last']:.2f}",
+            ]
+            for row in rows
+        ],
     ) + made_on(rows)
 
 
@@ -233,21 +306,40 @@ def optimizer_speed(rows):
     parts = []
     for device in dict.fromkeys(row["device"] for row in rows):
         mine = timed_on(device, rows)
-        parts.append(markdown(
-            ["optimizer", "a step", "of fused AdamW's", "state, bytes a parameter"],
-            [[f"`{row['variant']}`", milliseconds(row["step_ms"]), f"{row['ratio']:.2f}×",
-              f"{row['state_bytes'] / row['parameters']:.2f}"]
-             for row in sorted(mine, key=lambda row: row["ratio"])]) + made_on(mine))
+        parts.append(
+            markdown(
+                ["optimizer", "a step", "of fused AdamW's", "state, bytes a parameter"],
+                [
+                    [
+                        f"`{row['variant']}`",
+                        milliseconds(row["step_ms"]),
+                        f"{row['ratio']:.2f}×",
+                        f"{row['state_bytes'] / row['parameters']:.2f}",
+                    ]
+                    for row in sorted(mine, key=lambda row: row["ratio"])
+                ],
+            )
+            + made_on(mine)
+        )
     return "\n\n".join(parts)
 
 
 @table("time_to_loss", "time_to_loss.csv")
 def time_to_loss(rows):
     """Seconds of training until nanoGPT's final loss."""
-    return markdown(["recipe", "seed", "reached", "iterations", "training time"],
-                    [[row["side"], row["seed"], "yes" if row["reached"] == "True" else "no",
-                      row["iterations"], f"{row['seconds']:.1f} s"] for row in rows]
-                    ) + made_on(rows)
+    return markdown(
+        ["recipe", "seed", "reached", "iterations", "training time"],
+        [
+            [
+                row["side"],
+                row["seed"],
+                "yes" if row["reached"] == "True" else "no",
+                row["iterations"],
+                f"{row['seconds']:.1f} s",
+            ]
+            for row in rows
+        ],
+    ) + made_on(rows)
 
 
 def of_variant(rows, variant):
@@ -322,8 +414,11 @@ def adafactor_momentum_gain(rows):
 @figure("low_byte_bytes", "optimizer_memory.csv")
 def low_byte_bytes(rows):
     """Of weights and state, `muonsn8` in bfloat16 with updates inside backward."""
-    row = next(row for row in rows if (row["part"], row["variant"], row["fused_backward"])
-               == ("variants", "muonsn8", "True"))
+    row = next(
+        row
+        for row in rows
+        if (row["part"], row["variant"], row["fused_backward"]) == ("variants", "muonsn8", "True")
+    )
     return f"{row['bytes_per_parameter']:.2f} bytes"
 
 

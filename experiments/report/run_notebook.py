@@ -30,14 +30,21 @@ class Settings:
 def run(notebook, timeout):
     """Execute `notebook` (a NotebookNode) with the repository's root as working directory."""
     pipes = Config(KernelManager={"transport": "ipc"})  # no ports opened for a batch run
-    NotebookClient(notebook, timeout=timeout, kernel_name="python3", record_timing=False,
-                   coalesce_streams=True, resources={"metadata": {"path": str(ROOT)}},
-                   config=pipes).execute()
+    NotebookClient(
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(ROOT)}},
+        config=pipes,
+    ).execute()
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs
-                            if WIDGET not in output.get("data", {})]
+            cell.outputs = [
+                output for output in cell.outputs if WIDGET not in output.get("data", {})
+            ]
     return notebook
 
 

@@ -5,9 +5,11 @@ TABLES, FIGURES = {}, {}  # name -> (function of the CSVs' rows, files under res
 
 def table(name, *files, registry=TABLES):
     """Register a function: rows (list of dicts) of each of results/`files` -> Markdown."""
+
     def register(function):
         registry[name] = (function, files)
         return function
+
     return register
 
 
@@ -29,10 +31,14 @@ def made_on(rows):
     """
     if not rows:
         raise LookupError("no rows to show")
-    machines, versions, commits = (list(dict.fromkeys(str(row[column]) for row in rows))
-                                   for column in ("machine", "torch", "commit"))
-    return (f"\n\n{' and '.join(machines)}; torch {' and '.join(versions)}; "
-            f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}.")
+    machines, versions, commits = (
+        list(dict.fromkeys(str(row[column]) for row in rows))
+        for column in ("machine", "torch", "commit")
+    )
+    return (
+        f"\n\n{' and '.join(machines)}; torch {' and '.join(versions)}; "
+        f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}."
+    )
 
 
 def megabytes(value):

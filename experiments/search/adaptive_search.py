@@ -82,7 +82,7 @@ class Weights:
         if how.momentum and how.of == "gradient":
             x = self._average(x, mu) / (1 - mu**clock.time)
             x = grad + how.nu * (x - grad) if how.nu != 1 else x
-        update = x / self._root(grad, clock)**how.power
+        update = x / self._root(grad, clock) ** how.power
         update = clipped(over_rms(update, how.now), how)
         if how.momentum and how.of == "update":
             value = self._average(update, mu)
@@ -160,8 +160,9 @@ def optimizers(recipe, stack, start, stop):
     for name, weight in stack.weights.items():
         pair = weight.detach()[start:stop], weight.grad[start:stop]
         if "attn.c_attn" in name and recipe["qkv_apart"]:
-            parts = [(role, *(t[:, i * C:(i + 1) * C] for t in pair))
-                     for i, role in enumerate("qkv")]
+            parts = [
+                (role, *(t[:, i * C : (i + 1) * C] for t in pair)) for i, role in enumerate("qkv")
+            ]
         elif ".c_" in name:
             role = "q" if "c_attn" in name else "f" if "c_fc" in name else "p"
             parts = [("o" if "attn.c_proj" in name else role, *pair)]
@@ -174,17 +175,33 @@ def optimizers(recipe, stack, start, stop):
             for w_head, g_head in zip(w.chunk(heads, 1), g.chunk(heads, 1)):
                 kind = "vector" if role == "x" else "embedding" if role in "we" else "linear"
                 blocks.setdefault((kind, w_head.shape), []).append((role, w_head, g_head))
-    rates = dict(linear=recipe["lr"], embedding=recipe["embedding_lr"],
-                 vector=recipe["vector_lr"] or recipe["embedding_lr"])
-    return [Weights(moments[kind], members, rates[kind], 0.0 if kind == "vector" else 0.1, factors,
-                    recipe["momentum_roles"] + "wex")
-            for (kind, _), members in blocks.items()]
+    rates = dict(
+        linear=recipe["lr"],
+        embedding=recipe["embedding_lr"],
+        vector=recipe["vector_lr"] or recipe["embedding_lr"],
+    )
+    return [
+        Weights(
+            moments[kind],
+            members,
+            rates[kind],
+            0.0 if kind == "vector" else 0.1,
+            factors,
+            recipe["momentum_roles"] + "wex",
+        )
+        for (kind, _), members in blocks.items()
+    ]
 
 
 def main():
     settings, _ = parse_config(Settings)
-    search(settings, recipes_named(settings.recipes or "all"), optimizers,
-           RESULTS / "adaptive_search.csv", lambda recipe: {})
+    search(
+        settings,
+        recipes_named(settings.recipes or "all"),
+        optimizers,
+        RESULTS / "adaptive_search.csv",
+        lambda recipe: {},
+    )
 
 
 if __name__ == "__main__":

@@ -155,10 +155,12 @@ AFTER = {  # a second round from there
     "2 4 bits nearest lr8": dict(bits=4, rounding="nearest", lr=8e-3, embedding="row"),
     "2 4 bits mu 0.8": dict(bits=4, mu=0.8, embedding="row"),
     "2 4 bits nearest mu 0.8": dict(bits=4, mu=0.8, rounding="nearest", embedding="row"),
-    "2 4 bits nearest mu 0.8 look 0.7": dict(bits=4, mu=0.8, look=0.7, rounding="nearest",
-                                             embedding="row"),
-    "2 4 bits nearest qk per head pre column": dict(bits=4, rounding="nearest", embedding="row",
-                                                    per_head="qk", pre="column"),
+    "2 4 bits nearest mu 0.8 look 0.7": dict(
+        bits=4, mu=0.8, look=0.7, rounding="nearest", embedding="row"
+    ),
+    "2 4 bits nearest qk per head pre column": dict(
+        bits=4, rounding="nearest", embedding="row", per_head="qk", pre="column"
+    ),
     "2 3 bits nearest mu 0.8": dict(bits=3, mu=0.8, rounding="nearest", embedding="row"),
     "2 2 bits nearest mu 0.8": dict(bits=2, mu=0.8, rounding="nearest", embedding="row"),
 }
@@ -217,8 +219,14 @@ NONE2 = {
 }
 NONE2 = {name: ZERO | overrides for name, overrides in NONE2.items()}
 
-FAMILIES = {"flagship": FLAGSHIP, "small": SMALL, "none": NONE, "after": AFTER,
-            "final": FINAL, "none2": NONE2}
+FAMILIES = {
+    "flagship": FLAGSHIP,
+    "small": SMALL,
+    "none": NONE,
+    "after": AFTER,
+    "final": FINAL,
+    "none2": NONE2,
+}
 
 
 def recipes_named(names):
@@ -226,8 +234,9 @@ def recipes_named(names):
 
     Raises UserError for an unknown name.
     """
-    return {name: BASE | overrides
-            for name, overrides in recipes_of(names, FAMILIES, _spelt).items()}
+    return {
+        name: BASE | overrides for name, overrides in recipes_of(names, FAMILIES, _spelt).items()
+    }
 
 
 def _spelt(name):

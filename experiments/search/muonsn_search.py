@@ -22,11 +22,13 @@ from experiments.shared.common import RESULTS
 from leangpt.system.errors import UserError, exit_cleanly
 
 QUINTIC = [(3.4445, -4.7750, 2.0315)] * 5  # Jordan et al. 2024
-POLAR = [(8.28721201814563, -23.595886519098837, 17.300387312530933),  # Polar Express (2505.16932)
-         (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-         (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-         (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-         (2.300652019954817, -1.6689039845747493, 0.4188073119525673)]
+POLAR = [
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),  # Polar Express (2505.16932)
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+]
 CUBIC = [(1.5, -0.5, 0.0)] * 5  # gentle: small singular values stay small
 TINY = 1e-20
 
@@ -73,7 +75,7 @@ def coefficients(recipe):
     """The polynomial of every Newton-Schulz step."""
     if recipe.ns == "polar":  # the safety factor of the paper, off for the last step
         safe = [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in POLAR[:4]] + POLAR[4:]
-        return safe[:recipe.steps]
+        return safe[: recipe.steps]
     table = {"quintic": QUINTIC, "cubic": CUBIC}[recipe.ns]
     return [table[0]] * recipe.steps
 
@@ -142,15 +144,19 @@ class Matrices:
             self.element.lerp_(x.square(), 1 - recipe.post_beta)
             x = x / (self.element / clock.correction(recipe.post_beta)).sqrt().clamp_min(TINY)
         else:
-            x = self._divide(x, x, recipe.post, self.post_row, self.post_column, recipe.post_beta,
-                             clock)
+            x = self._divide(
+                x, x, recipe.post, self.post_row, self.post_column, recipe.post_beta, clock
+            )
         if recipe.cautious:
             mask = (x * grad > 0).float()
             x = x * mask / mask.mean((2, 3), keepdim=True).clamp_min(1e-3)
         rows, columns = x.shape[2:]
         x = x / (x.square().mean((2, 3), keepdim=True).sqrt() + TINY)
-        size = 0.2 if recipe.scale == "rms" else 0.2 * max(1, rows / columns)**0.5 / max(
-            rows / 128, columns / 128)**0.5
+        size = (
+            0.2
+            if recipe.scale == "rms"
+            else 0.2 * max(1, rows / columns) ** 0.5 / max(rows / 128, columns / 128) ** 0.5
+        )
         rate = recipe.lr * clock.share * self.factor
         weights = torch.stack(self.weights)
         decay = rate * recipe.weight_decay
@@ -220,8 +226,9 @@ def momentum_now(recipe, clock):
     if recipe.mu_end >= 0:
         mu = mu + (recipe.mu_end - recipe.mu) * clock.time / clock.iterations
     if recipe.mu_warmup:
-        mu = torch.lerp(torch.full_like(mu, 0.85), mu, (clock.time / recipe.mu_warmup).clamp(
-            max=1.0))
+        mu = torch.lerp(
+            torch.full_like(mu, 0.85), mu, (clock.time / recipe.mu_warmup).clamp(max=1.0)
+        )
     return mu
 
 
@@ -278,8 +285,9 @@ def optimizers(recipe, stack, start, stop):
     for name, weight in stack.weights.items():
         pair = weight.detach()[start:stop], weight.grad[start:stop]
         if "attn.c_attn" in name:
-            parts = [(role, *(t[:, i * C:(i + 1) * C] for t in pair))
-                     for i, role in enumerate("qkv")]
+            parts = [
+                (role, *(t[:, i * C : (i + 1) * C] for t in pair)) for i, role in enumerate("qkv")
+            ]
         elif ".c_" in name:
             role = "o" if "attn" in name else "f" if "c_fc" in name else "p"
             parts = [(role, *pair)]
@@ -290,7 +298,8 @@ def optimizers(recipe, stack, start, stop):
             heads = (H, role != "o") if role in recipe.per_head else None
             blocks.setdefault((w.shape, heads), []).append((role, w, g))
     return [Matrices(recipe, members, heads) for (_, heads), members in blocks.items()] + [
-        Rest(recipe, rest)]
+        Rest(recipe, rest)
+    ]
 
 
 def make(overrides):
@@ -303,8 +312,10 @@ def make(overrides):
 
 def main():
     settings, _ = parse_config(Settings)
-    named = {name: make(overrides)
-             for name, overrides in recipes_named(settings.recipes or "all").items()}
+    named = {
+        name: make(overrides)
+        for name, overrides in recipes_named(settings.recipes or "all").items()
+    }
     search(settings, named, optimizers, RESULTS / "muonsn_search.csv", asdict)
 
 

@@ -38,8 +38,10 @@ def recipes_of(names, groups, spelt=None):
         elif spelt and "=" in name:
             chosen[name] = spelt(name)
         else:
-            raise UserError(f"unknown recipe {name!r}; known: all, {', '.join(groups)}, and the "
-                            "names in the search's CSV in results/")
+            raise UserError(
+                f"unknown recipe {name!r}; known: all, {', '.join(groups)}, and the "
+                "names in the search's CSV in results/"
+            )
     return chosen
 
 
@@ -60,7 +62,7 @@ class Clock:
 
     def correction(self, beta):
         """Adam's 1 - beta^t."""
-        return 1 - beta ** self.time
+        return 1 - beta**self.time
 
 
 def run_batch(setup, runs, text, device, updates_of):
@@ -71,11 +73,15 @@ def run_batch(setup, runs, text, device, updates_of):
     """
     stack = StackedGPT(setup.config(text.vocab_size), [seed for _, seed in runs], device)
     starts = [i for i, (recipe, _) in enumerate(runs) if i == 0 or recipe != runs[i - 1][0]]
-    updates = [update for start, stop in zip(starts, [*starts[1:], len(runs)])
-               for update in updates_of(runs[start][0], stack, start, stop)]
+    updates = [
+        update
+        for start, stop in zip(starts, [*starts[1:], len(runs)])
+        for update in updates_of(runs[start][0], stack, start, stop)
+    ]
     order = torch.stack([data_order(setup, text, seed) for _, seed in runs], 1).to(device)
-    step = Step(stack, text.train.to(device), setup.batch_size, setup.model["block_size"],
-                setup.clip)
+    step = Step(
+        stack, text.train.to(device), setup.batch_size, setup.model["block_size"], setup.clip
+    )
     clock = Clock(setup, device)
 
     def iterate():
@@ -90,8 +96,9 @@ def run_batch(setup, runs, text, device, updates_of):
         replay = record(iterate, stack, updates, clock)
     for _ in range(setup.iterations):
         replay()
-    return validation_losses(stack, text.val.to(device), setup.model["block_size"],
-                             torch.float32).tolist()
+    return validation_losses(
+        stack, text.val.to(device), setup.model["block_size"], torch.float32
+    ).tolist()
 
 
 def record(iterate, stack, updates, clock):
@@ -149,12 +156,21 @@ def search(settings, named, updates_of, out, columns_of):
     todo = [(name, seed) for name in named for seed in seeds if (name, seed) not in done]
     started = time.perf_counter()
     for first in range(0, len(todo), settings.replicas):
-        batch = todo[first:first + settings.replicas]
-        losses = run_batch(setup, [(named[name], seed) for name, seed in batch], text, device,
-                           updates_of)
-        rows += [dict(recipe=name, seed=seed, val_loss=round(loss, 6), iterations=setup.iterations,
-                      **columns_of(named[name]), **provenance(device))
-                 for (name, seed), loss in zip(batch, losses)]
+        batch = todo[first : first + settings.replicas]
+        losses = run_batch(
+            setup, [(named[name], seed) for name, seed in batch], text, device, updates_of
+        )
+        rows += [
+            dict(
+                recipe=name,
+                seed=seed,
+                val_loss=round(loss, 6),
+                iterations=setup.iterations,
+                **columns_of(named[name]),
+                **provenance(device),
+            )
+            for (name, seed), loss in zip(batch, losses)
+        ]
         write_csv(out, rows)
         print(f"{time.perf_counter() - started:6.0f} s: {len(rows)} rows", flush=True)
     means = {}

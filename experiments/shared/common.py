@@ -25,8 +25,7 @@ def provenance(device="cpu"):
 
     from leangpt.system.timing import commit_id, describe_machine
 
-    return {"machine": describe_machine(device), "torch": torch.__version__,
-            "commit": commit_id()}
+    return {"machine": describe_machine(device), "torch": torch.__version__, "commit": commit_id()}
 
 
 def write_csv(path, rows):
@@ -43,8 +42,10 @@ def read_csv(path):
     Hashes stay text: 5465686, 0123456 and 12e4567 are commits too.
     """
     with Path(path).open(newline="") as file:
-        return [{name: text if name in HASHES and text else _number(text)
-                 for name, text in row.items()} for row in csv.DictReader(file)]
+        return [
+            {name: text if name in HASHES and text else _number(text) for name, text in row.items()}
+            for row in csv.DictReader(file)
+        ]
 
 
 def _number(text):

@@ -45,6 +45,7 @@ def t_quantile(probability, freedom):
     low, high = -1e3, 1e3
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_distribution(middle, freedom) < probability else (
-            low, middle)
+        low, high = (
+            (middle, high) if t_distribution(middle, freedom) < probability else (low, middle)
+        )
     return (low + high) / 2

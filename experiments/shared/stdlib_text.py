@@ -52,8 +52,10 @@ def main():
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from None
     digest = hashlib.sha256(text.encode()).hexdigest()
-    print(f"{out}: {len(text):,} characters of CPython {platform.python_version()}'s library, "
-          f"sha256 {digest}")
+    print(
+        f"{out}: {len(text):,} characters of CPython {platform.python_version()}'s library, "
+        f"sha256 {digest}"
+    )
 
 
 if __name__ == "__main__":

@@ -21,8 +21,16 @@ from leangpt.system.errors import UserError, exit_cleanly
 
 COMMANDS = ("demo", "test")
 # Of the demo's lines the README shows these, the last evaluation, and the sample's beginning.
-STARTS = ("text: ", "  because ", "device ", "model ", "attention ", "memory ", "step 0:",
-          "iter 100:")
+STARTS = (
+    "text: ",
+    "  because ",
+    "device ",
+    "model ",
+    "attention ",
+    "memory ",
+    "step 0:",
+    "iter 100:",
+)
 SAMPLE_LINES = 3
 
 
@@ -34,8 +42,9 @@ class Settings:
 
 def fresh_copy(folder):
     """The files git tracks, as they are now, in `folder`."""
-    names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, text=True,
-                           capture_output=True).stdout.split("\0")
+    names = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, check=True, text=True, capture_output=True
+    ).stdout.split("\0")
     for name in filter(None, names):
         target = Path(folder) / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -49,9 +58,10 @@ def shorten_demo(output):
     shown.append([line for line in lines if line.startswith("step ")][-1])
     (begin,) = (i for i, line in enumerate(lines) if line.startswith("model: "))
     (speed,) = (line for line in lines if " tokens/s, " in line)
-    shown += [line for line in lines[begin + 1:] if line.strip()][:SAMPLE_LINES] + [speed]
-    return "\n".join(shown), float(re.search(r"^done: .* ([\d.]+) s of training", output,
-                                             re.MULTILINE).group(1))
+    shown += [line for line in lines[begin + 1 :] if line.strip()][:SAMPLE_LINES] + [speed]
+    return "\n".join(shown), float(
+        re.search(r"^done: .* ([\d.]+) s of training", output, re.MULTILINE).group(1)
+    )
 
 
 def measure(command):
@@ -59,8 +69,13 @@ def measure(command):
     with tempfile.TemporaryDirectory() as folder:
         fresh_copy(folder)
         began = time.perf_counter()
-        done = subprocess.run(["make", "--no-print-directory", command], cwd=folder, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            ["make", "--no-print-directory", command],
+            cwd=folder,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
         seconds = time.perf_counter() - began
     if done.returncode:
         print(done.stdout)
@@ -68,8 +83,13 @@ def measure(command):
     shown, training = done.stdout.strip().splitlines()[-1], ""
     if command == "demo":
         shown, training = shorten_demo(done.stdout)
-    return {"command": command, "seconds": round(seconds, 1), "training_seconds": training,
-            "shown": shown, **provenance()}
+    return {
+        "command": command,
+        "seconds": round(seconds, 1),
+        "training_seconds": training,
+        "shown": shown,
+        **provenance(),
+    }
 
 
 def main():
@@ -78,8 +98,10 @@ def main():
     if unknown:
         raise UserError(f"unknown command {unknown.pop()!r}; choose from: {', '.join(COMMANDS)}")
     out = Path(settings.out)
-    rows = {row["command"]: {name: "" if value is None else value for name, value in row.items()}
-            for row in (read_csv(out) if out.exists() else [])}
+    rows = {
+        row["command"]: {name: "" if value is None else value for name, value in row.items()}
+        for row in (read_csv(out) if out.exists() else [])
+    }
     for command in settings.commands:
         rows[command] = measure(command)
         print(f"make {command}: {rows[command]['seconds']} s\n{rows[command]['shown']}", flush=True)

@@ -32,16 +32,15 @@ class ParameterGradients:
 
     def backward(self, outputs, inputs, grads):
         """Gradients of `outputs` for `inputs`; those for the parameters are added up here."""
-        found = torch.autograd.grad(outputs, [*inputs, *self.parameters], grads,
-                                    allow_unused=True)
-        for parameter, grad in zip(self.parameters, found[len(inputs):]):
+        found = torch.autograd.grad(outputs, [*inputs, *self.parameters], grads, allow_unused=True)
+        for parameter, grad in zip(self.parameters, found[len(inputs) :]):
             if grad is None:
                 continue
             if parameter in self.sums:
                 self.sums[parameter] += grad
             else:
                 self.sums[parameter] = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        return found[:len(inputs)]
+        return found[: len(inputs)]
 
     def total(self, parameter):
         found = self.sums.get(parameter)
@@ -55,7 +54,7 @@ def backward_whole(tiles, x, grad, weights):
         xb = x[batch].detach().requires_grad_()
         with torch.enable_grad():
             y = tiles.plain(xb, batch.start)
-        grad_x[batch], = weights.backward([y], [xb], [grad[batch].to(y.dtype)])
+        (grad_x[batch],) = weights.backward([y], [xb], [grad[batch].to(y.dtype)])
         del xb, y  # before the next sequences' are made
     return grad_x
 
@@ -68,11 +67,19 @@ def backward_tiles(tiles, x, lse, out, out_dtype, grad, weights):
     """
     grad_x = torch.empty_like(x)
     for batch in tiles.batches():
-        spent = (torch.empty_like(x[batch], dtype=out_dtype) if out is None
-                 else out[batch])
+        spent = torch.empty_like(x[batch], dtype=out_dtype) if out is None else out[batch]
         multiple = torch.empty_like(lse[batch])
-        after_attention(tiles, x[batch], out is None, spent, multiple, grad[batch],
-                        grad_x[batch], weights, batch.start)
+        after_attention(
+            tiles,
+            x[batch],
+            out is None,
+            spent,
+            multiple,
+            grad[batch],
+            grad_x[batch],
+            weights,
+            batch.start,
+        )
         for heads in tiles.head_slices():
             attention(tiles, x[batch], lse[batch], spent, multiple, grad_x[batch], weights, heads)
     return grad_x
@@ -86,8 +93,9 @@ def after_attention(tiles, x, recompute, out, multiple, grad, grad_x, weights, b
         source = row_source(config.attention_policy, tiles.kv, x, tiles.k_chunk)
     for start, stop in tiles.row_tiles():
         if recompute:
-            tile_out, _ = attend_rows(tiles.q(x[:, start:stop], start), source, start, stop,
-                                      tiles.fixed_shapes)
+            tile_out, _ = attend_rows(
+                tiles.q(x[:, start:stop], start), source, start, stop, tiles.fixed_shapes
+            )
             out[:, start:stop] = tile_out.transpose(1, 2).flatten(2)
             del tile_out
         for a, b in tiles.mlp_tiles(start, stop, len(x)):
@@ -126,8 +134,12 @@ def attention(tiles, x, lse, grad_out, multiple, grad_x, weights, heads):
     wide = torch.promote_types(x.dtype, torch.float32)
     b, h, T, D = grad_out.shape
     # queries of a few heads are few numbers: kept, whatever the policy
-    queries = row_source("cache" if heads else config.attention_policy,
-                         lambda rows, start: (tiles.q(rows, start, heads),), x, tiles.k_chunk)
+    queries = row_source(
+        "cache" if heads else config.attention_policy,
+        lambda rows, start: (tiles.q(rows, start, heads),),
+        x,
+        tiles.k_chunk,
+    )
     dq = torch.zeros(b, T, h, D, dtype=wide, device=x.device).transpose(1, 2)
 
     def pair_backward(start, stop, q, k, v, causal):
@@ -138,8 +150,9 @@ def attention(tiles, x, lse, grad_out, multiple, grad_x, weights, heads):
         if grad.dtype != torch.float16:  # in whose range a small gradient's would be infinite
             factor = factor.to(grad.dtype)
         out = (grad * factor).to(grad.dtype)
-        dq_tile, dk, dv = tile_backward(grad, q, k, v, out, lse[:, :, rows].contiguous(), causal,
-                                        tiles.fixed_shapes)
+        dq_tile, dk, dv = tile_backward(
+            grad, q, k, v, out, lse[:, :, rows].contiguous(), causal, tiles.fixed_shapes
+        )
         dq[:, :, rows] += dq_tile
         return dk, dv
 
@@ -150,8 +163,9 @@ def attention(tiles, x, lse, grad_out, multiple, grad_x, weights, heads):
         q, k, v = (part.detach() for part in projected)
         dk, dv = (part.to(wide) for part in pair_backward(start, stop, q, k, v, True))
         for below in key_tiles(stop, T, tiles.k_chunk):
-            for total, part in zip((dk, dv), pair_backward(*below, *queries.rows(*below), k, v,
-                                                           False)):
+            for total, part in zip(
+                (dk, dv), pair_backward(*below, *queries.rows(*below), k, v, False)
+            ):
                 total += part
             del part  # before the next tile's are made
 

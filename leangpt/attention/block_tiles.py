@@ -107,15 +107,18 @@ class Tiles:
         self.whole = few and block.config.checkpoint_layers and self.length <= self.q_chunk
         # cuDNN builds a plan for each shape: worth it where all tiles but the last are alike
         self.fixed_shapes = self.q_chunk % self.k_chunk == 0 and (
-            self.length > self.q_chunk or self.length % 128 == 0)
+            self.length > self.q_chunk or self.length % 128 == 0
+        )
 
     def batches(self):
         return [slice(b, b + self.b_chunk) for b in range(0, self.batch, self.b_chunk)]
 
     def row_tiles(self):
         """(start, stop) of the tiles, last to first."""
-        return [(a, min(a + self.q_chunk, self.length))
-                for a in reversed(range(0, self.length, self.q_chunk))]
+        return [
+            (a, min(a + self.q_chunk, self.length))
+            for a in reversed(range(0, self.length, self.q_chunk))
+        ]
 
     def mlp_tiles(self, start, stop, batch_rows):
         """(start, stop) of the MLP's smaller tiles inside one row tile."""
@@ -129,8 +132,9 @@ class Tiles:
         """Ranges (first, stop) of the key/value heads whose attention's backward runs at once;
         [None] for all of them."""
         G = self.block.config.kv_heads
-        n = heads_at_once(self.block.config, self.length, self.q_chunk, self.b_chunk,
-                          self.device.type)
+        n = heads_at_once(
+            self.block.config, self.length, self.q_chunk, self.b_chunk, self.device.type
+        )
         return [None] if n == G else [(a, a + n) for a in range(0, G, n)]
 
     def by_head(self, x):
@@ -189,13 +193,15 @@ def forward_tiles(tiles, x, into, keep=None):
         xb, yb = x[batch], into[batch]
         source = row_source(policy, tiles.kv, xb, tiles.k_chunk)
         for start, stop in tiles.row_tiles():
-            out, lse = attend_rows(tiles.q(xb[:, start:stop], start), source, start, stop,
-                                   tiles.fixed_shapes)
+            out, lse = attend_rows(
+                tiles.q(xb[:, start:stop], start), source, start, stop, tiles.fixed_shapes
+            )
             if keep is not None:
                 keep(batch, start, stop, out, lse)
             for a, b in tiles.mlp_tiles(start, stop, len(xb)):
-                yb[:, a:b] = tiles.finish(xb[:, a:b], out[:, :, a - start:b - start], a,
-                                          batch.start)
+                yb[:, a:b] = tiles.finish(
+                    xb[:, a:b], out[:, :, a - start : b - start], a, batch.start
+                )
             del out, lse  # before the next tile's are made
         del source  # its K and V, before the next sequences' are made
 
@@ -206,7 +212,7 @@ def fill_cache(block, x, layer):
     tiles = Tiles(block, x.shape, x.device, sizes)
     for batch in tiles.batches():
         for start in range(0, x.size(1), tiles.k_chunk):
-            rows = x[batch, start:start + tiles.k_chunk]
+            rows = x[batch, start : start + tiles.k_chunk]
             if layer.needs == "x":
                 layer.append(None, None, block.ln_1(rows), start=start, batch=batch)
             else:
@@ -223,8 +229,10 @@ def run_block(block, x, inplace=False):
     sizes = tile_sizes(config, x.size(1), x.device.type)
     dropping = block.training and config.dropout > 0
     if block.attention_dropout > 0:
-        raise UserError("attention dropout cannot be replayed tile by tile: set "
-                        "--attention_dropout=0 (residual dropout stays), or --dropout=0")
+        raise UserError(
+            "attention dropout cannot be replayed tile by tile: set "
+            "--attention_dropout=0 (residual dropout stays), or --dropout=0"
+        )
     if torch.is_grad_enabled():
         parameters = tuple(block.parameters())
         return _TiledBlock.apply(x, block, sizes, dropping, *parameters)
@@ -288,5 +296,8 @@ class _TiledBlock(torch.autograd.Function):
 
 
 def _autocast_state(device_type):
-    return {"device_type": device_type, "enabled": torch.is_autocast_enabled(device_type),
-            "dtype": torch.get_autocast_dtype(device_type)}
+    return {
+        "device_type": device_type,
+        "enabled": torch.is_autocast_enabled(device_type),
+        "dtype": torch.get_autocast_dtype(device_type),
+    }

@@ -95,7 +95,7 @@ class QuantizedRows:
             first = max(slots.start, newest - RECENT)  # older ones would only be overwritten
             if first < slots.stop:
                 ring = torch.arange(first, slots.stop, device=rows.device) % RECENT
-                self.recent[batch].index_copy_(2, ring, rows[:, :, first - slots.start:])
+                self.recent[batch].index_copy_(2, ring, rows[:, :, first - slots.start :])
         else:
             put(self.recent, slots % RECENT, rows, batch)
 
@@ -166,8 +166,10 @@ class KeysValues:
         return out.reshape(q.shape)
 
     def keys_values(self, start, stop):
-        return (self.keys.read(start, stop, self.cache.exact),
-                self.values.read(start, stop, self.cache.exact))
+        return (
+            self.keys.read(start, stop, self.cache.exact),
+            self.values.read(start, stop, self.cache.exact),
+        )
 
     def tensors(self):
         return self.keys.tensors() + self.values.tensors()
@@ -420,7 +422,8 @@ def build_cache(config, batch_size, max_length, device="cpu", dtype=torch.float3
     if kv_bits is not None or (recompute and cache.rotates):
         cache.tile = config.k_chunk or TILE
     cache.suits_kernels = not recompute and kv_cache_triton.fits(
-        cache.counter.device, config.head_dim, dtype)
+        cache.counter.device, config.head_dim, dtype
+    )
     if cache.suits_kernels:
         cache.arrived = torch.zeros(batch_size * config.kv_heads, dtype=torch.int32, device=device)
 

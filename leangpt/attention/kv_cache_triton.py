@@ -40,8 +40,12 @@ def fits(device, width, dtype):
     """Whether rows of `width` numbers and queries of `dtype` on a device suit the kernel."""
     half = width // 2
     here = AVAILABLE and (device.type == "cuda" or INTERPRETED)
-    return (here and dtype in (torch.bfloat16, torch.float16)
-            and 16 <= half <= 64 and half & (half - 1) == 0)
+    return (
+        here
+        and dtype in (torch.bfloat16, torch.float16)
+        and 16 <= half <= 64
+        and half & (half - 1) == 0
+    )
 
 
 # Four bytes -> eight floats, the low and the high halves of the bytes: 8 instructions.
@@ -79,8 +83,20 @@ if triton is not None:
         return tl.minimum(tl.maximum(code, 0.0), 2**BITS - 1).to(tl.uint8), scale, zero
 
     @triton.jit
-    def store_row(low, high, rows, meta, recent, row, slot, S, columns, HALF: tl.constexpr,
-                  BITS: tl.constexpr, R: tl.constexpr):
+    def store_row(
+        low,
+        high,
+        rows,
+        meta,
+        recent,
+        row,
+        slot,
+        S,
+        columns,
+        HALF: tl.constexpr,
+        BITS: tl.constexpr,
+        R: tl.constexpr,
+    ):
         """Write one row's halves (HALF,) to its slot, in every form that the cache keeps."""
         at = row * S + slot
         if BITS == 16:
@@ -108,18 +124,33 @@ if triton is not None:
         if INTERPRETED_:
             power: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
             packed = packed.to(tl.int16)
-            return (((packed & 15) | power).to(dtype, bitcast=True),
-                    ((packed >> 4) | power).to(dtype, bitcast=True))
+            return (
+                ((packed & 15) | power).to(dtype, bitcast=True),
+                ((packed >> 4) | power).to(dtype, bitcast=True),
+            )
         elif dtype == tl.bfloat16:
-            return tl.inline_asm_elementwise(ASM_BFLOAT16, "=r,=r,=r,=r,r", [packed],
-                                             (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(
+                ASM_BFLOAT16,
+                "=r,=r,=r,=r,r",
+                [packed],
+                (tl.bfloat16, tl.bfloat16),
+                is_pure=True,
+                pack=4,
+            )
         else:
-            return tl.inline_asm_elementwise(ASM_FLOAT16, "=r,=r,=r,=r,r", [packed],
-                                             (tl.float16, tl.float16), is_pure=True, pack=4)
+            return tl.inline_asm_elementwise(
+                ASM_FLOAT16,
+                "=r,=r,=r,=r,r",
+                [packed],
+                (tl.float16, tl.float16),
+                is_pure=True,
+                pack=4,
+            )
 
     @triton.jit
-    def load_halves(rows, at, mask, columns, HALF: tl.constexpr, BITS: tl.constexpr,
-                    dtype: tl.constexpr):
+    def load_halves(
+        rows, at, mask, columns, HALF: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr
+    ):
         """Two tiles of rows or codes as dtype; 4-bit codes come with a power of two.
 
         at, mask (N, 1) and columns (1, HALF), or (1, N) and (HALF, 1) for tiles (HALF, N): loaded
@@ -145,12 +176,43 @@ if triton is not None:
         return low_scale, low_zero, high_scale, high_zero
 
     @triton.jit
-    def attend_kernel(q, new_k, new_v, cos, sin, rows_k, rows_v, meta_k, meta_v, words_k, words_v,
-                      recent_k, recent_v, positions, partial, top_total, arrived, out,
-                      stride_qb, stride_qh, stride_kb, stride_kg, stride_vb, stride_vg,
-                      S, W, scale, G: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr,
-                      HALF: tl.constexpr, BITS: tl.constexpr, R: tl.constexpr,
-                      ROPE: tl.constexpr, BLOCK: tl.constexpr):
+    def attend_kernel(
+        q,
+        new_k,
+        new_v,
+        cos,
+        sin,
+        rows_k,
+        rows_v,
+        meta_k,
+        meta_v,
+        words_k,
+        words_v,
+        recent_k,
+        recent_v,
+        positions,
+        partial,
+        top_total,
+        arrived,
+        out,
+        stride_qb,
+        stride_qh,
+        stride_kb,
+        stride_kg,
+        stride_vb,
+        stride_vg,
+        S,
+        W,
+        scale,
+        G: tl.constexpr,
+        GROUP: tl.constexpr,
+        PADDED: tl.constexpr,
+        HALF: tl.constexpr,
+        BITS: tl.constexpr,
+        R: tl.constexpr,
+        ROPE: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         """One program: the GROUP query heads of one key head over one split of its slots.
 
         Scores are (slots, heads) and sums of values (HALF, heads): the few query heads are the
@@ -179,12 +241,39 @@ if triton is not None:
             v_low, v_high = tl.load(at_v), tl.load(at_v + HALF)
             if ROPE:
                 k_low, k_high = turn(k_low, k_high, turn_cos, turn_sin)
-            store_row(k_low, k_high, rows_k, meta_k, recent_k, row, position % S, S, columns,
-                      HALF, BITS, R)
-            store_row(v_low, v_high, rows_v, meta_v, recent_v, row, position % S, S, columns,
-                      HALF, BITS, R)
-            top = tl.sum(q_low.to(tl.float32) * k_low.to(tl.float32)[:, None]
-                         + q_high.to(tl.float32) * k_high.to(tl.float32)[:, None], 0)
+            store_row(
+                k_low,
+                k_high,
+                rows_k,
+                meta_k,
+                recent_k,
+                row,
+                position % S,
+                S,
+                columns,
+                HALF,
+                BITS,
+                R,
+            )
+            store_row(
+                v_low,
+                v_high,
+                rows_v,
+                meta_v,
+                recent_v,
+                row,
+                position % S,
+                S,
+                columns,
+                HALF,
+                BITS,
+                R,
+            )
+            top = tl.sum(
+                q_low.to(tl.float32) * k_low.to(tl.float32)[:, None]
+                + q_high.to(tl.float32) * k_high.to(tl.float32)[:, None],
+                0,
+            )
             total = tl.full((PADDED,), 1.0, tl.float32)
             out_low = tl.zeros((HALF, PADDED), tl.float32) + v_low.to(tl.float32)[:, None]
             out_high = tl.zeros((HALF, PADDED), tl.float32) + v_high.to(tl.float32)[:, None]
@@ -192,15 +281,29 @@ if triton is not None:
                 ring = tl.arange(0, R)
                 age = (position % R - ring + R) % R  # % of a negative number is negative here
                 mask = (age > 0) & (age <= position) & (age < W)
-                k_low, k_high = load_halves(recent_k, (row * R + ring)[:, None], mask[:, None],
-                                            columns[None, :], HALF, 16, dtype)
+                k_low, k_high = load_halves(
+                    recent_k,
+                    (row * R + ring)[:, None],
+                    mask[:, None],
+                    columns[None, :],
+                    HALF,
+                    16,
+                    dtype,
+                )
                 score = tl.dot(k_low, q_low) + tl.dot(k_high, q_high)
                 score = tl.where(mask[:, None], score, float("-inf"))
                 new_top = tl.maximum(top, tl.max(score, 0))
                 shrink = tl.exp2((top - new_top) * scale)
                 p = tl.exp2(score * scale - (new_top * scale)[None, :])
-                v_low, v_high = load_halves(recent_v, (row * R + ring)[None, :], mask[None, :],
-                                            columns[:, None], HALF, 16, dtype)
+                v_low, v_high = load_halves(
+                    recent_v,
+                    (row * R + ring)[None, :],
+                    mask[None, :],
+                    columns[:, None],
+                    HALF,
+                    16,
+                    dtype,
+                )
                 out_low = out_low * shrink[None, :] + tl.dot(v_low, p.to(dtype))
                 out_high = out_high * shrink[None, :] + tl.dot(v_high, p.to(dtype))
                 total = total * shrink + tl.sum(p, 0)
@@ -224,39 +327,43 @@ if triton is not None:
                 # the new row, and the exact ring's, are the other program's
                 mask = (slots < stop) & (age < W) & (age >= (1 if BITS == 16 else R))
                 at = row * S + slots
-                k_low, k_high = load_halves(rows_k, at[:, None], mask[:, None], columns[None, :],
-                                            HALF, BITS, dtype)
+                k_low, k_high = load_halves(
+                    rows_k, at[:, None], mask[:, None], columns[None, :], HALF, BITS, dtype
+                )
                 if BITS == 16:
                     score = tl.dot(k_high, q_high, tl.dot(k_low, q_low))
                 else:
-                    low_scale, low_zero, high_scale, high_zero = load_meta(
-                        words_k, at, mask)
-                    score = (tl.dot(k_low, q_low) * low_scale[:, None]
-                             + tl.dot(k_high, q_high) * high_scale[:, None]
-                             + (low_zero - bias * low_scale)[:, None] * sum_low[None, :]
-                             + (high_zero - bias * high_scale)[:, None] * sum_high[None, :])
+                    low_scale, low_zero, high_scale, high_zero = load_meta(words_k, at, mask)
+                    score = (
+                        tl.dot(k_low, q_low) * low_scale[:, None]
+                        + tl.dot(k_high, q_high) * high_scale[:, None]
+                        + (low_zero - bias * low_scale)[:, None] * sum_low[None, :]
+                        + (high_zero - bias * high_scale)[:, None] * sum_high[None, :]
+                    )
                 score = tl.where(mask[:, None], score, float("-inf"))
                 new_top = tl.maximum(top, tl.max(score, 0))
                 shrink = tl.exp2((top - new_top) * scale)
                 p = tl.exp2(score * scale - (new_top * scale)[None, :])
                 total = total * shrink + tl.sum(p, 0)
                 out_low, out_high = out_low * shrink[None, :], out_high * shrink[None, :]
-                v_low, v_high = load_halves(rows_v, at[None, :], mask[None, :], columns[:, None],
-                                            HALF, BITS, dtype)
+                v_low, v_high = load_halves(
+                    rows_v, at[None, :], mask[None, :], columns[:, None], HALF, BITS, dtype
+                )
                 if BITS == 16:
                     out_low = tl.dot(v_low, p.to(dtype), out_low)
                     out_high = tl.dot(v_high, p.to(dtype), out_high)
                 else:
-                    low_scale, low_zero, high_scale, high_zero = load_meta(
-                        words_v, at, mask)
+                    low_scale, low_zero, high_scale, high_zero = load_meta(words_v, at, mask)
                     p_low = (p * low_scale[:, None]).to(dtype)
                     p_high = (p * high_scale[:, None]).to(dtype)
                     out_low = tl.dot(v_low, p_low, out_low)
                     out_high = tl.dot(v_high, p_high, out_high)
                     fix_low = fix_low * shrink + tl.sum(
-                        p * low_zero[:, None] - bias * p_low.to(tl.float32), 0)
+                        p * low_zero[:, None] - bias * p_low.to(tl.float32), 0
+                    )
                     fix_high = fix_high * shrink + tl.sum(
-                        p * high_zero[:, None] - bias * p_high.to(tl.float32), 0)
+                        p * high_zero[:, None] - bias * p_high.to(tl.float32), 0
+                    )
                 top = new_top
             out_low, out_high = out_low + fix_low[None, :], out_high + fix_high[None, :]
 
@@ -286,8 +393,12 @@ if triton is not None:
             # .cg: not from the processor's own cache, which does not see the others' results
             tops = tl.load(top_total + at * 2, mask, -1e30, cache_modifier=".cg")
             totals = tl.load(top_total + at * 2 + 1, mask, 0.0, cache_modifier=".cg")
-            parts = tl.load(partial + at[:, None] * D + columns[None, :], mask[:, None], 0.0,
-                            cache_modifier=".cg")
+            parts = tl.load(
+                partial + at[:, None] * D + columns[None, :],
+                mask[:, None],
+                0.0,
+                cache_modifier=".cg",
+            )
             new_top = tl.maximum(top, tl.max(tops, 0))
             shrink, weight = tl.exp2(top - new_top), tl.exp2(tops - new_top)
             merged = merged * shrink + tl.sum(parts * weight[:, None], 0)
@@ -331,12 +442,42 @@ def attend_token(q, k, v, keys, values, cache, turn=None):
     top_total = torch.empty(B * H, count, 2, dtype=torch.float32, device=q.device)
     out = torch.empty(B, H, 1, D, dtype=q.dtype, device=q.device)
     attend_kernel[(B * G, count)](
-        q, k, v, cos, sin, rows_k, rows_v, meta_k, meta_v, words_k, words_v,
-        recent_k, recent_v, cache.positions, partial, top_total, cache.arrived, out,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        S, cache.max_length, D**-0.5 * LOG2_E,
-        G, group, max(8, triton.next_power_of_2(group)), D // 2, bits,
-        1 if bits == 16 else recent_k.size(2), turn is not None, block,
-        num_warps=warps, num_stages=stages,
+        q,
+        k,
+        v,
+        cos,
+        sin,
+        rows_k,
+        rows_v,
+        meta_k,
+        meta_v,
+        words_k,
+        words_v,
+        recent_k,
+        recent_v,
+        cache.positions,
+        partial,
+        top_total,
+        cache.arrived,
+        out,
+        q.stride(0),
+        q.stride(1),
+        k.stride(0),
+        k.stride(1),
+        v.stride(0),
+        v.stride(1),
+        S,
+        cache.max_length,
+        D**-0.5 * LOG2_E,
+        G,
+        group,
+        max(8, triton.next_power_of_2(group)),
+        D // 2,
+        bits,
+        1 if bits == 16 else recent_k.size(2),
+        turn is not None,
+        block,
+        num_warps=warps,
+        num_stages=stages,
     )
     return out

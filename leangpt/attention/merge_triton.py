@@ -9,9 +9,29 @@ import triton.language as tl
 
 
 @triton.jit
-def _merge_kernel(out, lse, tile, tile_lse, H, T, so_b, so_h, so_t, sl_b, sl_h, sl_t,
-                  st_b, st_h, st_t, sm_b, sm_h, sm_t, D: tl.constexpr, DP: tl.constexpr,
-                  ROWS: tl.constexpr):
+def _merge_kernel(
+    out,
+    lse,
+    tile,
+    tile_lse,
+    H,
+    T,
+    so_b,
+    so_h,
+    so_t,
+    sl_b,
+    sl_h,
+    sl_t,
+    st_b,
+    st_h,
+    st_t,
+    sm_b,
+    sm_h,
+    sm_t,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     b = (tl.program_id(1) // H).to(tl.int64)
     h = (tl.program_id(1) % H).to(tl.int64)
     t = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -40,5 +60,17 @@ def merge_(out, lse, tile_out, tile_lse):
     B, H, T, D = out.shape
     rows = 64
     _merge_kernel[(triton.cdiv(T, rows), B * H)](
-        out, lse, tile_out, tile_lse, H, T, *out.stride()[:3], *lse.stride(),
-        *tile_out.stride()[:3], *tile_lse.stride(), D, triton.next_power_of_2(D), rows)
+        out,
+        lse,
+        tile_out,
+        tile_lse,
+        H,
+        T,
+        *out.stride()[:3],
+        *lse.stride(),
+        *tile_out.stride()[:3],
+        *tile_lse.stride(),
+        D,
+        triton.next_power_of_2(D),
+        rows,
+    )

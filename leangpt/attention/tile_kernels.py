@@ -65,7 +65,8 @@ def cpu_forward(q, k, v, causal):
 
 def cpu_backward(grad, q, k, v, out, lse, causal):
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, q, k, v, out, lse, 0.0, causal)
+        grad, q, k, v, out, lse, 0.0, causal
+    )
 
 
 def flash_forward(q, k, v, causal):
@@ -75,12 +76,12 @@ def flash_forward(q, k, v, causal):
 
 def flash_backward(grad, q, k, v, out, lse, causal):
     return aten._scaled_dot_product_flash_attention_backward(
-        grad, q, k, v, out, lse, None, None, q.size(2), k.size(2), 0.0, causal, *_no_philox(q))
+        grad, q, k, v, out, lse, None, None, q.size(2), k.size(2), 0.0, causal, *_no_philox(q)
+    )
 
 
 def cudnn_forward(q, k, v, causal):
-    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, causal, False)
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False)
     return out, lse.view(q.shape[:3])  # cuDNN's is (B, H, t, 1)
 
 
@@ -88,8 +89,21 @@ def cudnn_backward(grad, q, k, v, out, lse, causal):
     # its plan is made for q's order of dimensions in memory, and it reads others wrongly
     grad, out = match_layout(grad, q), match_layout(out, q)
     return aten._scaled_dot_product_cudnn_attention_backward(
-        grad, q, k, v, out, lse.view(*q.shape[:3], 1), *_no_philox(q), None, None, None,
-        q.size(2), k.size(2), 0.0, causal)
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse.view(*q.shape[:3], 1),
+        *_no_philox(q),
+        None,
+        None,
+        None,
+        q.size(2),
+        k.size(2),
+        0.0,
+        causal,
+    )
 
 
 def match_layout(x, like):

@@ -29,9 +29,22 @@ SHORTLIST = 1024  # most likely tokens sorted first for top_p
 KERNELS_FROM = 1000  # tokens of work from which Triton's kernels are worth compiling, some seconds
 
 
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop_tokens=(),
-             generator=None, kv_bits=None, stream=None, lengths=None, slide=1, vocab_size=None,
-             compile=False):
+def generate(
+    model,
+    idx,
+    max_new_tokens,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    stop_tokens=(),
+    generator=None,
+    kv_bits=None,
+    stream=None,
+    lengths=None,
+    slide=1,
+    vocab_size=None,
+    compile=False,
+):
     """Continue the prompts idx (B, T) int64 -> (B, T + max_new_tokens) int64.
 
     temperature: 0 takes the most likely token. top_k: only the k most likely; top_p: only the
@@ -56,8 +69,9 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     model.eval()
     try:
         with torch.inference_mode():
-            cache = build_cache(model.config, B, min(T + max_new_tokens, block_size), device,
-                                dtype, kv_bits)
+            cache = build_cache(
+                model.config, B, min(T + max_new_tokens, block_size), device, dtype, kv_bits
+            )
             if max_new_tokens * max(1, cache.slot_count / 4096) < KERNELS_FROM:
                 cache.suits_kernels = False  # PyTorch's own do as well, and are there
             choice = Choice(temperature, top_k, top_p, generator, vocab_size)
@@ -72,7 +86,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 def write(steps, max_new_tokens, stream, slide):
     """Write max_new_tokens to each row of the text, which holds the prompts alone."""
     cache, text, block_size = steps.cache, steps.text, steps.model.config.block_size
-    steps.prefill(text.tokens[:, :text.length], text.lengths)
+    steps.prefill(text.tokens[:, : text.length], text.lengths)
     for count in range(1, max_new_tokens + 1):
         if stream is not None:
             stream(text.token.flatten().tolist())
@@ -105,12 +119,16 @@ def check_prompt(model, idx, lengths):
     if T == 0 or B == 0:
         raise UserError("the prompt is empty: give at least one token")
     if T > config.block_size:
-        raise UserError(f"the prompt has {T} tokens, the model reads at most "
-                        f"block_size={config.block_size}: shorten it")
+        raise UserError(
+            f"the prompt has {T} tokens, the model reads at most "
+            f"block_size={config.block_size}: shorten it"
+        )
     low, high = int(idx.min()), int(idx.max())
     if low < 0 or high >= config.vocab_size:
-        raise UserError(f"token id {low if low < 0 else high} is not in the model's vocabulary of "
-                        f"{config.vocab_size}")
+        raise UserError(
+            f"token id {low if low < 0 else high} is not in the model's vocabulary of "
+            f"{config.vocab_size}"
+        )
     if lengths is None:
         return None
     lengths = torch.as_tensor(lengths, device=idx.device)
@@ -127,8 +145,9 @@ class Choice:
         self.generator, self.vocab_size = generator, vocab_size
 
     def __call__(self, logits):
-        return pick(logits[:, :self.vocab_size], self.temperature, self.top_k, self.top_p,
-                    self.generator)
+        return pick(
+            logits[:, : self.vocab_size], self.temperature, self.top_k, self.top_p, self.generator
+        )
 
 
 def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -198,7 +217,7 @@ class Text:
         Returns them (B, n), padded on the right, and their lengths (B,), None where all are n.
         """
         if self.lengths is None:
-            return self.tokens[:, self.length - keep:self.length], None
+            return self.tokens[:, self.length - keep : self.length], None
         lengths = torch.where(self.ends > limit, keep, self.ends)
         at = torch.arange(int(lengths.max()), device=lengths.device)
         at = ((self.ends - lengths)[:, None] + at).clamp(max=self.tokens.size(1) - 1)
@@ -295,8 +314,9 @@ def bytes_read(model, length, kv_bits=None):
     tables.discard(id(getattr(model.lm_head, "weight", None)))  # a tied head reads its table
     tensors = [*model.buffers(), *(p for p in model.parameters() if id(p) not in tables)]
     weights = sum(t.numel() * t.element_size() for t in tensors)
-    cache = build_cache(model.config, 1, 16, dtype=model.transformer.wte.weight.dtype,
-                        kv_bits=kv_bits)
+    cache = build_cache(
+        model.config, 1, 16, dtype=model.transformer.wte.weight.dtype, kv_bits=kv_bits
+    )
     return weights, cache.bytes_per_token * min(length, model.config.block_size)
 
 

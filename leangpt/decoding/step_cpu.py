@@ -32,16 +32,25 @@ class NormArguments(ctypes.Structure):
 
 
 class BlockArguments(ctypes.Structure):
-    _fields_ = [*((name, NormArguments) for name in ("ln_1", "ln_2")),
-                *((name, LinearArguments) for name in ("c_attn", "c_proj", "c_fc", "mlp_proj")),
-                ("keys", POINTER), ("values", POINTER)]
+    _fields_ = [
+        *((name, NormArguments) for name in ("ln_1", "ln_2")),
+        *((name, LinearArguments) for name in ("c_attn", "c_proj", "c_fc", "mlp_proj")),
+        ("keys", POINTER),
+        ("values", POINTER),
+    ]
 
 
 class ModelArguments(ctypes.Structure):
-    _fields_ = [*((name, NUMBER) for name in ("L", "B", "C", "H", "G", "D", "S", "inner", "half",
-                                              "norm", "mlp")),
-                ("eps", ctypes.c_double), ("blocks", POINTER), ("ln_f", NormArguments),
-                ("head", LinearArguments)]
+    _fields_ = [
+        *(
+            (name, NUMBER)
+            for name in ("L", "B", "C", "H", "G", "D", "S", "inner", "half", "norm", "mlp")
+        ),
+        ("eps", ctypes.c_double),
+        ("blocks", POINTER),
+        ("ln_f", NormArguments),
+        ("head", LinearArguments),
+    ]
 
 
 class Step:
@@ -51,17 +60,35 @@ class Step:
         self.model, self.cache, config = model, cache, model.config
         blocks = [
             BlockArguments(
-                norm(block.ln_1), norm(block.ln_2), linear(block.attn.c_attn),
-                linear(block.attn.c_proj), linear(block.mlp.c_fc), linear(block.mlp.c_proj),
-                layer.keys.data.data_ptr(), layer.values.data.data_ptr())
-            for block, layer in zip(model.transformer.h, cache.layers)]
+                norm(block.ln_1),
+                norm(block.ln_2),
+                linear(block.attn.c_attn),
+                linear(block.attn.c_proj),
+                linear(block.mlp.c_fc),
+                linear(block.mlp.c_proj),
+                layer.keys.data.data_ptr(),
+                layer.values.data.data_ptr(),
+            )
+            for block, layer in zip(model.transformer.h, cache.layers)
+        ]
         self.blocks = (BlockArguments * len(blocks))(*blocks)
         self.arguments = ModelArguments(
-            len(blocks), cache.batch_size, config.n_embd, config.n_head, config.kv_heads,
-            config.head_dim, cache.slot_count, config.inner,
-            HALF[model.transformer.wte.weight.dtype], NORMS.index(config.norm),
-            MLPS.index(config.mlp), config.norm_eps, ctypes.addressof(self.blocks),
-            norm(model.transformer.ln_f), linear(model.lm_head))
+            len(blocks),
+            cache.batch_size,
+            config.n_embd,
+            config.n_head,
+            config.kv_heads,
+            config.head_dim,
+            cache.slot_count,
+            config.inner,
+            HALF[model.transformer.wte.weight.dtype],
+            NORMS.index(config.norm),
+            MLPS.index(config.mlp),
+            config.norm_eps,
+            ctypes.addressof(self.blocks),
+            norm(model.transformer.ln_f),
+            linear(model.lm_head),
+        )
 
     def __call__(self, idx, cache):
         """One more token a row, idx (B, 1), after the cache's others -> logits (B, V) float32."""
@@ -76,24 +103,31 @@ class Step:
             cos, sin = (part.contiguous() for part in table)
         logits = torch.empty(len(idx), config.vocab_size)
         linear_cpu.library().decode(
-            ctypes.addressof(self.arguments), x.data_ptr(), logits.data_ptr(),
-            positions.data_ptr(), len(positions) > 1, cos if cos is None else cos.data_ptr(),
-            sin if sin is None else sin.data_ptr())
+            ctypes.addressof(self.arguments),
+            x.data_ptr(),
+            logits.data_ptr(),
+            positions.data_ptr(),
+            len(positions) > 1,
+            cos if cos is None else cos.data_ptr(),
+            sin if sin is None else sin.data_ptr(),
+        )
         cache.advance(1)
         return logits
 
 
 def norm(layer):
-    return NormArguments(layer.weight.data_ptr(),
-                         None if layer.bias is None else layer.bias.data_ptr())
+    return NormArguments(
+        layer.weight.data_ptr(), None if layer.bias is None else layer.bias.data_ptr()
+    )
 
 
 def linear(layer):
     bias = None if layer.bias is None else layer.bias.data_ptr()
     sizes = layer.out_features, layer.in_features
     if isinstance(layer, Int4Linear):
-        return LinearArguments(layer.packed.data_ptr(), layer.scale_zero.data_ptr(), bias, *sizes,
-                               layer.group_size)
+        return LinearArguments(
+            layer.packed.data_ptr(), layer.scale_zero.data_ptr(), bias, *sizes, layer.group_size
+        )
     return LinearArguments(layer.weight.data_ptr(), None, bias, *sizes, 0)
 
 
@@ -101,16 +135,29 @@ def suits(model, cache):
     """Whether Step can take this model's steps into this cache."""
     config, weight = model.config, model.transformer.wte.weight
     linears = [model.lm_head] + [
-        layer for block in model.transformer.h for layer in (
-            block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)]
+        layer
+        for block in model.transformer.h
+        for layer in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+    ]
     rows = min(FEW_ROWS["vnni" if isinstance(layer, Int4Linear) else "plain"] for layer in linears)
-    return (weight.device.type == "cpu" and weight.dtype in HALF and linear_cpu.available()
-            and not model.training and not torch.is_autocast_enabled("cpu")
-            and cache.batch_size <= rows and all(suits_linear(layer) for layer in linears)
-            and all(isinstance(layer, KeysValues) and isinstance(layer.keys, Rows)
-                    and layer.keys.data.dtype == weight.dtype for layer in cache.layers)
-            and all(p.dtype == weight.dtype and p.is_contiguous() for p in model.parameters())
-            and config.head_dim % 16 == 0 and config.head_dim <= WIDEST_HEAD)
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype in HALF
+        and linear_cpu.available()
+        and not model.training
+        and not torch.is_autocast_enabled("cpu")
+        and cache.batch_size <= rows
+        and all(suits_linear(layer) for layer in linears)
+        and all(
+            isinstance(layer, KeysValues)
+            and isinstance(layer.keys, Rows)
+            and layer.keys.data.dtype == weight.dtype
+            for layer in cache.layers
+        )
+        and all(p.dtype == weight.dtype and p.is_contiguous() for p in model.parameters())
+        and config.head_dim % 16 == 0
+        and config.head_dim <= WIDEST_HEAD
+    )
 
 
 def suits_linear(layer):

@@ -49,8 +49,9 @@ if triton is not None:
         return mean, tl.rsqrt(tl.sum(centred * centred, 0) / K + eps)
 
     @triton.jit
-    def normed(row, k, mean, rstd, norm_weight, norm_bias, NORM: tl.constexpr,
-               NORM_BIAS: tl.constexpr):
+    def normed(
+        row, k, mean, rstd, norm_weight, norm_bias, NORM: tl.constexpr, NORM_BIAS: tl.constexpr
+    ):
         """row, the numbers k of x, normed in float32 and rounded as norm layers do."""
         if NORM:
             dtype = row.dtype
@@ -66,8 +67,12 @@ if triton is not None:
         tiles = ()
         for first in tl.static_range(0, K, BLOCK_K):
             k = first + tl.arange(0, BLOCK_K)
-            tile = tl.load(weight + n[:, None] * K + k[None, :], mask[:, None], 0.0,
-                           eviction_policy="evict_first")
+            tile = tl.load(
+                weight + n[:, None] * K + k[None, :],
+                mask[:, None],
+                0.0,
+                eviction_policy="evict_first",
+            )
             tiles = tiles + (tile,)
         return tiles
 
@@ -81,13 +86,22 @@ if triton is not None:
             outer = first // (16 * INNER) + j // together
             at = ((n // 8)[:, None] * (K // (16 * INNER)) + outer[None, :]) * (8 * together)
             at += (n % 8)[:, None] * together + (j % together)[None, :]
-            tiles = tiles + (tl.load(words + at, mask[:, None], 0,
-                                     eviction_policy="evict_first"),)
+            tiles = tiles + (tl.load(words + at, mask[:, None], 0, eviction_policy="evict_first"),)
         return tiles
 
     @triton.jit
-    def times_tiles(tiles, x, mean, rstd, norm_weight, norm_bias, NORM: tl.constexpr,
-                    NORM_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    def times_tiles(
+        tiles,
+        x,
+        mean,
+        rstd,
+        norm_weight,
+        norm_bias,
+        NORM: tl.constexpr,
+        NORM_BIAS: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+    ):
         """Products of the tiles' rows with x, normed: (BLOCK_N,) float32."""
         total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
         for i in tl.static_range(0, len(tiles)):
@@ -109,9 +123,24 @@ if triton is not None:
         return p0, p1, p2, p3, p4, p5, p6, p7
 
     @triton.jit
-    def times_words(tiles, x, scale_zero, n, mask, N_ALL, mean, rstd, norm_weight, norm_bias,
-                    NORM: tl.constexpr, NORM_BIAS: tl.constexpr, BLOCK_N: tl.constexpr,
-                    BLOCK_K: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr):
+    def times_words(
+        tiles,
+        x,
+        scale_zero,
+        n,
+        mask,
+        N_ALL,
+        mean,
+        rstd,
+        norm_weight,
+        norm_bias,
+        NORM: tl.constexpr,
+        NORM_BIAS: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+        INNER: tl.constexpr,
+        GROUP: tl.constexpr,
+    ):
         """The same for words of 4-bit codes; scale_zero (K / GROUP, N_ALL) int32: two bfloat16.
 
         A word holds inputs k, k + 8, k + 16, k + 24 of a row in its low half, lowest bits first,
@@ -145,11 +174,29 @@ if triton is not None:
         return tl.sum(total, 1)
 
     @triton.jit
-    def linear_kernel(x, weight, scale_zero, bias, norm_weight, norm_bias, residual, out, N,
-                      eps, K: tl.constexpr, K_PADDED: tl.constexpr, BLOCK_N: tl.constexpr,
-                      BLOCK_K: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr,
-                      NORM: tl.constexpr, NORM_BIAS: tl.constexpr, BIAS: tl.constexpr,
-                      ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr):
+    def linear_kernel(
+        x,
+        weight,
+        scale_zero,
+        bias,
+        norm_weight,
+        norm_bias,
+        residual,
+        out,
+        N,
+        eps,
+        K: tl.constexpr,
+        K_PADDED: tl.constexpr,
+        BLOCK_N: tl.constexpr,
+        BLOCK_K: tl.constexpr,
+        INNER: tl.constexpr,
+        GROUP: tl.constexpr,
+        NORM: tl.constexpr,
+        NORM_BIAS: tl.constexpr,
+        BIAS: tl.constexpr,
+        ACTIVATION: tl.constexpr,
+        RESIDUAL: tl.constexpr,
+    ):
         """BLOCK_N outputs of one row: out = residual + activation(weight norm(x) + bias).
 
         INNER 0: weight (N, K), or (2 N, K) for swiglu; otherwise 4-bit words, INNER tiles of 16
@@ -170,12 +217,28 @@ if triton is not None:
         if NORM:
             mean, rstd = norm_statistics(x, eps, NORM, K, K_PADDED)
         if INNER:
-            y = times_words(tiles, x, scale_zero, n, mask, rows_all, mean, rstd, norm_weight,
-                            norm_bias, NORM, NORM_BIAS, BLOCK_N, BLOCK_K, INNER,
-                            GROUP)
+            y = times_words(
+                tiles,
+                x,
+                scale_zero,
+                n,
+                mask,
+                rows_all,
+                mean,
+                rstd,
+                norm_weight,
+                norm_bias,
+                NORM,
+                NORM_BIAS,
+                BLOCK_N,
+                BLOCK_K,
+                INNER,
+                GROUP,
+            )
         else:
-            y = times_tiles(tiles, x, mean, rstd, norm_weight, norm_bias, NORM, NORM_BIAS,
-                            BLOCK_N, BLOCK_K)
+            y = times_tiles(
+                tiles, x, mean, rstd, norm_weight, norm_bias, NORM, NORM_BIAS, BLOCK_N, BLOCK_K
+            )
         if BIAS:
             y += tl.load(bias + n, mask, 0.0).to(tl.float32)
         if ACTIVATION == 1:
@@ -184,12 +247,28 @@ if triton is not None:
             y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
         elif ACTIVATION == 3:
             if INNER:
-                up = times_words(ups, x, scale_zero, n + N, mask, rows_all, mean, rstd,
-                                 norm_weight, norm_bias, NORM, NORM_BIAS, BLOCK_N, BLOCK_K, INNER,
-                            GROUP)
+                up = times_words(
+                    ups,
+                    x,
+                    scale_zero,
+                    n + N,
+                    mask,
+                    rows_all,
+                    mean,
+                    rstd,
+                    norm_weight,
+                    norm_bias,
+                    NORM,
+                    NORM_BIAS,
+                    BLOCK_N,
+                    BLOCK_K,
+                    INNER,
+                    GROUP,
+                )
             else:
-                up = times_tiles(ups, x, mean, rstd, norm_weight, norm_bias, NORM, NORM_BIAS,
-                                 BLOCK_N, BLOCK_K)
+                up = times_tiles(
+                    ups, x, mean, rstd, norm_weight, norm_bias, NORM, NORM_BIAS, BLOCK_N, BLOCK_K
+                )
             if BIAS:
                 up += tl.load(bias + N + n, mask, 0.0).to(tl.float32)
             y = y * tl.sigmoid(y) * up
@@ -216,12 +295,28 @@ def linear(x, layer, norm=None, activation=None, residual=None):
     norm_bias = None if norm is None else norm.bias
     out = torch.empty(len(x), N, dtype=x.dtype, device=x.device)
     linear_kernel[(len(x), triton.cdiv(N, block_n))](
-        x, weight, scale_zero, x if layer.bias is None else layer.bias,
-        x if norm is None else norm.weight, x if norm_bias is None else norm_bias,
-        x if residual is None else residual, out, N, 0.0 if norm is None else norm.eps,
-        K, triton.next_power_of_2(K), block_n, block_k, inner, group,
-        NORMS[norm and norm.kind], norm_bias is not None, layer.bias is not None,
-        ACTIVATIONS[activation], residual is not None, num_warps=WARPS,
+        x,
+        weight,
+        scale_zero,
+        x if layer.bias is None else layer.bias,
+        x if norm is None else norm.weight,
+        x if norm_bias is None else norm_bias,
+        x if residual is None else residual,
+        out,
+        N,
+        0.0 if norm is None else norm.eps,
+        K,
+        triton.next_power_of_2(K),
+        block_n,
+        block_k,
+        inner,
+        group,
+        NORMS[norm and norm.kind],
+        norm_bias is not None,
+        layer.bias is not None,
+        ACTIVATIONS[activation],
+        residual is not None,
+        num_warps=WARPS,
     )
     return out
 
@@ -248,22 +343,32 @@ def decode_one_token(model, idx, cache):
 def suits(model, cache):
     """Whether decode_one_token here can take the model's steps."""
     blocks = model.transformer.h
-    linears = [m for block in blocks for m in (block.attn.c_attn, block.attn.c_proj,
-                                               block.mlp.c_fc, block.mlp.c_proj)]
+    linears = [
+        m
+        for block in blocks
+        for m in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+    ]
     dtype = model.transformer.wte.weight.dtype
-    return (cache.suits_kernels and cache.batch_size <= ROWS
-            and dtype in (torch.bfloat16, torch.float16)
-            and not torch.is_autocast_enabled(model.transformer.wte.weight.device.type)
-            and all(suits_linear(m, dtype) for m in [*linears, model.lm_head])
-            and all(p.dtype == dtype for p in model.parameters()))
+    return (
+        cache.suits_kernels
+        and cache.batch_size <= ROWS
+        and dtype in (torch.bfloat16, torch.float16)
+        and not torch.is_autocast_enabled(model.transformer.wte.weight.device.type)
+        and all(suits_linear(m, dtype) for m in [*linears, model.lm_head])
+        and all(p.dtype == dtype for p in model.parameters())
+    )
 
 
 def suits_linear(layer, dtype):
     if layer.in_features % 64 or layer.in_features > 16384:
         return False
     if isinstance(layer, Int4Linear):
-        return (layer.layout == "cuda" and layer.tail is None and dtype == torch.bfloat16
-                and word_order_known(layer.packed.device))
+        return (
+            layer.layout == "cuda"
+            and layer.tail is None
+            and dtype == torch.bfloat16
+            and word_order_known(layer.packed.device)
+        )
     return type(layer) is nn.Linear and layer.weight.dtype == dtype
 
 

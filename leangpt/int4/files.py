@@ -59,8 +59,9 @@ def load_int4(path, device="cpu", dtype=torch.bfloat16, **overrides):
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path}: {error}; save it again with int4_files.save_int4"
-                        ) from None
+        raise UserError(
+            f"cannot read {path}: {error}; save it again with int4_files.save_int4"
+        ) from None
     if header.get("format") != FORMAT:
         raise UserError(f"{path} is not a 4-bit model of this project's (int4_files.save_int4)")
     try:
@@ -76,8 +77,10 @@ def load_int4(path, device="cpu", dtype=torch.bfloat16, **overrides):
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
-            raise UserError(f"{path}: {name} should have shape {wanted.get(name, 'none')}, the "
-                            f"file has {found.get(name, 'none')}")
+            raise UserError(
+                f"{path}: {name} should have shape {wanted.get(name, 'none')}, the "
+                f"file has {found.get(name, 'none')}"
+            )
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not name.endswith("scale_zero"):
             tensors[name] = tensor.to(dtype)

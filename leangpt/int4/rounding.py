@@ -37,7 +37,7 @@ def fit_groups(weight, group_size):
     """
     N, K = weight.shape
     step = max(1, ROWS // K)
-    parts = [_fit(weight[i:i + step].float(), group_size) for i in range(0, N, step)]
+    parts = [_fit(weight[i : i + step].float(), group_size) for i in range(0, N, step)]
     return tuple(torch.cat(part) for part in zip(*parts))
 
 
@@ -69,11 +69,15 @@ def _fit(weight, group_size, h=None):
         else:
             better = error < best_error
             best_error = torch.where(better, error, best_error)
-            best = tuple(torch.where(better, new, old) for new, old in zip((codes, scale, zero),
-                                                                           best))
+            best = tuple(
+                torch.where(better, new, old) for new, old in zip((codes, scale, zero), best)
+            )
     codes, scale, zero = best
-    return ((codes + 8).flatten(1).to(torch.uint8),
-            scale.squeeze(-1).bfloat16(), zero.squeeze(-1).bfloat16())
+    return (
+        (codes + 8).flatten(1).to(torch.uint8),
+        scale.squeeze(-1).bfloat16(),
+        zero.squeeze(-1).bfloat16(),
+    )
 
 
 def _storable(scale, zero):
@@ -100,11 +104,11 @@ def round_to_inputs(weight, group_size, inputs):
     gram, step, parts = gram.float(), max(LANES, GPTQ_ROWS // K // LANES * LANES), []
     steps = steps_for(weight.device)
     for i in range(0, N, step):
-        rows = weight[i:i + step]
+        rows = weight[i : i + step]
         target = F.pad(rows.float(), (0, 0, 0, -len(rows) % LANES)).T.contiguous()  # (K, n)
         codes, scale, zero = _start(target, group_size, importance, spread, gram, steps)
         _descend(target, codes, scale, zero, gram, steps)
-        codes, scale, zero = (found[:, :len(rows)].T for found in (codes, scale, zero))
+        codes, scale, zero = (found[:, : len(rows)].T for found in (codes, scale, zero))
         parts.append(((codes + 8).to(torch.uint8), scale.bfloat16(), zero.bfloat16()))
     return tuple(torch.cat(part) for part in zip(*parts))
 
@@ -191,8 +195,9 @@ def _descend_step(own, pull, lost, codes, scale, zero):
     cc, c1, one = (codes * (own @ codes)).sum(0), own.sum(0) @ codes, own.sum()
     rc, r1 = (codes * pull).sum(0), pull.sum(0)
     determinant = cc * one - c1 * c1
-    new_scale, new_zero = _storable(scale + (one * rc - c1 * r1) / determinant,
-                                    zero + (cc * r1 - c1 * rc) / determinant)
+    new_scale, new_zero = _storable(
+        scale + (one * rc - c1 * r1) / determinant, zero + (cc * r1 - c1 * rc) / determinant
+    )
     change = codes * (new_scale - scale) + (new_zero - zero)
     pulled = own @ change
     better = (change * (pulled - 2 * pull)).sum(0) < 0  # never where determinant is 0

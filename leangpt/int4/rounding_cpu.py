@@ -40,8 +40,13 @@ def fit(block, importance, shrink, refits):
     """Weights block (group, n), importance (group) of sum 1 -> scale and zero (n)."""
     scale, zero = block.new_empty(2, block.size(1))
     shrink = torch.tensor(shrink)
-    library().fit(_sizes(block), *_pointers(block, importance, shrink), len(shrink), refits,
-                  *_pointers(scale, zero))
+    library().fit(
+        _sizes(block),
+        *_pointers(block, importance, shrink),
+        len(shrink),
+        refits,
+        *_pointers(scale, zero),
+    )
     return scale, zero
 
 

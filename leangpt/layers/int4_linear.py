@@ -130,11 +130,12 @@ class Int4Linear(nn.Module):
         main = self.scale_zero.size(1)
         parts = []
         if start < main:
-            read = {"plain": _from_plain, "vnni": _from_vnni, "cpu": _from_cpu,
-                    "cuda": _from_cuda}[self.layout]
+            read = {"plain": _from_plain, "vnni": _from_vnni, "cpu": _from_cpu, "cuda": _from_cuda}[
+                self.layout
+            ]
             parts.append(read(self.packed, self.in_features, start, min(stop, main)))
         if stop > main:
-            parts.append(unpack(self.tail[max(start - main, 0):stop - main]))
+            parts.append(unpack(self.tail[max(start - main, 0) : stop - main]))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def store(self, packed, scale_zero):
@@ -147,8 +148,9 @@ class Int4Linear(nn.Module):
         if main < self.out_features:
             self.tail = packed[main:].clone()
             self.tail_scale_zero = scale_zero[:, main:].clone()
-        write = {"plain": _to_plain, "vnni": _to_vnni, "cpu": _to_cpu,
-                 "cuda": _to_cuda}[self.layout]
+        write = {"plain": _to_plain, "vnni": _to_vnni, "cpu": _to_cpu, "cuda": _to_cuda}[
+            self.layout
+        ]
         self.packed = write(packed[:main])
         self.scale_zero = scale_zero[:, :main].contiguous()
 
@@ -157,8 +159,10 @@ class Int4Linear(nn.Module):
         if self.layout == "plain":
             return self.packed, self.scale_zero
         step = chunk_rows(self.in_features)
-        packed = [pack(self.codes(i, min(i + step, self.out_features)))
-                  for i in range(0, self.out_features, step)]
+        packed = [
+            pack(self.codes(i, min(i + step, self.out_features)))
+            for i in range(0, self.out_features, step)
+        ]
         scale_zero = [self.scale_zero]
         if self.tail is not None:
             scale_zero.append(self.tail_scale_zero)
@@ -198,8 +202,11 @@ class Int4Linear(nn.Module):
                 errors.append(f"{prefix}{name} has shape {tuple(found[name].shape)}, not {shape}")
                 good = False
         if strict:
-            unexpected.extend(name for name in state if name.startswith(prefix)
-                              and name[len(prefix):] not in wanted)
+            unexpected.extend(
+                name
+                for name in state
+                if name.startswith(prefix) and name[len(prefix) :] not in wanted
+            )
         if good:
             self.store(found["packed"].to(device), found["scale_zero"].to(device))
             if self.bias is not None:
@@ -207,16 +214,19 @@ class Int4Linear(nn.Module):
                     self.bias.copy_(found["bias"])
 
     def extra_repr(self):
-        return (f"in_features={self.in_features}, out_features={self.out_features}, "
-                f"bias={self.bias is not None}, group_size={self.group_size}, {self.layout}")
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, group_size={self.group_size}, {self.layout}"
+        )
 
 
 def check_group_size(group_size, in_features, name="a layer"):
     if group_size not in GROUP_SIZES:
         raise UserError(f"int4 group_size={group_size}: use 32, 64 or 128")
     if in_features % group_size:
-        raise UserError(f"int4 group_size={group_size} does not divide the {in_features} inputs "
-                        f"of {name}")
+        raise UserError(
+            f"int4 group_size={group_size} does not divide the {in_features} inputs of {name}"
+        )
 
 
 class AllRounded(Exception):
@@ -243,6 +253,7 @@ def quantize_(module, group_size=32, calibrate=None):
     if calibrate is None and hasattr(module, "calibration"):
         calibrate = module.calibration()
     if calibrate:
+
         def observe(name, x):
             if name not in rounded:
                 rounded[name] = Int4Linear.from_linear(linears[name], group_size, x)
@@ -279,8 +290,9 @@ def replace_linears(module, group_size=32, device="cpu"):
     for name, linear in list(module.named_modules()):
         if isinstance(linear, nn.Linear):
             check_group_size(group_size, linear.in_features, name)
-            layer = Int4Linear(linear.in_features, linear.out_features, linear.bias is not None,
-                               group_size, device)
+            layer = Int4Linear(
+                linear.in_features, linear.out_features, linear.bias is not None, group_size, device
+            )
             for attribute in ("row_blocks", "head_dim"):
                 if hasattr(linear, attribute):
                     setattr(layer, attribute, getattr(linear, attribute))
@@ -348,13 +360,13 @@ def _to_vnni(packed):
     result = torch.empty_like(packed)
     step = chunk_rows(2 * packed.size(1))
     for i in range(0, len(packed), step):
-        result[i:i + step] = linear_cpu.pack_int4(packed[i:i + step])
+        result[i : i + step] = linear_cpu.pack_int4(packed[i : i + step])
     return result
 
 
 def _from_vnni(packed, in_features, start, stop):
     first, last = start // 16 * 16, min(-(-stop // 16) * 16, len(packed))
-    return linear_cpu.unpack_int4(packed[first:last])[start - first:stop - first]
+    return linear_cpu.unpack_int4(packed[first:last])[start - first : stop - first]
 
 
 @functools.cache
@@ -379,14 +391,14 @@ def _to_cpu(packed):
     result = torch.empty_like(packed)
     step = chunk_rows(2 * packed.size(1))
     for i in range(0, len(packed), step):
-        codes = unpack(packed[i:i + step]).int()
-        result[i:i + step] = aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+        codes = unpack(packed[i : i + step]).int()
+        result[i : i + step] = aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     return result
 
 
 def _from_cpu(packed, in_features, start, stop):
     first, last = start // 64 * 64, min(-(-stop // 64) * 64, len(packed))
-    return _cpu_codes(packed[first:last], _cpu_order())[start - first:stop - first]
+    return _cpu_codes(packed[first:last], _cpu_order())[start - first : stop - first]
 
 
 def _cpu_codes(packed, order):
@@ -420,4 +432,4 @@ def _from_cuda(packed, in_features, start, stop):
     ones = torch.ones(in_features // 32, rows, 2, dtype=torch.bfloat16, device=packed.device)
     ones[..., 1] = 8
     codes = aten._weight_int4pack_mm(eye, tiles, 32, ones).T.to(torch.uint8)
-    return codes[start - 8 * first:stop - 8 * first]
+    return codes[start - 8 * first : stop - 8 * first]

@@ -23,8 +23,10 @@ HALF = {torch.bfloat16: 1, torch.float32: 0}  # the dtypes they know
 class LinearArguments(ctypes.Structure):
     """layers/linear_cpu.c's Linear: a layer's tensors and sizes."""
 
-    _fields_ = [*((name, ctypes.c_void_p) for name in ("weight", "scale_zero", "bias")),
-                *((name, ctypes.c_int64) for name in ("N", "K", "group"))]
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "scale_zero", "bias")),
+        *((name, ctypes.c_int64) for name in ("N", "K", "group")),
+    ]
 
 
 @functools.cache
@@ -88,16 +90,23 @@ def _int4_rows(x, packed, scale_zero, bias, group_size):
     (M, K), N = x.shape, packed.size(0)
     x = x.contiguous()
     y = x.new_empty(M, N)
-    layer = LinearArguments(packed.data_ptr(), scale_zero.data_ptr(),
-                            None if bias is None else bias.data_ptr(), N, K, group_size)
+    layer = LinearArguments(
+        packed.data_ptr(),
+        scale_zero.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        N,
+        K,
+        group_size,
+    )
     library().int4_rows(x.data_ptr(), y.data_ptr(), ctypes.addressof(layer), M, HALF[x.dtype])
     return y
 
 
 # an operator of its own, for torch.compile
 _library = torch.library.Library("cpu_kernels", "DEF")
-_library.define("int4_rows(Tensor x, Tensor packed, Tensor scale_zero, Tensor? bias, "
-                "int group_size) -> Tensor")
+_library.define(
+    "int4_rows(Tensor x, Tensor packed, Tensor scale_zero, Tensor? bias, int group_size) -> Tensor"
+)
 _library.impl("int4_rows", _int4_rows, "CPU")
 
 

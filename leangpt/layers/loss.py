@@ -59,12 +59,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.empty_like(weight, dtype=wide) if needs_grad else None
         with torch.autocast(device, enabled=False):
             for start in range(0, hidden.size(0), rows):
-                h, target = hidden[start:start + rows], targets[start:start + rows]
+                h, target = hidden[start : start + rows], targets[start : start + rows]
                 logits = h @ head.t()  # (rows, V)
                 share, grad = _loss_and_grad(logits, target, count)
                 loss += share
                 if needs_grad:
-                    torch.mm(grad, head, out=grad_hidden[start:start + rows])
+                    torch.mm(grad, head, out=grad_hidden[start : start + rows])
                     _add_product(grad_weight, grad, h, beta=float(start > 0))
                 del logits, grad  # before the next chunk's are made
         if needs_grad:
@@ -79,8 +79,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad.to(grad_hidden.dtype), (grad_weight * grad).to(
-            ctx.weight_dtype), None, None
+        return (
+            grad_hidden * grad.to(grad_hidden.dtype),
+            (grad_weight * grad).to(ctx.weight_dtype),
+            None,
+            None,
+        )
 
 
 def _add_product(total, grad_logits, h, beta):

@@ -16,8 +16,9 @@ MOST_IN_REGISTERS = 65536  # logits a row, 16 bits each: half of a processor's r
 
 
 @triton.jit
-def _row_kernel(logits, stride, targets, losses, count, V, IGNORE: tl.constexpr,
-                BLOCK: tl.constexpr):
+def _row_kernel(
+    logits, stride, targets, losses, count, V, IGNORE: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride
     target = tl.load(targets + row)
@@ -27,8 +28,9 @@ def _row_kernel(logits, stride, targets, losses, count, V, IGNORE: tl.constexpr,
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)  # running maximum and sum, by lane
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, V, BLOCK):
-        x = tl.load(logits + start + columns, mask=start + columns < V,
-                    other=float("-inf")).to(tl.float32)
+        x = tl.load(logits + start + columns, mask=start + columns < V, other=float("-inf")).to(
+            tl.float32
+        )
         higher = tl.maximum(highest, x)
         kept = tl.where(highest == float("-inf"), 0.0, tl.exp(highest - higher))
         new = tl.where(x == float("-inf"), 0.0, tl.exp(x - higher))
@@ -48,9 +50,18 @@ def _row_kernel(logits, stride, targets, losses, count, V, IGNORE: tl.constexpr,
 
 
 @triton.jit
-def _whole_row_kernel(logits, stride, targets, losses, count, V: tl.constexpr,
-                      IGNORE: tl.constexpr, LANES: tl.constexpr, EACH: tl.constexpr,
-                      TILES: tl.constexpr):
+def _whole_row_kernel(
+    logits,
+    stride,
+    targets,
+    losses,
+    count,
+    V: tl.constexpr,
+    IGNORE: tl.constexpr,
+    LANES: tl.constexpr,
+    EACH: tl.constexpr,
+    TILES: tl.constexpr,
+):
     """As _row_kernel, the row read once and kept in registers as it came, TILES pieces."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride
@@ -99,10 +110,29 @@ def loss_and_grad(logits, targets, count, ignore):
     rows, V = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if logits.element_size() == 2 and 8192 < V <= MOST_IN_REGISTERS and V % EACH == 0:
-        _whole_row_kernel[(rows,)](logits, logits.stride(0), targets, losses, count, V, ignore,
-                                   LANES=1024, EACH=EACH, TILES=triton.cdiv(V, 1024 * EACH),
-                                   num_warps=32)
+        _whole_row_kernel[(rows,)](
+            logits,
+            logits.stride(0),
+            targets,
+            losses,
+            count,
+            V,
+            ignore,
+            LANES=1024,
+            EACH=EACH,
+            TILES=triton.cdiv(V, 1024 * EACH),
+            num_warps=32,
+        )
     else:
-        _row_kernel[(rows,)](logits, logits.stride(0), targets, losses, count, V, ignore,
-                             BLOCK=8192 if V > 8192 else 1024, num_warps=32 if V > 8192 else 8)
+        _row_kernel[(rows,)](
+            logits,
+            logits.stride(0),
+            targets,
+            losses,
+            count,
+            V,
+            ignore,
+            BLOCK=8192 if V > 8192 else 1024,
+            num_warps=32 if V > 8192 else 8,
+        )
     return losses.sum(), logits

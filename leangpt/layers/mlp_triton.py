@@ -89,9 +89,21 @@ if AVAILABLE:
             return parts_of(left, PARTS // 2) + parts_of(right, PARTS // 2)
 
     @triton.jit
-    def forward_kernel(x, w, a, slope, M, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
-                       BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-                       TANH: tl.constexpr, PROGRAMS: tl.constexpr):
+    def forward_kernel(
+        x,
+        w,
+        a,
+        slope,
+        M,
+        N: tl.constexpr,
+        K: tl.constexpr,
+        BM: tl.constexpr,
+        BN: tl.constexpr,
+        BK: tl.constexpr,
+        PARTS: tl.constexpr,
+        TANH: tl.constexpr,
+        PROGRAMS: tl.constexpr,
+    ):
         """a = gelu(x wᵀ) and its slope: descriptors of x (M, K), w (N, K), a and slope (M, N)."""
         across: tl.constexpr = N // BN
         width: tl.constexpr = BN // PARTS
@@ -107,9 +119,20 @@ if AVAILABLE:
                 slope.store([row, column + i * width], rise.to(a.dtype))
 
     @triton.jit
-    def backward_kernel(dy, w, slope, dh, M, N: tl.constexpr, K: tl.constexpr, BM: tl.constexpr,
-                        BN: tl.constexpr, BK: tl.constexpr, PARTS: tl.constexpr,
-                        PROGRAMS: tl.constexpr):
+    def backward_kernel(
+        dy,
+        w,
+        slope,
+        dh,
+        M,
+        N: tl.constexpr,
+        K: tl.constexpr,
+        BM: tl.constexpr,
+        BN: tl.constexpr,
+        BK: tl.constexpr,
+        PARTS: tl.constexpr,
+        PROGRAMS: tl.constexpr,
+    ):
         """dh = (dy w) slope: descriptors of dy (M, K), w (K, N), slope and dh (M, N)."""
         across: tl.constexpr = N // BN
         width: tl.constexpr = BN // PARTS
@@ -131,9 +154,17 @@ def up_and_gelu(x, w_fc, tanh, settings=FORWARD):
     BM, BN, BK = (settings[name] for name in ("BM", "BN", "BK"))
     part = [BM, BN // settings["PARTS"]]
     forward_kernel[(programs(x),)](
-        TensorDescriptor.from_tensor(x, [BM, BK]), TensorDescriptor.from_tensor(w_fc, [BN, BK]),
-        TensorDescriptor.from_tensor(a, part), TensorDescriptor.from_tensor(slope, part),
-        M, N, K, TANH=tanh, PROGRAMS=programs(x), **settings)
+        TensorDescriptor.from_tensor(x, [BM, BK]),
+        TensorDescriptor.from_tensor(w_fc, [BN, BK]),
+        TensorDescriptor.from_tensor(a, part),
+        TensorDescriptor.from_tensor(slope, part),
+        M,
+        N,
+        K,
+        TANH=tanh,
+        PROGRAMS=programs(x),
+        **settings,
+    )
     return a, slope
 
 
@@ -144,9 +175,16 @@ def down_and_gelu_backward(dy, w_proj, slope, settings=BACKWARD):
     BM, BN, BK = (settings[name] for name in ("BM", "BN", "BK"))
     part = [BM, BN // settings["PARTS"]]
     backward_kernel[(programs(dy),)](
-        TensorDescriptor.from_tensor(dy, [BM, BK]), TensorDescriptor.from_tensor(w_proj, [BK, BN]),
-        TensorDescriptor.from_tensor(slope, part), TensorDescriptor.from_tensor(dh, part),
-        M, N, K, PROGRAMS=programs(dy), **settings)
+        TensorDescriptor.from_tensor(dy, [BM, BK]),
+        TensorDescriptor.from_tensor(w_proj, [BK, BN]),
+        TensorDescriptor.from_tensor(slope, part),
+        TensorDescriptor.from_tensor(dh, part),
+        M,
+        N,
+        K,
+        PROGRAMS=programs(dy),
+        **settings,
+    )
     return dh
 
 
@@ -158,8 +196,9 @@ def programs(x):
 
 
 @torch.library.custom_op("leangpt::gelu_mlp", mutates_args=())
-def mlp_op(x: torch.Tensor, w_fc: torch.Tensor, w_proj: torch.Tensor,
-           tanh: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def mlp_op(
+    x: torch.Tensor, w_fc: torch.Tensor, w_proj: torch.Tensor, tanh: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     a, slope = up_and_gelu(x.contiguous(), w_fc.contiguous(), tanh)
     return a @ w_proj.t(), a, slope
 
@@ -171,9 +210,14 @@ def _(x, w_fc, w_proj, tanh):
 
 
 @torch.library.custom_op("leangpt::gelu_mlp_backward", mutates_args=())
-def mlp_backward_op(dy: torch.Tensor, x: torch.Tensor, a: torch.Tensor, slope: torch.Tensor,
-                    w_fc: torch.Tensor, w_proj: torch.Tensor,
-                    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def mlp_backward_op(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    slope: torch.Tensor,
+    w_fc: torch.Tensor,
+    w_proj: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dy = dy.contiguous()
     dh = down_and_gelu_backward(dy, w_proj.contiguous(), slope)
     return dh @ w_fc, dh.t() @ x, dy.t() @ a

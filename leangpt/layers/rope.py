@@ -15,12 +15,7 @@ from leangpt.system.errors import UserError
 SCALING_KEYS = {
     "default": (),
     "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "factors": (),
 }
 
@@ -74,8 +69,10 @@ def rope_frequencies(head_dim, theta=10000.0, scaling=None, device=None):
         return keep * frequency + (1 - keep) * frequency / scaling["factor"]
     if name == "factors":
         if len(scaling["factors"]) != head_dim // 2:
-            raise UserError(f"rope_scaling has {len(scaling['factors'])} factors for a head of "
-                            f"{head_dim // 2} pairs")
+            raise UserError(
+                f"rope_scaling has {len(scaling['factors'])} factors for a head of "
+                f"{head_dim // 2} pairs"
+            )
         return frequency / torch.tensor(scaling["factors"], device=device)
     return frequency
 

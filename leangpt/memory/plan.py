@@ -51,8 +51,9 @@ def predict_block_peak(config, B, T, element_size=4, device_type="cpu"):
     return predict_forward_peak(config, B, T, element_size, device_type) - stream
 
 
-def predict_training_peak(config, B, T, element_size=4, device_type="cpu", gradient_size=4,
-                          fused_backward=False):
+def predict_training_peak(
+    config, B, T, element_size=4, device_type="cpu", gradient_size=4, fused_backward=False
+):
     """Bytes beyond weights of one forward and backward of GPT(config) over (B, T) tokens.
 
     Parameter gradients are included, of gradient_size bytes a number, as weights have; with
@@ -98,12 +99,15 @@ def advise_oom(config, B, T, bytes_available, element_size=4, device_type="cpu",
     predict_training_peak's last arguments. Candidates are tried from
     the cheapest in time to the dearest; where none fits, the longest T that would is named.
     """
+
     def needs(candidate, length=T):
         return predict_training_peak(candidate, B, length, element_size, device_type, **gradients)
 
     budget = bytes_available * (1 - RESERVE)
-    said = (f"{B} x {T:,} tokens under {_describe(config)} need about {_size(needs(config))} "
-            f"beyond weights and optimizer state, of {_size(bytes_available)} at hand")
+    said = (
+        f"{B} x {T:,} tokens under {_describe(config)} need about {_size(needs(config))} "
+        f"beyond weights and optimizer state, of {_size(bytes_available)} at hand"
+    )
     candidates = _cheapest_first(config, T, device_type)
     for candidate in candidates:
         if needs(candidate) <= budget:
@@ -113,8 +117,7 @@ def advise_oom(config, B, T, bytes_available, element_size=4, device_type="cpu",
         length //= 2
     if needs(candidates[-1], length) > budget:
         return f"{said}; no policy fits even one token: the model itself is too large"
-    return (f"{said}; no policy fits. {_describe(candidates[-1])} would fit "
-            f"{B} x {length:,} tokens")
+    return f"{said}; no policy fits. {_describe(candidates[-1])} would fit {B} x {length:,} tokens"
 
 
 def _cheapest_first(config, T, device_type):
@@ -127,8 +130,7 @@ def _cheapest_first(config, T, device_type):
     found += [replace(recompute, q_chunk=n) for n in rows]
     found += [replace(recompute, q_chunk=n, checkpoint_layers=True) for n in rows]
     if device_type == "cuda":
-        found += [replace(recompute, q_chunk=n, checkpoint_layers=True, offload=True)
-                  for n in rows]
+        found += [replace(recompute, q_chunk=n, checkpoint_layers=True, offload=True) for n in rows]
     return [candidate for candidate in found if candidate != config]
 
 
@@ -138,8 +140,9 @@ def _describe(config):
     for name in ("q_chunk", "k_chunk"):
         if getattr(config, name):
             words.append(f"--{name}={getattr(config, name)}")
-    words += [f"--{name}=True" for name in ("checkpoint_layers", "offload")
-              if getattr(config, name)]
+    words += [
+        f"--{name}=True" for name in ("checkpoint_layers", "offload") if getattr(config, name)
+    ]
     return " ".join(words)
 
 

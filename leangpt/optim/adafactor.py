@@ -46,14 +46,33 @@ class Adafactor(MemoryOptimizer):
     """
 
     def __init__(
-        self, params, lr=1e-3, beta2=0.999, eps=(1e-30, 1e-3), weight_decay=0.0, *, decay=0.8,
-        clip=1.0, factored=True, momentum=0.0, momentum_bits=32, relative_step=False, **common,
-    ):  # fmt: skip
+        self,
+        params,
+        lr=1e-3,
+        beta2=0.999,
+        eps=(1e-30, 1e-3),
+        weight_decay=0.0,
+        *,
+        decay=0.8,
+        clip=1.0,
+        factored=True,
+        momentum=0.0,
+        momentum_bits=32,
+        relative_step=False,
+        **common,
+    ):
         defaults = dict(
-            lr=lr, beta2=beta2, eps=tuple(eps), weight_decay=weight_decay, decay=decay, clip=clip,
-            factored=factored, momentum=momentum, momentum_bits=momentum_bits,
+            lr=lr,
+            beta2=beta2,
+            eps=tuple(eps),
+            weight_decay=weight_decay,
+            decay=decay,
+            clip=clip,
+            factored=factored,
+            momentum=momentum,
+            momentum_bits=momentum_bits,
             relative_step=relative_step,
-        )  # fmt: skip
+        )
         super().__init__(params, defaults, **common)
 
     def check_group(self, group):

@@ -53,14 +53,33 @@ class AdamSN(MemoryOptimizer):
     """
 
     def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, *, nu1=1.0,
-        partition="row", norm="mean", momentum_bits=32, head_dim=None, row_blocks=None, **common,
-    ):  # fmt: skip
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.0,
+        *,
+        nu1=1.0,
+        partition="row",
+        norm="mean",
+        momentum_bits=32,
+        head_dim=None,
+        row_blocks=None,
+        **common,
+    ):
         defaults = dict(
-            lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, nu1=nu1,
-            partition=partition, norm=norm, momentum_bits=momentum_bits, head_dim=head_dim,
+            lr=lr,
+            betas=tuple(betas),
+            eps=eps,
+            weight_decay=weight_decay,
+            nu1=nu1,
+            partition=partition,
+            norm=norm,
+            momentum_bits=momentum_bits,
+            head_dim=head_dim,
             row_blocks=row_blocks,
-        )  # fmt: skip
+        )
         super().__init__(params, defaults, **common)
 
     def check_group(self, group):
@@ -148,9 +167,11 @@ class AdamSN(MemoryOptimizer):
         if item.param.numel() <= STACK_EACH and not elements_on_gpu(item):
             return False
         return (
-            group["foreach"] and group["update_clip"] is None and group["betas"][0] > 0
+            group["foreach"]
+            and group["update_clip"] is None
+            and group["betas"][0] > 0
             and self.is_plain(item)
-        )  # fmt: skip
+        )
 
 
 def suits_kernels(item):
@@ -189,11 +210,20 @@ def update_elements(items):
     group, step = items[0].group, items[0].step
     steps = torch.full((), float(step), device=items[0].param.device)
     torch._fused_adamw_(
-        [i.param for i in items], [i.grad for i in items], [i.state["momentum"] for i in items],
-        [i.state["second_moment"] for i in items], [], [steps] * len(items), lr=group["lr"],
-        beta1=group["betas"][0], beta2=group["betas"][1], weight_decay=group["weight_decay"],
-        eps=group["eps"], amsgrad=False, maximize=False,
-    )  # fmt: skip
+        [i.param for i in items],
+        [i.grad for i in items],
+        [i.state["momentum"] for i in items],
+        [i.state["second_moment"] for i in items],
+        [],
+        [steps] * len(items),
+        lr=group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
 
 
 def update_subsets(items, schedule):

@@ -164,8 +164,9 @@ class MemoryOptimizer(torch.optim.Optimizer):
         put together again.
         """
         for p, state in self.state.items():
-            if is_sharded(p) and any(torch.is_tensor(v) and not is_sharded(v)
-                                     for v in state.values()):
+            if is_sharded(p) and any(
+                torch.is_tensor(v) and not is_sharded(v) for v in state.values()
+            ):
                 raise UserError(
                     f"sharded weights of shape {tuple(p.shape)}: momentum in 8 or 4 bits can only "
                     f"be saved where a row is a multiple of {BLOCK} numbers; use momentum_bits=16"
@@ -260,8 +261,9 @@ class MemoryOptimizer(torch.optim.Optimizer):
                     value = shard_state(name, value, p, spans)
                 state[name] = value
         state["step"] += 1
-        tensors = {name: local_state(name, value, state)
-                   for name, value in state.items() if name != "step"}
+        tensors = {
+            name: local_state(name, value, state) for name, value in state.items() if name != "step"
+        }
         grad = local(p.grad)
         grad = -grad if group["maximize"] else grad
         if p not in self._numbers:
@@ -416,9 +418,13 @@ class MemoryOptimizer(torch.optim.Optimizer):
 
 
 COMMON = dict(  # the options every optimizer here has
-    maximize=False, foreach=True, compile=False, stochastic_rounding=True, update_clip=None,
+    maximize=False,
+    foreach=True,
+    compile=False,
+    stochastic_rounding=True,
+    update_clip=None,
     skip_nonfinite=False,
-)  # fmt: skip
+)
 # options that older states lack, and what they meant
 ADDED_LATER = dict(factored=True, column_norm=False, nu1=1.0)
 COMMON_HELP = """

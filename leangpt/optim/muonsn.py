@@ -54,18 +54,49 @@ class MuonSN(AdamSN):
     """
 
     def __init__(
-        self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, *, momentum=0.95,
-        nu=0.8, row_beta2=0.95, ns_steps=5, update_rms=0.2, column_norm=True, per_head=False,
-        orthogonalize=True, nu1=1.0, partition="element", norm="mean", momentum_bits=32,
-        head_dim=None, row_blocks=None, **common,
-    ):  # fmt: skip
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.0,
+        *,
+        momentum=0.95,
+        nu=0.8,
+        row_beta2=0.95,
+        ns_steps=5,
+        update_rms=0.2,
+        column_norm=True,
+        per_head=False,
+        orthogonalize=True,
+        nu1=1.0,
+        partition="element",
+        norm="mean",
+        momentum_bits=32,
+        head_dim=None,
+        row_blocks=None,
+        **common,
+    ):
         defaults = dict(
-            lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, momentum=momentum,
-            nu=nu, row_beta2=row_beta2, ns_steps=ns_steps, update_rms=update_rms,
-            column_norm=column_norm, per_head=per_head, orthogonalize=orthogonalize, nu1=nu1,
-            partition=partition, norm=norm, momentum_bits=momentum_bits, head_dim=head_dim,
+            lr=lr,
+            betas=tuple(betas),
+            eps=eps,
+            weight_decay=weight_decay,
+            momentum=momentum,
+            nu=nu,
+            row_beta2=row_beta2,
+            ns_steps=ns_steps,
+            update_rms=update_rms,
+            column_norm=column_norm,
+            per_head=per_head,
+            orthogonalize=orthogonalize,
+            nu1=nu1,
+            partition=partition,
+            norm=norm,
+            momentum_bits=momentum_bits,
+            head_dim=head_dim,
             row_blocks=row_blocks,
-        )  # fmt: skip
+        )
         MemoryOptimizer.__init__(self, params, defaults, **common)
 
     def check_group(self, group):
@@ -98,8 +129,7 @@ class MuonSN(AdamSN):
     def update(self, items):
         matrices = [i for i in items if is_orthogonalized(i.param, i.group)]
         matrices = self.kernels.run(
-            matrices, lambda item: True, self.launch_matrices, [step_cuda],
-            step_cuda.MOST,
+            matrices, lambda item: True, self.launch_matrices, [step_cuda], step_cuda.MOST
         )
         for batch in self.batches(matrices, each=STACK_TOTAL):  # one bmm for all of one shape
             self.update_batch(batch)

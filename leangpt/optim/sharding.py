@@ -50,9 +50,13 @@ class RowShards:
 
         shape = (self.rows, *rows.shape[2:])
         whole = DTensor.from_local(
-            rows[0].contiguous(), self.mesh, self.placements, run_check=False,
-            shape=torch.Size(shape), stride=torch.empty(shape, device="meta").stride(),
-        )  # fmt: skip
+            rows[0].contiguous(),
+            self.mesh,
+            self.placements,
+            run_check=False,
+            shape=torch.Size(shape),
+            stride=torch.empty(shape, device="meta").stride(),
+        )
         return whole.full_tensor().unsqueeze(0)
 
     def scatter(self, whole):
@@ -97,9 +101,13 @@ def shard_like(value, param, replicated):
         return DTensor.from_local(value, param.device_mesh, everywhere, run_check=False)
     shape = (param.shape[0], *value.shape[1:])
     return DTensor.from_local(
-        value, param.device_mesh, param.placements, run_check=False,
-        shape=torch.Size(shape), stride=torch.empty(shape, device="meta").stride(),
-    )  # fmt: skip
+        value,
+        param.device_mesh,
+        param.placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=torch.empty(shape, device="meta").stride(),
+    )
 
 
 def all_finite(grads):

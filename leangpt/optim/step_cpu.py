@@ -33,10 +33,12 @@ class Matrix(ctypes.Structure):
     """optim/step_cpu.c's."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p)
-          for name in ("param", "grad", "momentum", "scales", "row", "column")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("param", "grad", "momentum", "scales", "row", "column")
+        ),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "tile")),
-    ]  # fmt: skip
+    ]
 
 
 class Step(ctypes.Structure):
@@ -44,8 +46,9 @@ class Step(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_float) for name in ("fresh", "share", "decay", "rate")),
-        ("bits", ctypes.c_int32), ("step", ctypes.c_uint32),
-    ]  # fmt: skip
+        ("bits", ctypes.c_int32),
+        ("step", ctypes.c_uint32),
+    ]
 
 
 @functools.cache
@@ -56,8 +59,16 @@ def library():
         return None
     pointer, number, real, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
     loaded.adamsn.argtypes = [pointer, number, pointer, *[real] * 3, int32, int32]
-    loaded.adafactor.argtypes = [pointer, number, pointer, pointer, number, number,
-                                 *[real] * 4, int32]  # fmt: skip
+    loaded.adafactor.argtypes = [
+        pointer,
+        number,
+        pointer,
+        pointer,
+        number,
+        number,
+        *[real] * 4,
+        int32,
+    ]
     loaded.adamsn.restype = loaded.adafactor.restype = None
     return loaded
 
@@ -82,7 +93,7 @@ def fits(item):
         all(t.dtype == F32 for t in plain)
         and all(t.is_contiguous() for t in (*plain, *item.state.values()))
         and library() is not None
-    )  # fmt: skip
+    )
 
 
 def stacks_of(items, most=None):
@@ -125,8 +136,12 @@ class Stack:
         """One step of AdamSN with a second moment a row or run; the numbers of its schedule."""
         (beta1, beta2), group = self.group["betas"], self.group
         library().adamsn(
-            *self.begin(beta1, float(group["lr"]) * weight, share), 1 - beta2, correction2,
-            group["eps"], group["norm"] == "mean", torch.get_num_threads(),
+            *self.begin(beta1, float(group["lr"]) * weight, share),
+            1 - beta2,
+            correction2,
+            group["eps"],
+            group["norm"] == "mean",
+            torch.get_num_threads(),
         )
 
     def adafactor(self, fresh):
@@ -135,8 +150,15 @@ class Stack:
         scratch = torch.empty(tiles * (columns + 2) + columns)
         clip = math.inf if group["clip"] is None else group["clip"]
         library().adafactor(
-            *self.begin(group["momentum"], float(group["lr"])), scratch.data_ptr(), tiles, columns,
-            fresh, group["eps"][0], HUGEST, clip, torch.get_num_threads(),
+            *self.begin(group["momentum"], float(group["lr"])),
+            scratch.data_ptr(),
+            tiles,
+            columns,
+            fresh,
+            group["eps"][0],
+            HUGEST,
+            clip,
+            torch.get_num_threads(),
         )
 
 
@@ -152,9 +174,11 @@ def fill(entry, item):
     entry.tile = max(least, min(most, entry.rows // TILES))
     entry.param = p.data_ptr()
     for field, *names in (
-        ("momentum", "momentum"), ("scales", "momentum_scale"),
-        ("row", "second_moment", "row_mean_square"), ("column", "column_mean_square"),
-    ):  # fmt: skip
+        ("momentum", "momentum"),
+        ("scales", "momentum_scale"),
+        ("row", "second_moment", "row_mean_square"),
+        ("column", "column_mean_square"),
+    ):
         for name in names:
             if name in state:
                 setattr(entry, field, state[name].data_ptr())

@@ -34,13 +34,20 @@ def fits(item):
         return False
     columns = math.prod(p.shape[1:])
     return (
-        item.shards is None and group["foreach"] and group["update_clip"] is None
-        and not torch.is_tensor(group["lr"]) and not torch.is_tensor(group["weight_decay"])
-        and 32 <= columns <= WIDEST and columns % 32 == 0 and 0 < p.numel() < 1 << 30
-        and p.dtype in TYPES and grad.dtype in TYPES
-        and all(t.is_contiguous() and t.data_ptr() % 16 == 0
-                for t in (p, grad, *item.state.values()))
-    )  # fmt: skip
+        item.shards is None
+        and group["foreach"]
+        and group["update_clip"] is None
+        and not torch.is_tensor(group["lr"])
+        and not torch.is_tensor(group["weight_decay"])
+        and 32 <= columns <= WIDEST
+        and columns % 32 == 0
+        and 0 < p.numel() < 1 << 30
+        and p.dtype in TYPES
+        and grad.dtype in TYPES
+        and all(
+            t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (p, grad, *item.state.values())
+        )
+    )
 
 
 def stacks_of(items, most=None):
@@ -119,7 +126,7 @@ class Stack:
             return
         compiled = kernel[grid](*args, num_warps=num_warps, **constants)
         if not INTERPRETED:
-            constants = [constants[name] for name in kernel.arg_names[len(args):]]
+            constants = [constants[name] for name in kernel.arg_names[len(args) :]]
             self.compiled[id(kernel)] = compiled, constants
 
     def floats(self, *shape):
@@ -160,10 +167,25 @@ def adamsn(stack, share, weight, correction2):
     run = first.param.numel() // first.state["second_moment"].numel()
     factor = 1.0 if group["norm"] == "sum" else 1 / run
     stack.launch(
-        kernels.adamsn_rows, (len(stack.items) * stack.rows,), stack.addresses(), stack.step,
-        1.0 - beta1, 1.0 - beta2, float(share), float(correction2), float(group["eps"]), factor,
-        decay, rate * weight, stack.rows, COLS=stack.columns, NB=stack.blocks,
-        BLOCKS=run < stack.columns, G=stack.grad_type, BITS=stack.bits, num_warps=stack.warps,
+        kernels.adamsn_rows,
+        (len(stack.items) * stack.rows,),
+        stack.addresses(),
+        stack.step,
+        1.0 - beta1,
+        1.0 - beta2,
+        float(share),
+        float(correction2),
+        float(group["eps"]),
+        factor,
+        decay,
+        rate * weight,
+        stack.rows,
+        COLS=stack.columns,
+        NB=stack.blocks,
+        BLOCKS=run < stack.columns,
+        G=stack.grad_type,
+        BITS=stack.bits,
+        num_warps=stack.warps,
         **stack.weight,
     )
 
@@ -183,8 +205,19 @@ def adafactor(stack, fresh):
     shape = dict(COLS=columns, TILE=tile, SUB=sub, BLOCK=block, G=stack.grad_type, num_warps=warps)
     stack.launch(kernels.factor_sums, (n * high * wide,), table, by_row, by_column, rows, **shape)
     stack.launch(
-        kernels.factor_moments, (n, 1 + triton.cdiv(columns, 64)), table, by_row, by_column, means,
-        float(fresh), float(group["eps"][0]), rows, high, COLS=columns, WIDE=wide, HUGEST=HUGEST,
+        kernels.factor_moments,
+        (n, 1 + triton.cdiv(columns, 64)),
+        table,
+        by_row,
+        by_column,
+        means,
+        float(fresh),
+        float(group["eps"][0]),
+        rows,
+        high,
+        COLS=columns,
+        WIDE=wide,
+        HUGEST=HUGEST,
         num_warps=4,
     )
     clips = group["clip"] is not None
@@ -192,9 +225,21 @@ def adafactor(stack, fresh):
         stack.launch(kernels.factor_rms, (n * high * wide,), table, means, squares, rows, **shape)
     decay, rate = stack.decay_and_rate()
     stack.launch(
-        kernels.factor_write, (n * high * wide,), table, means, squares, stack.step,
-        float(group["clip"] or 1), 1.0 - group["momentum"], decay, rate, rows, BITS=stack.bits,
-        TILES=high * wide if clips else 0, **shape, **stack.weight,
+        kernels.factor_write,
+        (n * high * wide,),
+        table,
+        means,
+        squares,
+        stack.step,
+        float(group["clip"] or 1),
+        1.0 - group["momentum"],
+        decay,
+        rate,
+        rows,
+        BITS=stack.bits,
+        TILES=high * wide if clips else 0,
+        **shape,
+        **stack.weight,
     )
 
 
@@ -209,20 +254,48 @@ def muonsn(stack, correction, orthogonalize):
     shape = dict(COLS=columns, NB=stack.blocks, num_warps=stack.warps)
     table, grid, mu = stack.addresses(), (n * rows,), group["momentum"]
     stack.launch(
-        kernels.muon_ahead, grid, table, ahead, stack.step, float(mu), float(group["nu"]), rows,
-        G=stack.grad_type, BITS=stack.bits, **shape,
+        kernels.muon_ahead,
+        grid,
+        table,
+        ahead,
+        stack.step,
+        float(mu),
+        float(group["nu"]),
+        rows,
+        G=stack.grad_type,
+        BITS=stack.bits,
+        **shape,
     )
     update = orthogonalize(ahead, group).contiguous()
     del ahead
     scales, parts, factors = stack.floats(n, rows), stack.floats(n, rows), stack.floats(n)
     stack.launch(
-        kernels.muon_rows, grid, table, update, scales, parts, 1.0 - group["row_beta2"],
-        float(correction), float(group["eps"]), rows, **shape,
+        kernels.muon_rows,
+        grid,
+        table,
+        update,
+        scales,
+        parts,
+        1.0 - group["row_beta2"],
+        float(correction),
+        float(group["eps"]),
+        rows,
+        **shape,
     )
     rms = float(group["update_rms"])
     stack.launch(kernels.muon_rms, (n,), parts, factors, rms, rows, num_warps=4)
     decay, rate = stack.decay_and_rate()
     stack.launch(
-        kernels.muon_write, grid, table, update, scales, factors, stack.step, decay, rate, rows,
-        **shape, **stack.weight,
+        kernels.muon_write,
+        grid,
+        table,
+        update,
+        scales,
+        factors,
+        stack.step,
+        decay,
+        rate,
+        rows,
+        **shape,
+        **stack.weight,
     )

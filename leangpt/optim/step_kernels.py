@@ -46,13 +46,22 @@ def fingerprint(items):
     """
     groups = {id(i.group): i.group for i in items}
     settings = [
-        (key, *(v for name, v in group.items() if name not in ("params", "lr", "initial_lr")),
-         torch.is_tensor(group["lr"]))
+        (
+            key,
+            *(v for name, v in group.items() if name not in ("params", "lr", "initial_lr")),
+            torch.is_tensor(group["lr"]),
+        )
         for key, group in groups.items()
-    ]  # fmt: skip
+    ]
     tensors = [
-        (id(i), i.step - items[0].step, i.param.data_ptr(), i.grad.data_ptr() % 16, i.grad.dtype,
-         i.grad.is_contiguous())
+        (
+            id(i),
+            i.step - items[0].step,
+            i.param.data_ptr(),
+            i.grad.data_ptr() % 16,
+            i.grad.dtype,
+            i.grad.is_contiguous(),
+        )
         for i in items
-    ]  # fmt: skip
+    ]
     return settings, tensors

@@ -59,8 +59,7 @@ if AVAILABLE:
         return (words.to(tl.int32, bitcast=True) >> 8).to(tl.float32) * 2.0**-24
 
     @triton.jit
-    def average(entry, at, mask, block, x, fresh, word, step, BITS: tl.constexpr,
-                NB: tl.constexpr):
+    def average(entry, at, mask, block, x, fresh, word, step, BITS: tl.constexpr, NB: tl.constexpr):
         """momentum <- (1 - fresh) momentum + fresh x; returns it before rounding.
 
         at (NB, 32) places in the tensor; block (NB,) numbers of the blocks; mask (NB, 32).
@@ -122,9 +121,26 @@ if AVAILABLE:
     # ------------------------------------------------------------------ AdamSN
 
     @triton.jit(do_not_specialize=["step"])
-    def adamsn_rows(table, step, fresh1, fresh2, share, correction2, eps, factor, decay, rate,
-                    ROWS, COLS: tl.constexpr, NB: tl.constexpr, BLOCKS: tl.constexpr,
-                    P: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, ROUND: tl.constexpr):
+    def adamsn_rows(
+        table,
+        step,
+        fresh1,
+        fresh2,
+        share,
+        correction2,
+        eps,
+        factor,
+        decay,
+        rate,
+        ROWS,
+        COLS: tl.constexpr,
+        NB: tl.constexpr,
+        BLOCKS: tl.constexpr,
+        P: tl.constexpr,
+        G: tl.constexpr,
+        BITS: tl.constexpr,
+        ROUND: tl.constexpr,
+    ):
         """One program, one row: gradient, momentum, v and weight in a single pass.
 
         v <- v + fresh2 (factor * sum g^2 - v), of the row or (BLOCKS) of each of its blocks;
@@ -172,8 +188,17 @@ if AVAILABLE:
         return program // tiles, tile, tiles, tile // wide, tile % wide
 
     @triton.jit
-    def factor_sums(table, by_row, by_column, ROWS, COLS: tl.constexpr, TILE: tl.constexpr,
-                    SUB: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr):
+    def factor_sums(
+        table,
+        by_row,
+        by_column,
+        ROWS,
+        COLS: tl.constexpr,
+        TILE: tl.constexpr,
+        SUB: tl.constexpr,
+        BLOCK: tl.constexpr,
+        G: tl.constexpr,
+    ):
         """Sums of g^2 over the rows and columns of a tile of TILE rows by BLOCK columns.
 
         by_row (N, column blocks, ROWS), by_column (N, row blocks, COLS): partial sums.
@@ -196,9 +221,19 @@ if AVAILABLE:
         tl.store(into, tl.sum(total, 0), column < COLS)
 
     @triton.jit
-    def factor_moments(table, by_row, by_column, means, fresh, eps1, ROWS: tl.constexpr,
-                       HIGH: tl.constexpr, COLS: tl.constexpr, WIDE: tl.constexpr,
-                       HUGEST: tl.constexpr):
+    def factor_moments(
+        table,
+        by_row,
+        by_column,
+        means,
+        fresh,
+        eps1,
+        ROWS: tl.constexpr,
+        HIGH: tl.constexpr,
+        COLS: tl.constexpr,
+        WIDE: tl.constexpr,
+        HUGEST: tl.constexpr,
+    ):
         """R and C of one tensor from the partial sums, and mean(R) into means (N,).
 
         Axis 1 of the grid: 0 takes the rows, 1 + k the k-th 64 columns. HIGH, WIDE: row blocks
@@ -235,8 +270,17 @@ if AVAILABLE:
             tl.store(columns + column, before + fresh * (mean - before), some)
 
     @triton.jit
-    def factor_rms(table, means, squares, ROWS, COLS: tl.constexpr, TILE: tl.constexpr,
-                   SUB: tl.constexpr, BLOCK: tl.constexpr, G: tl.constexpr):
+    def factor_rms(
+        table,
+        means,
+        squares,
+        ROWS,
+        COLS: tl.constexpr,
+        TILE: tl.constexpr,
+        SUB: tl.constexpr,
+        BLOCK: tl.constexpr,
+        G: tl.constexpr,
+    ):
         """Sum of U^2 over a tile, U = g / sqrt(R C' / mean R): squares (N, tiles)."""
         tensor, tile, tiles, r, c = place(ROWS, COLS, TILE, BLOCK)
         entry = table + tensor * 8
@@ -258,10 +302,26 @@ if AVAILABLE:
         tl.store(squares + tensor * tiles + tile, tl.sum(total, 0))
 
     @triton.jit(do_not_specialize=["step"])
-    def factor_write(table, means, squares, step, clip, fresh, decay, rate, ROWS,
-                     COLS: tl.constexpr, TILE: tl.constexpr, SUB: tl.constexpr,
-                     BLOCK: tl.constexpr, P: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr,
-                     ROUND: tl.constexpr, TILES: tl.constexpr):
+    def factor_write(
+        table,
+        means,
+        squares,
+        step,
+        clip,
+        fresh,
+        decay,
+        rate,
+        ROWS,
+        COLS: tl.constexpr,
+        TILE: tl.constexpr,
+        SUB: tl.constexpr,
+        BLOCK: tl.constexpr,
+        P: tl.constexpr,
+        G: tl.constexpr,
+        BITS: tl.constexpr,
+        ROUND: tl.constexpr,
+        TILES: tl.constexpr,
+    ):
         """p <- decay p - rate U / max(1, RMS(U) / clip) of a tile, or the momentum of that.
 
         TILES: partial sums of U^2 a tensor; 0: no clipping.
@@ -303,8 +363,18 @@ if AVAILABLE:
     # ------------------------------------------------------------------ MuonSN
 
     @triton.jit(do_not_specialize=["step"])
-    def muon_ahead(table, ahead, step, momentum, nu, ROWS, COLS: tl.constexpr, NB: tl.constexpr,
-                   G: tl.constexpr, BITS: tl.constexpr):
+    def muon_ahead(
+        table,
+        ahead,
+        step,
+        momentum,
+        nu,
+        ROWS,
+        COLS: tl.constexpr,
+        NB: tl.constexpr,
+        G: tl.constexpr,
+        BITS: tl.constexpr,
+    ):
         """One row: momentum updated, and what is to be orthogonalised: ahead (N, ROWS, COLS)."""
         program = tl.program_id(0)
         entry, row = table + (program // ROWS) * 8, program % ROWS
@@ -323,8 +393,18 @@ if AVAILABLE:
         tl.store(into, m.to(ahead.dtype.element_ty), mask)
 
     @triton.jit
-    def muon_rows(table, update, scales, parts, fresh, correction, eps, ROWS, COLS: tl.constexpr,
-                  NB: tl.constexpr):
+    def muon_rows(
+        table,
+        update,
+        scales,
+        parts,
+        fresh,
+        correction,
+        eps,
+        ROWS,
+        COLS: tl.constexpr,
+        NB: tl.constexpr,
+    ):
         """One row of O: its second moment; scales, parts (N, ROWS): its scale, its part of RMS."""
         program = tl.program_id(0)
         entry, row = table + (program // ROWS) * 8, program % ROWS
@@ -352,8 +432,20 @@ if AVAILABLE:
         tl.store(factors + tensor, update_rms / rms)
 
     @triton.jit(do_not_specialize=["step"])
-    def muon_write(table, update, scales, factors, step, decay, rate, ROWS, COLS: tl.constexpr,
-                   NB: tl.constexpr, P: tl.constexpr, ROUND: tl.constexpr):
+    def muon_write(
+        table,
+        update,
+        scales,
+        factors,
+        step,
+        decay,
+        rate,
+        ROWS,
+        COLS: tl.constexpr,
+        NB: tl.constexpr,
+        P: tl.constexpr,
+        ROUND: tl.constexpr,
+    ):
         """One row: p <- decay p - rate * factor * scale * O."""
         program = tl.program_id(0)
         tensor, row = program // ROWS, program % ROWS

@@ -30,14 +30,18 @@ def empty(size, device="cpu"):
 
 def gather_(modules, names):
     """Move the CPU buffers called `names` of all these modules into one piece of memory."""
-    found = [(module, name) for module in modules for name in names
-             if getattr(module, name) is not None and getattr(module, name).device.type == "cpu"]
+    found = [
+        (module, name)
+        for module in modules
+        for name in names
+        if getattr(module, name) is not None and getattr(module, name).device.type == "cpu"
+    ]
     sizes = [-(-getattr(module, name).nbytes // 64) * 64 for module, name in found]
     if sum(sizes) < LEAST:
         return
     for (module, name), memory in zip(found, empty(sum(sizes)).split(sizes)):
         old = getattr(module, name)
-        new = memory[:old.nbytes].view(old.dtype).view(old.shape)
+        new = memory[: old.nbytes].view(old.dtype).view(old.shape)
         setattr(module, name, new.copy_(old))
 
 

@@ -138,8 +138,10 @@ def setup_runtime(device="auto", dtype="auto", seed=1337, backend="auto"):
             backend = "nccl" if chosen.type == "cuda" else "gloo"
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if name not in os.environ:
-                raise UserError(f"RANK and WORLD_SIZE are set, {name} is not: start several "
-                                "processes with torchrun, or unset all of them")
+                raise UserError(
+                    f"RANK and WORLD_SIZE are set, {name} is not: start several "
+                    "processes with torchrun, or unset all of them"
+                )
         dist.init_process_group(backend)
     torch.manual_seed(seed)
     return Runtime(chosen, reason, chosen_dtype, rank, world_size)
@@ -156,8 +158,10 @@ class StopSignal:
 
     def __enter__(self):
         self.received = None
-        self.usual = {number: signal.signal(number, self._receive)
-                      for number in (signal.SIGINT, signal.SIGTERM)}
+        self.usual = {
+            number: signal.signal(number, self._receive)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def _receive(self, number, frame):
@@ -185,8 +189,10 @@ def iteration_seed(seed, iteration, stream):
 def _environment_int(name, default):
     value = os.environ.get(name, str(default))
     if not value.isdigit():
-        raise UserError(f"environment variable {name}={value!r} is not a number; start several "
-                        "processes with torchrun")
+        raise UserError(
+            f"environment variable {name}={value!r} is not a number; start several "
+            "processes with torchrun"
+        )
     return int(value)
 
 
@@ -207,14 +213,18 @@ def _choose_device(name, local_rank):
         raise UserError("device='mps' was asked for, but this machine has none; use device=auto")
     if device.type == "cuda":
         if not has_cuda:
-            raise UserError(f"device={name!r} was asked for, but no CUDA device is available; "
-                            "use device=cpu or device=auto")
+            raise UserError(
+                f"device={name!r} was asked for, but no CUDA device is available; "
+                "use device=cpu or device=auto"
+            )
         index = device.index if device.index is not None else 0
         if local_rank is not None:
             index = local_rank
         if index >= torch.cuda.device_count():
-            raise UserError(f"cuda:{index} does not exist: this machine has "
-                            f"{torch.cuda.device_count()} CUDA devices")
+            raise UserError(
+                f"cuda:{index} does not exist: this machine has "
+                f"{torch.cuda.device_count()} CUDA devices"
+            )
         device = torch.device("cuda", index)
         reason += f", {torch.cuda.get_device_name(device)}"
     return device, reason

@@ -44,13 +44,23 @@ def block_config(policy, T, n_embd, n_head, n_kv_head=None, q_chunk=None, k_chun
     if policy == "plain":
         q_chunk = k_chunk = None
     attention_policy = {"plain": "cache", "int4": "cache", "checkpoint": "recompute"}.get(
-        policy, policy)
+        policy, policy
+    )
     if attention_policy != "recompute" and q_chunk is None:
         k_chunk = None  # no tiles, nothing to chunk
-    return GPTConfig(block_size=T, vocab_size=1, n_layer=1, n_head=n_head, n_embd=n_embd,
-                     n_kv_head=n_kv_head, attention_policy=attention_policy, q_chunk=q_chunk,
-                     k_chunk=k_chunk, position="none",
-                     checkpoint_layers=policy == "checkpoint")
+    return GPTConfig(
+        block_size=T,
+        vocab_size=1,
+        n_layer=1,
+        n_head=n_head,
+        n_embd=n_embd,
+        n_kv_head=n_kv_head,
+        attention_policy=attention_policy,
+        q_chunk=q_chunk,
+        k_chunk=k_chunk,
+        position="none",
+        checkpoint_layers=policy == "checkpoint",
+    )
 
 
 def build_block(config, device="cpu", dtype=torch.float32, int4=False, seed=1337):
@@ -176,8 +186,11 @@ def describe_machine(device="cpu"):
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines()
-                 if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         name = names[0] if names else name
     return f"{name}, {torch.get_num_threads()} threads"
 
@@ -195,8 +208,9 @@ def commit_id():
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
 
     def git(*arguments):
-        done = subprocess.run(["git", *arguments], cwd=folder, env=environment,
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, env=environment, capture_output=True, text=True
+        )
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:

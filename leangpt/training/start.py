@@ -38,8 +38,11 @@ def build_model(settings, given, dataset, checkpoint=None):
     """
     free = {name: getattr(settings, name) for name in FREE_MODEL_ARGS}
     if settings.init_from == "scratch":
-        shape = {field.name: getattr(settings, field.name) for field in fields(GPTConfig)
-                 if hasattr(settings, field.name)}
+        shape = {
+            field.name: getattr(settings, field.name)
+            for field in fields(GPTConfig)
+            if hasattr(settings, field.name)
+        }
         model = GPT(GPTConfig(**shape, vocab_size=padded_vocabulary(dataset.vocab_size)))
     elif settings.init_from == "resume":
         model = model_from_checkpoint(checkpoint, **free)
@@ -69,7 +72,8 @@ def adopt_model_args(settings, given, model):
             if wanted != args[name]:
                 raise UserError(
                     f"{name}={wanted!r} contradicts the weights of init_from="
-                    f"{settings.init_from!r}, which have {name}={args[name]!r}; leave it out")
+                    f"{settings.init_from!r}, which have {name}={args[name]!r}; leave it out"
+                )
     return replace(settings, **args)
 
 
@@ -78,11 +82,15 @@ def check_dataset(dataset, model, checkpoint=None):
     saved = (checkpoint or {}).get("dataset", {})
     for key in ("tokenizer", "characters"):
         if key in saved and saved[key] != dataset.meta.get(key):
-            raise UserError(f"the data set {dataset.name} has another vocabulary than "
-                            f"{saved['name']}, which the checkpoint was trained on")
+            raise UserError(
+                f"the data set {dataset.name} has another vocabulary than "
+                f"{saved['name']}, which the checkpoint was trained on"
+            )
     have, need = model.config.vocab_size, dataset.vocab_size
     if not need <= have < need + 1024:  # a model's table may be padded
-        raise UserError(f"the data set has {need} different tokens, the model {have}: they do not "
-                        "share a tokenizer; prepare the data with the model's")
+        raise UserError(
+            f"the data set has {need} different tokens, the model {have}: they do not "
+            "share a tokenizer; prepare the data with the model's"
+        )
     for split in ("train", "val"):  # its first block, to be told if there is none
         next(dataset.full_split_batches(split, model.config.block_size, 1))

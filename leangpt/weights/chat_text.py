@@ -10,8 +10,13 @@ from leangpt.text.dataset import load_tokenizer
 from leangpt.weights.gguf import GGUFWeights, write_text_files
 from leangpt.weights.load import find_pretrained, open_weights, read_json
 
-TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-              "chat_template.jinja", "generation_config.json")
+TEXT_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 @dataclass
@@ -39,12 +44,14 @@ class PretrainedText:
             raise TemplateError(message)
 
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = raise_exception
         try:
             template = environment.from_string(self.template)
-            prompt = template.render(messages=messages, add_generation_prompt=True,
-                                     **self.special_tokens)
+            prompt = template.render(
+                messages=messages, add_generation_prompt=True, **self.special_tokens
+            )
         except (TemplateError, TypeError) as error:
             raise UserError(f"the model's chat format cannot be filled in ({error})") from None
         # what the tokenizer puts in front of any text itself must not be there twice

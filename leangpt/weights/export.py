@@ -36,11 +36,15 @@ def export_pretrained(model, directory):
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
             total = sum(_bytes(tensor) for tensor in tensors.values())
-            _write_json(files.enter_context(written_whole(index_file)),
-                        {"metadata": {"total_size": total}, "weight_map": weight_map})
+            _write_json(
+                files.enter_context(written_whole(index_file)),
+                {"metadata": {"total_size": total}, "weight_map": weight_map},
+            )
         for file, names in shards.items():
-            _write_shard(files.enter_context(written_whole(directory / file)),
-                         {name: tensors[name] for name in names})
+            _write_shard(
+                files.enter_context(written_whole(directory / file)),
+                {name: tensors[name] for name in names},
+            )
     if len(shards) == 1:
         index_file.unlink(missing_ok=True)  # an older export's index would name its shards
     return directory
@@ -53,14 +57,18 @@ def _their_tensors(model, family):
     tensors = {}
     for piece in hf_pieces(model.config):
         name = piece.theirs if piece.theirs.startswith("lm_head") else prefix + piece.theirs
-        weight = parameters.get(piece.ours.removesuffix("bias") + "weight" if
-                                piece.ours.endswith("bias") else piece.ours)
+        weight = parameters.get(
+            piece.ours.removesuffix("bias") + "weight"
+            if piece.ours.endswith("bias")
+            else piece.ours
+        )
         if weight is None:
-            raise UserError("export: this model's weights are packed (int4); export the float "
-                            "model instead")
+            raise UserError(
+                "export: this model's weights are packed (int4); export the float model instead"
+            )
         tensor = parameters.get(piece.ours, weight.new_zeros(weight.size(0)))
         if piece.rows is not None:
-            tensor = tensor[piece.rows[0]:piece.rows[1]]
+            tensor = tensor[piece.rows[0] : piece.rows[1]]
         tensors[name] = tensor.t() if piece.transposed else tensor
     return tensors
 

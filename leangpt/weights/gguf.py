@@ -83,8 +83,9 @@ class GGUFWeights:
             numbers = self._dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
             kind = tensor.tensor_type.name
-            raise UserError(f"{self.path}: tensor {name} is {kind}, which gguf cannot dequantise") \
-                from None
+            raise UserError(
+                f"{self.path}: tensor {name} is {kind}, which gguf cannot dequantise"
+            ) from None
         numbers = np.require(numbers, np.float32, ["C", "W", "E"])  # a copy only of a mapped one
         return torch.from_numpy(numbers).view(self.shape(name))
 
@@ -107,16 +108,18 @@ class GGUFWeights:
             vocab_size=self.shape("token_embd.weight")[0],
             n_layer=need(keys, "block_count", self.path),
             n_head=n_head,
-            n_kv_head=need({"attention.head_count_kv": n_head, **keys},
-                           "attention.head_count_kv", self.path),
+            n_kv_head=need(
+                {"attention.head_count_kv": n_head, **keys}, "attention.head_count_kv", self.path
+            ),
             n_embd=need(keys, "embedding_length", self.path),
             n_inner=need(keys, "feed_forward_length", self.path),
             tie_embeddings="output.weight" not in self._tensors,
         )
         if family == "gpt2":
             epsilon = round_float32(keys.get("attention.layer_norm_epsilon", 1e-5))
-            return settings | dict(bias=True, position="learned", norm="layernorm",
-                                   norm_eps=epsilon, mlp="gelu_tanh")
+            return settings | dict(
+                bias=True, position="learned", norm="layernorm", norm_eps=epsilon, mlp="gelu_tanh"
+            )
         self._check_llama(keys, settings)
         return settings | dict(
             bias=False,
@@ -132,8 +135,10 @@ class GGUFWeights:
         head_dim = settings["n_embd"] / settings["n_head"]
         for key in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
             if keys.get(key, head_dim) != head_dim:
-                raise UserError(f"{self.path}: {key}={keys[key]} differs from the head size "
-                                f"{head_dim:g} (width / heads), which is not supported")
+                raise UserError(
+                    f"{self.path}: {key}={keys[key]} differs from the head size "
+                    f"{head_dim:g} (width / heads), which is not supported"
+                )
         if keys.get("expert_count"):
             raise UserError(f"{self.path}: mixtures of experts are not supported")
 
@@ -163,8 +168,10 @@ def tokenizer_json(metadata, where):
 
     kind, cut = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "gpt-2")
     if kind != "gpt2" or cut not in DIGITS_APART:
-        raise UserError(f"{where}: its tokenizer ({kind!r}, {cut!r}) cannot be rebuilt; put the "
-                        "model's tokenizer.json into the same folder")
+        raise UserError(
+            f"{where}: its tokenizer ({kind!r}, {cut!r}) cannot be rebuilt; put the "
+            "model's tokenizer.json into the same folder"
+        )
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     vocabulary = {token: i for i, token in enumerate(tokens)}
@@ -174,8 +181,11 @@ def tokenizer_json(metadata, where):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, bytes_only])
     tokenizer.decoder = decoders.ByteLevel()
     types = metadata.get("tokenizer.ggml.token_type", [])
-    special = [AddedToken(token, special=kind == CONTROL, normalized=False)
-               for token, kind in zip(tokens, types) if kind in (CONTROL, USER_DEFINED)]
+    special = [
+        AddedToken(token, special=kind == CONTROL, normalized=False)
+        for token, kind in zip(tokens, types)
+        if kind in (CONTROL, USER_DEFINED)
+    ]
     tokenizer.add_tokens(special)
     return json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, indent=1)
 
@@ -187,8 +197,11 @@ def write_text_files(metadata, folder, where):
     the tokens it may name, and the ids that end a text. Raises UserError as tokenizer_json does.
     """
     folder, tokens = Path(folder), metadata.get("tokenizer.ggml.tokens", [])
-    ids = {name: metadata[f"tokenizer.ggml.{name}_id"] for name in ("bos_token", "eos_token")
-           if f"tokenizer.ggml.{name}_id" in metadata}
+    ids = {
+        name: metadata[f"tokenizer.ggml.{name}_id"]
+        for name in ("bos_token", "eos_token")
+        if f"tokenizer.ggml.{name}_id" in metadata
+    }
     settings = {name: tokens[i] for name, i in ids.items() if i < len(tokens)}
     if "tokenizer.chat_template" in metadata:
         settings["chat_template"] = metadata["tokenizer.chat_template"]

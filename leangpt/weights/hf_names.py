@@ -111,8 +111,9 @@ def llama_pieces(config, names=LLAMA_NAMES, paired=False):
         h = f"transformer.h.{i}."
 
         def piece(role, ours, rows=None, heads=None, i=i, h=h):
-            return Piece(names[role].format(i=i) + ".weight", f"{h}{ours}.weight", rows,
-                         paired_heads=heads)
+            return Piece(
+                names[role].format(i=i) + ".weight", f"{h}{ours}.weight", rows, paired_heads=heads
+            )
 
         yield piece("ln_1", "ln_1")
         yield piece("q", "attn.c_attn", (0, C), q_heads)
@@ -172,8 +173,13 @@ def _require(hf, where, **expected):
 
 
 def _gpt2_config(hf, where):
-    _require(hf, where, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False,
-             add_cross_attention=False)
+    _require(
+        hf,
+        where,
+        scale_attn_weights=True,
+        scale_attn_by_inverse_layer_idx=False,
+        add_cross_attention=False,
+    )
     activation = hf.get("activation_function", "gelu_new")
     if not isinstance(activation, str) or activation not in GPT2_ACTIVATIONS:
         known = ", ".join(GPT2_ACTIVATIONS)
@@ -200,22 +206,30 @@ def _gpt2_config(hf, where):
 def _llama_config(hf, where):
     n_head, n_embd = need(hf, "num_attention_heads", where), need(hf, "hidden_size", where)
     context = need({"max_position_embeddings": 2048, **hf}, "max_position_embeddings", where)
-    _require(hf, where, hidden_act="silu", attention_bias=False, mlp_bias=False,
-             partial_rotary_factor=1.0)
+    _require(
+        hf,
+        where,
+        hidden_act="silu",
+        attention_bias=False,
+        mlp_bias=False,
+        partial_rotary_factor=1.0,
+    )
     head_dim = n_embd / n_head
     if hf.get("head_dim") is not None:
         head_dim = need(hf, "head_dim", where)
     if head_dim * n_head != n_embd:
         raise UserError(f"{where}: {n_head} heads of {head_dim:g} do not make a width of {n_embd}")
     if hf.get("sliding_window") is not None and need(hf, "sliding_window", where) < context:
-        raise UserError(f"{where}: sliding-window attention ({hf['sliding_window']}) is not "
-                        "supported")
+        raise UserError(
+            f"{where}: sliding-window attention ({hf['sliding_window']}) is not supported"
+        )
     # transformers 5 keeps everything about rope in one dict, older files in two keys
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{where}: the rope settings must be an object, not {rope!r}")
-    theta = _positive({"rope_theta": hf.get("rope_theta", 10000.0), **rope}, "rope_theta", None,
-                      where)
+    theta = _positive(
+        {"rope_theta": hf.get("rope_theta", 10000.0), **rope}, "rope_theta", None, where
+    )
     rope = {key: value for key, value in rope.items() if key != "rope_theta"}
     _require(rope, where, partial_rotary_factor=1.0)
     try:
@@ -227,8 +241,11 @@ def _llama_config(hf, where):
         vocab_size=need(hf, "vocab_size", where),
         n_layer=need(hf, "num_hidden_layers", where),
         n_head=n_head,
-        n_kv_head=need({**hf, "num_key_value_heads": hf.get("num_key_value_heads") or n_head},
-                       "num_key_value_heads", where),
+        n_kv_head=need(
+            {**hf, "num_key_value_heads": hf.get("num_key_value_heads") or n_head},
+            "num_key_value_heads",
+            where,
+        ),
         n_embd=n_embd,
         n_inner=need(hf, "intermediate_size", where),
         bias=False,
@@ -249,25 +266,32 @@ def config_to_hf(config):
     heads as heads) and Llama's (RMSNorm, RoPE, SwiGLU, no biases). UserError names what differs.
     """
     if config.position == "learned":
-        _expressible(config, "GPT-2", norm="layernorm", kv_heads=config.n_head,
-                     mlp=("gelu", "gelu_tanh"))
+        _expressible(
+            config, "GPT-2", norm="layernorm", kv_heads=config.n_head, mlp=("gelu", "gelu_tanh")
+        )
         attention_dropout = config.attention_dropout
-        names, rest = GPT2_KEYS, dict(
-            architectures=["GPT2LMHeadModel"],
-            model_type="gpt2",
-            activation_function={"gelu": "gelu", "gelu_tanh": "gelu_new"}[config.mlp],
-            attn_pdrop=config.dropout if attention_dropout is None else attention_dropout,
+        names, rest = (
+            GPT2_KEYS,
+            dict(
+                architectures=["GPT2LMHeadModel"],
+                model_type="gpt2",
+                activation_function={"gelu": "gelu", "gelu_tanh": "gelu_new"}[config.mlp],
+                attn_pdrop=config.dropout if attention_dropout is None else attention_dropout,
+            ),
         )
     else:
         _expressible(config, "Llama", position="rope", norm="rmsnorm", mlp="swiglu", bias=False)
         if config.rope_scaling and check_scaling(config.rope_scaling) == "factors":
             raise UserError("export: rope_scaling 'factors' cannot be said in a Llama config.json")
-        names, rest = LLAMA_KEYS, dict(
-            architectures=["LlamaForCausalLM"],
-            model_type="llama",
-            hidden_act="silu",
-            attention_bias=False,
-            mlp_bias=False,
+        names, rest = (
+            LLAMA_KEYS,
+            dict(
+                architectures=["LlamaForCausalLM"],
+                model_type="llama",
+                hidden_act="silu",
+                attention_bias=False,
+                mlp_bias=False,
+            ),
         )
     return rest | {theirs: getattr(config, ours) for theirs, ours in names.items()}
 
@@ -278,5 +302,7 @@ def _expressible(config, family, **expected):
         allowed = allowed if isinstance(allowed, tuple) else (allowed,)
         if value not in allowed:
             wanted = " or ".join(repr(a) for a in allowed)
-            raise UserError(f"export: transformers' {family} needs {key} to be {wanted}, and this "
-                            f"model has {value!r}")
+            raise UserError(
+                f"export: transformers' {family} needs {key} to be {wanted}, and this "
+                f"model has {value!r}"
+            )

@@ -42,8 +42,9 @@ def load_pretrained(name_or_dir, device="cpu", dtype=torch.float32, **overrides)
         with torch.device("meta"):  # shapes alone
             model = GPT(config)
     except RuntimeError as error:
-        raise UserError(f"{weights.path}: no tensor can be of the announced sizes ({error})"
-                        ) from None
+        raise UserError(
+            f"{weights.path}: no tensor can be of the announced sizes ({error})"
+        ) from None
     places = _places(model, weights)
     model = _allocate(model, device, dtype)
     _fill(model, weights, places)
@@ -69,18 +70,28 @@ def _download(hub_id):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError
     except ImportError:
-        raise UserError(f"{hub_id!r} is no local folder, and downloading needs huggingface_hub: "
-                        "pip install huggingface_hub") from None
-    wanted = ["config.json", "generation_config.json", "tokenizer*", "chat_template*",
-              "model*.safetensors", INDEX]
+        raise UserError(
+            f"{hub_id!r} is no local folder, and downloading needs huggingface_hub: "
+            "pip install huggingface_hub"
+        ) from None
+    wanted = [
+        "config.json",
+        "generation_config.json",
+        "tokenizer*",
+        "chat_template*",
+        "model*.safetensors",
+        INDEX,
+    ]
     try:
         return Path(snapshot_download(hub_id, allow_patterns=wanted))
     except HFValidationError as error:
         raise UserError(f"{hub_id!r} is neither a folder nor a hub name ({error})") from None
     except Exception as error:  # the hub client raises its own, httpx's and the OS's errors alike
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"{hub_id!r} is no local folder and could not be downloaded ({reason}); "
-                        "give a local folder with config.json and safetensors") from None
+        raise UserError(
+            f"{hub_id!r} is no local folder and could not be downloaded ({reason}); "
+            "give a local folder with config.json and safetensors"
+        ) from None
 
 
 def open_weights(path):
@@ -100,8 +111,10 @@ def open_weights(path):
         raise UserError(f"{path} holds no config.json and no GGUF file: not a model's folder")
     pickles = [file.name for file in path.iterdir() if file.suffix in PICKLES]
     if pickles:
-        raise UserError(f"{path} holds only pickled weights ({pickles[0]}), which could run code; "
-                        "convert them to model.safetensors")
+        raise UserError(
+            f"{path} holds only pickled weights ({pickles[0]}), which could run code; "
+            "convert them to model.safetensors"
+        )
     raise UserError(f"{path} holds no model.safetensors and no {INDEX}")
 
 
@@ -170,8 +183,10 @@ class SafetensorsWeights:
         shard, stored = self._where[name]
         tensor = shard.get_tensor(stored)
         if not tensor.is_floating_point():
-            raise UserError(f"{self.path}: tensor {name} is {tensor.dtype}; quantised weights are "
-                            "read from GGUF files only")
+            raise UserError(
+                f"{self.path}: tensor {name} is {tensor.dtype}; quantised weights are "
+                "read from GGUF files only"
+            )
         return tensor
 
     def pieces(self, config):
@@ -190,13 +205,17 @@ def _config(weights, overrides):
     if settings["position"] != "learned":
         settings["block_size"] = block_size
     elif not 0 < block_size <= settings["block_size"]:
-        raise UserError(f"block_size={block_size}: {weights.path} has learned positions for 1 to "
-                        f"{settings['block_size']} tokens")
+        raise UserError(
+            f"block_size={block_size}: {weights.path} has learned positions for 1 to "
+            f"{settings['block_size']} tokens"
+        )
     config = GPTConfig(**{**settings, **overrides})
     count = len(weights.names())
     if config.n_layer > count:
-        raise UserError(f"{weights.path}: {config.n_layer} layers are announced, and the file "
-                        f"has {count} tensors in all")
+        raise UserError(
+            f"{weights.path}: {config.n_layer} layers are announced, and the file "
+            f"has {count} tensors in all"
+        )
     return config, block_size
 
 
@@ -226,8 +245,10 @@ def _places(model, weights):
     for piece in pieces:
         shape, needed = weights.shape(piece.theirs), _place(parameters, piece).shape
         if shape != needed:
-            raise UserError(f"{weights.path}: tensor {piece.theirs} has shape {list(shape)}, the "
-                            f"model needs {list(needed)}")
+            raise UserError(
+                f"{weights.path}: tensor {piece.theirs} has shape {list(shape)}, the "
+                f"model needs {list(needed)}"
+            )
     return pieces
 
 
@@ -235,7 +256,7 @@ def _place(parameters, piece):
     """The part of our parameters, in their orientation, that a piece fills."""
     place = parameters[piece.ours]
     if piece.rows is not None:
-        place = place[piece.rows[0]:piece.rows[1]]
+        place = place[piece.rows[0] : piece.rows[1]]
     return place.t() if piece.transposed else place
 
 
@@ -261,8 +282,10 @@ def halves_apart(weight, n_head):
 
 def _check_tied(weights, embedding):
     if not torch.equal(weights.read("lm_head.weight"), weights.read(embedding)):
-        raise UserError(f"{weights.path}: the config ties lm_head.weight to {embedding}, but the "
-                        "file holds different numbers for them; set tie_word_embeddings to false")
+        raise UserError(
+            f"{weights.path}: the config ties lm_head.weight to {embedding}, but the "
+            "file holds different numbers for them; set tie_word_embeddings to false"
+        )
 
 
 def _name_some(names, message):

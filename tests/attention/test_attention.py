@@ -71,10 +71,19 @@ def block_pair(dtype, T, seed=0, **config):
 
 
 POLICIES = [  # policy, key/value heads, q_chunk, k_chunk
-    ("cache", 4, None, None), ("cache", 4, 7, None), ("cache", 4, 7, 5), ("cache", 4, 99, None),
-    ("grouped", 2, None, None), ("grouped", 1, 8, 3), ("grouped", 2, 6, None),
-    ("recompute", 4, None, None), ("recompute", 4, 8, 8), ("recompute", 2, 7, 5),
-    ("recompute", 1, 5, 16), ("recompute", 4, 99, 99), ("recompute", 4, 1, 1),
+    ("cache", 4, None, None),
+    ("cache", 4, 7, None),
+    ("cache", 4, 7, 5),
+    ("cache", 4, 99, None),
+    ("grouped", 2, None, None),
+    ("grouped", 1, 8, 3),
+    ("grouped", 2, 6, None),
+    ("recompute", 4, None, None),
+    ("recompute", 4, 8, 8),
+    ("recompute", 2, 7, 5),
+    ("recompute", 1, 5, 16),
+    ("recompute", 4, 99, 99),
+    ("recompute", 4, 1, 1),
 ]
 
 
@@ -82,11 +91,19 @@ POLICIES = [  # policy, key/value heads, q_chunk, k_chunk
 @pytest.mark.parametrize("B,T", ((1, 1), (1, 8), (3, 23)))
 @pytest.mark.parametrize("dtype,tolerance", ((torch.float64, 1e-10), (torch.float32, 1e-5)))
 @pytest.mark.parametrize("checkpoint_layers", (False, True))
-def test_policy_is_exact_forward_and_backward(policy, G, q_chunk, k_chunk, B, T, dtype, tolerance,
-                                              checkpoint_layers):
-    block, twin = block_pair(dtype, T, attention_policy=policy, n_kv_head=G, q_chunk=q_chunk,
-                             k_chunk=k_chunk, position="rope",
-                             checkpoint_layers=checkpoint_layers)
+def test_policy_is_exact_forward_and_backward(
+    policy, G, q_chunk, k_chunk, B, T, dtype, tolerance, checkpoint_layers
+):
+    block, twin = block_pair(
+        dtype,
+        T,
+        attention_policy=policy,
+        n_kv_head=G,
+        q_chunk=q_chunk,
+        k_chunk=k_chunk,
+        position="rope",
+        checkpoint_layers=checkpoint_layers,
+    )
     x = torch.randn(B, T, 32, dtype=torch.float64)
     wide, narrow = x.clone().requires_grad_(), x.to(dtype).requires_grad_()
     expected = plain_block(twin, wide)
@@ -112,8 +129,16 @@ def test_policy_is_exact_forward_and_backward(policy, G, q_chunk, k_chunk, B, T,
 @pytest.mark.parametrize("checkpoint_layers", (False, True))
 def test_backward_of_a_few_heads_at_a_time(monkeypatch, heads, policy, G, checkpoint_layers):
     monkeypatch.setattr(block_tiles, "heads_at_once", lambda *_: min(heads, G))
-    block, twin = block_pair(torch.float64, 23, attention_policy=policy, n_kv_head=G, q_chunk=7,
-                             k_chunk=5, position="rope", checkpoint_layers=checkpoint_layers)
+    block, twin = block_pair(
+        torch.float64,
+        23,
+        attention_policy=policy,
+        n_kv_head=G,
+        q_chunk=7,
+        k_chunk=5,
+        position="rope",
+        checkpoint_layers=checkpoint_layers,
+    )
     x = torch.randn(2, 23, 32, dtype=torch.float64, requires_grad=True)
     inputs = [x, *block.parameters()]
     grad = torch.randn_like(x)
@@ -128,8 +153,9 @@ def test_heads_taken_at_once(monkeypatch):
     """Enough for the threads, no fewer than fill a tile; all of them on CUDA."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     config = GPTConfig(n_head=8, n_embd=64)
-    assert [block_tiles.heads_at_once(config, T, 1024, 1, "cpu")
-            for T in (1024, 2048, 4096, 16384)] == [8, 4, 2, 2]
+    assert [
+        block_tiles.heads_at_once(config, T, 1024, 1, "cpu") for T in (1024, 2048, 4096, 16384)
+    ] == [8, 4, 2, 2]
     assert block_tiles.heads_at_once(config, 16384, 1024, 2, "cpu") == 1  # two sequences
     assert block_tiles.heads_at_once(config, 16384, 1024, 1, "cuda") == 8
     grouped = GPTConfig(n_head=8, n_embd=64, n_kv_head=2)
@@ -153,11 +179,22 @@ def test_a_multiple_of_the_gradient_stands_for_the_output(scale):
 
 def test_small_gradients_in_float16_stay_finite():
     """The multiple of a gradient that stands for the output is beyond float16's range there."""
+
     def weight_gradient(dtype):
         torch.manual_seed(0)
-        block = Block(GPTConfig(block_size=64, vocab_size=8, n_layer=1, n_head=2, n_embd=32,
-                                attention_policy="recompute", q_chunk=16, k_chunk=16,
-                                position="none")).to(dtype)
+        block = Block(
+            GPTConfig(
+                block_size=64,
+                vocab_size=8,
+                n_layer=1,
+                n_head=2,
+                n_embd=32,
+                attention_policy="recompute",
+                q_chunk=16,
+                k_chunk=16,
+                position="none",
+            )
+        ).to(dtype)
         x = torch.randn(1, 64, 32).to(dtype).requires_grad_()
         block(x).backward(4e-6 * torch.randn(1, 64, 32).to(dtype))
         return block.attn.c_attn.weight.grad
@@ -169,8 +206,9 @@ def test_small_gradients_in_float16_stay_finite():
 def test_gradcheck_of_the_tiled_block(monkeypatch, heads):
     """The output is a random projection, to keep the Jacobian small."""
     monkeypatch.setattr(block_tiles, "heads_at_once", lambda *_: heads)
-    block, _ = block_pair(torch.float64, 4, attention_policy="recompute", n_kv_head=4, q_chunk=2,
-                          k_chunk=3)
+    block, _ = block_pair(
+        torch.float64, 4, attention_policy="recompute", n_kv_head=4, q_chunk=2, k_chunk=3
+    )
     x = torch.randn(2, 4, 32, dtype=torch.float64, requires_grad=True)
     sketch = torch.randn(3, x.numel(), dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: sketch @ block(x).flatten(), (x,), atol=1e-7)
@@ -216,8 +254,14 @@ def test_autocast_without_tiles_stays_near_float32(G):
 
 def test_residual_dropout_is_replayed_exactly():
     """The backward sees the forward's masks: its gradient is that of the very output it gave."""
-    block, _ = block_pair(torch.float64, 9, attention_policy="recompute", q_chunk=4, dropout=0.5,
-                          attention_dropout=0.0)
+    block, _ = block_pair(
+        torch.float64,
+        9,
+        attention_policy="recompute",
+        q_chunk=4,
+        dropout=0.5,
+        attention_dropout=0.0,
+    )
     x = torch.randn(2, 9, 32, dtype=torch.float64, requires_grad=True)
     direction = torch.randn_like(x)
 
@@ -279,16 +323,26 @@ def test_backward_of_a_long_sequence_takes_a_quarter_of_plain_memory():
     """Rows of 256 channels and 8 heads, as in the README's table, here of 32 tiles; one layer."""
     config = dict(n_head=8, n_embd=256, backward=True)
     plain = peak_beyond_input(4096, **config)
-    assert peak_beyond_input(4096, attention_policy="recompute", q_chunk=128, k_chunk=128,
-                             **config) < plain / 4
+    assert (
+        peak_beyond_input(4096, attention_policy="recompute", q_chunk=128, k_chunk=128, **config)
+        < plain / 4
+    )
 
 
 @pytest.mark.parametrize("compiled", (False, True))
 def test_checkpointed_whole_sequences(monkeypatch, compiled):
     """As a CUDA device does it: no tiles where one would hold whole sequences."""
     monkeypatch.setattr(block_tiles, "few_launches", lambda device, training: training)
-    block, twin = block_pair(torch.float64, 9, attention_policy="recompute", q_chunk=20, k_chunk=4,
-                             checkpoint_layers=True, dropout=0.5, attention_dropout=0.0)
+    block, twin = block_pair(
+        torch.float64,
+        9,
+        attention_policy="recompute",
+        q_chunk=20,
+        k_chunk=4,
+        checkpoint_layers=True,
+        dropout=0.5,
+        attention_dropout=0.0,
+    )
     if compiled:
         block.plain = torch.compile(block.plain, backend="aot_eager")
     x = torch.randn(5, 9, 32, dtype=torch.float64, requires_grad=True)  # 2 + 2 + 1 sequences
@@ -315,11 +369,16 @@ def test_checkpointed_whole_sequences(monkeypatch, compiled):
 
 def test_short_sequences_train_on_the_plain_block():
     for width, device_type, chunk, longest in (
-        (256, "cpu", 2048, 6144), (768, "cpu", 8192, 12288), (256, "cuda", 4096, 6144),
+        (256, "cpu", 2048, 6144),
+        (768, "cpu", 8192, 12288),
+        (256, "cuda", 4096, 6144),
         (64, "cuda", 1024, 1536),
-    ):  # fmt: skip
+    ):
         config = GPTConfig(n_head=8, n_embd=width, attention_policy="recompute")
         assert block_tiles.default_chunk(config, device_type) == chunk
         assert block_tiles.tile_sizes(config, longest, device_type, training=True) is None
-        assert block_tiles.tile_sizes(config, longest + 1, device_type, training=True) == (chunk, chunk)
+        assert block_tiles.tile_sizes(config, longest + 1, device_type, training=True) == (
+            chunk,
+            chunk,
+        )
         assert block_tiles.tile_sizes(config, 1024, device_type, training=False) == (chunk, chunk)

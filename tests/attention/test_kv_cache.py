@@ -34,7 +34,7 @@ def decode(model, idx, cache, first, prepare=None):
     logits = [model.prefill(idx[:, :first], cache)]
     cache.fixed_shapes = prepare == "fixed"
     for i in range(first, idx.size(1)):
-        logits.append(model.decode_one_token(idx[:, i:i + 1], cache))
+        logits.append(model.decode_one_token(idx[:, i : i + 1], cache))
     return torch.stack(logits, dim=1)
 
 
@@ -99,7 +99,7 @@ def test_rows_of_unequal_length(policy, n_kv_head, position, kv_bits):
     got = torch.stack(got, dim=1)  # (B, 17, V)
     full, _ = model(idx)
     for b, n in enumerate(lengths):
-        error = (got[b] - full[b, n - 1:n + 16]).abs().max()
+        error = (got[b] - full[b, n - 1 : n + 16]).abs().max()
         assert error < (1e-5 if kv_bits is None else 0.2), (b, error)
 
 
@@ -117,8 +117,13 @@ def test_append_in_tiles_of_any_order(policy):
         if number % 2:
             for start, stop in ((20, 30), (10, 20), (0, 10)):
                 for b in (slice(1, 2), slice(0, 1)):
-                    cache.layers[0].append(k[b, :, start:stop], v[b, :, start:stop],
-                                           x[b, start:stop], start=start, batch=b)
+                    cache.layers[0].append(
+                        k[b, :, start:stop],
+                        v[b, :, start:stop],
+                        x[b, start:stop],
+                        start=start,
+                        batch=b,
+                    )
         else:
             cache.layers[0].append(k, v, x)
         cache.out = cache.layers[0].attend(q, attn)
@@ -154,7 +159,7 @@ def test_quantised_rows_are_close_and_the_newest_exact(policy, n_kv_head, bits, 
     got = outputs["host"]
     torch.testing.assert_close(outputs["fixed"], got, atol=1e-5, rtol=0)
     exact = RECENT - 3  # until then nothing is older than the exact ring
-    torch.testing.assert_close(got[:, :exact], full[:, 3:3 + exact], atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[:, :exact], full[:, 3 : 3 + exact], atol=1e-5, rtol=0)
     error = ((got - full[:, 3:]).norm() / full[:, 3:].norm()).item()
     assert 1e-5 < error < limit
 
@@ -220,12 +225,14 @@ def test_a_fixed_step_needs_no_host_value():
     cache.fixed_shapes = True
     for step in range(4, 20):
         cache.length = 4  # the host's count stands still, as in a replayed CUDA graph
-        got = model.decode_one_token(idx[:, step:step + 1], cache)
+        got = model.decode_one_token(idx[:, step : step + 1], cache)
         torch.testing.assert_close(got, want[:, step - 3], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-@pytest.mark.skipif(not kv_cache_triton.AVAILABLE, reason="needs CUDA, or Triton and TRITON_INTERPRET=1")
+@pytest.mark.skipif(
+    not kv_cache_triton.AVAILABLE, reason="needs CUDA, or Triton and TRITON_INTERPRET=1"
+)
 @pytest.mark.parametrize("bits,limit", [(None, 2e-3), (8, 4e-3), (4, 4e-2)])
 @pytest.mark.parametrize("H,G,D", [(4, 4, 64), (6, 2, 32), (2, 1, 128)])
 @pytest.mark.parametrize("slots,first,steps", [(300, 150, 2), (40, 36, 12), (40, 0, 19), (5, 4, 3)])
@@ -240,8 +247,10 @@ def test_kernel_agrees_with_plain_pytorch(H, G, D, bits, limit, slots, first, st
     generator = torch.Generator().manual_seed(0)
 
     def draw(t):
-        return [torch.randn(2, n, t, D, generator=generator).to(device, torch.float16)
-                for n in (H, G, G)]
+        return [
+            torch.randn(2, n, t, D, generator=generator).to(device, torch.float16)
+            for n in (H, G, G)
+        ]
 
     if first:
         _, k, v = draw(first)
@@ -258,8 +267,9 @@ def test_kernel_agrees_with_plain_pytorch(H, G, D, bits, limit, slots, first, st
             positions = cache.begin(1)
             layer, table = cache.layers[0], rope_table(D, positions.flatten())
             if turned and cache.suits_kernels:
-                outs.append(kv_cache_triton.attend_token(q, k, v, layer.keys, layer.values, cache,
-                                                    table))
+                outs.append(
+                    kv_cache_triton.attend_token(q, k, v, layer.keys, layer.values, cache, table)
+                )
             else:
                 tables = [part.view(2, 1, 1, D // 2) for part in table]
                 turned_k = apply_rope(k, *tables) if turned else k

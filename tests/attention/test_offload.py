@@ -53,9 +53,20 @@ def watch(monkeypatch):
 
 def gradients(offloaded, backwards=1):
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=32, vocab_size=16, n_layer=6, n_head=2, n_embd=16,
-                          attention_policy="recompute", q_chunk=8, k_chunk=8,
-                          checkpoint_layers=True, offload=offloaded))
+    model = GPT(
+        GPTConfig(
+            block_size=32,
+            vocab_size=16,
+            n_layer=6,
+            n_head=2,
+            n_embd=16,
+            attention_policy="recompute",
+            q_chunk=8,
+            k_chunk=8,
+            checkpoint_layers=True,
+            offload=offloaded,
+        )
+    )
     idx = torch.randint(16, (2, 32))
     loss = model(idx, idx.roll(-1, 1))[1]
     for _ in range(backwards):
@@ -72,8 +83,18 @@ def test_gradients_are_the_same_and_two_layers_are_on_the_device(watch, backward
 
 
 def test_a_pass_without_backward_leaves_nothing_behind(watch):
-    model = GPT(GPTConfig(block_size=16, vocab_size=16, n_layer=2, n_head=2, n_embd=16,
-                          checkpoint_layers=True, q_chunk=8, offload=True))
+    model = GPT(
+        GPTConfig(
+            block_size=16,
+            vocab_size=16,
+            n_layer=2,
+            n_head=2,
+            n_embd=16,
+            checkpoint_layers=True,
+            q_chunk=8,
+            offload=True,
+        )
+    )
     logits, _ = model(torch.zeros(1, 16, dtype=torch.int64))
     assert len(watch.handles) == 2
     del logits

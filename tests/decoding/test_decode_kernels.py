@@ -17,8 +17,9 @@ from leangpt.layers.int4_linear import Int4Linear
 from model import GPT, GPTConfig, Norm
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_kernels = pytest.mark.skipif(not kv_cache_triton.AVAILABLE,
-                                   reason="needs CUDA, or Triton and TRITON_INTERPRET=1")
+needs_kernels = pytest.mark.skipif(
+    not kv_cache_triton.AVAILABLE, reason="needs CUDA, or Triton and TRITON_INTERPRET=1"
+)
 DEVICE = "cpu" if kv_cache_triton.INTERPRETED or not torch.cuda.is_available() else "cuda"
 
 
@@ -44,10 +45,16 @@ def test_word_order_holds_every_code_once():
 @needs_kernels
 @torch.no_grad()
 @pytest.mark.parametrize("bits", [16, 4])
-@pytest.mark.parametrize("K,N,norm,activation,bias,residual", [
-    (768, 48, "layernorm", None, False, False), (576, 80, "rmsnorm", "swiglu", False, False),
-    (128, 32, "layernorm", "gelu", True, False), (384, 48, None, "gelu_tanh", True, True),
-    (3072, 16, None, None, False, True)])
+@pytest.mark.parametrize(
+    "K,N,norm,activation,bias,residual",
+    [
+        (768, 48, "layernorm", None, False, False),
+        (576, 80, "rmsnorm", "swiglu", False, False),
+        (128, 32, "layernorm", "gelu", True, False),
+        (384, 48, None, "gelu_tanh", True, True),
+        (3072, 16, None, None, False, True),
+    ],
+)
 def test_linear(K, N, norm, activation, bias, residual, bits):
     torch.manual_seed(0)
     dtype = torch.bfloat16
@@ -82,9 +89,14 @@ def test_linear(K, N, norm, activation, bias, residual, bits):
 @needs_kernels
 @torch.no_grad()
 @pytest.mark.parametrize("kv_bits", [None, 8, 4])
-@pytest.mark.parametrize("options", [
-    dict(), dict(position="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=1, bias=False),
-    dict(position="none", mlp="gelu_tanh", tie_embeddings=False)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(position="rope", norm="rmsnorm", mlp="swiglu", n_kv_head=1, bias=False),
+        dict(position="none", mlp="gelu_tanh", tie_embeddings=False),
+    ],
+)
 def test_step_is_the_models_own(options, kv_bits):
     torch.manual_seed(0)
     settings = dict(block_size=40, vocab_size=61, n_layer=2, n_head=2, n_embd=64, bias=True)
@@ -102,8 +114,8 @@ def test_step_is_the_models_own(options, kv_bits):
     assert step_triton.suits(model, caches[0])
     caches[1].suits_kernels = False
     for i in range(20, 26):
-        got = step_triton.decode_one_token(model, idx[:, i:i + 1], caches[0])
-        want = model.decode_one_token(idx[:, i:i + 1], caches[1])
+        got = step_triton.decode_one_token(model, idx[:, i : i + 1], caches[0])
+        want = model.decode_one_token(idx[:, i : i + 1], caches[1])
         error = (got - want).float().norm() / want.float().norm()
         assert got.shape == want.shape and error < (0.02 if kv_bits is None else 0.05), (i, error)
     assert caches[0].length == caches[1].length == 26
@@ -164,6 +176,7 @@ for inner, norm, activation in ((0, 1, 1), (0, 2, 3), (8, 1, 2), (4, 0, 3)):
 def test_the_real_compiler_takes_the_kernels():
     """Without a GPU: the interpreter accepts what the compiler for an H100 refuses."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, capture_output=True,
-                          text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr

@@ -28,7 +28,7 @@ def prompt(B=2, T=5, vocab=37):
 def recompute_all(model, idx, count, choose):
     """nanoGPT's generate: a full forward over the cropped text for every token."""
     for _ in range(count):
-        logits, _ = model(idx[:, -model.config.block_size:])
+        logits, _ = model(idx[:, -model.config.block_size :])
         idx = torch.cat([idx, choose(logits[:, -1])[:, None]], dim=1)
     return idx
 
@@ -66,8 +66,10 @@ def test_sampled_text_is_the_plain_loops():
 
 def test_the_same_seed_gives_the_same_text_under_every_policy():
     cache, recompute = make("cache"), make("recompute")
-    texts = [generate(m, prompt(), 60, generator=torch.Generator().manual_seed(5), slide=6)
-             for m in (cache, recompute)]
+    texts = [
+        generate(m, prompt(), 60, generator=torch.Generator().manual_seed(5), slide=6)
+        for m in (cache, recompute)
+    ]
     assert torch.equal(*texts)
 
 
@@ -92,9 +94,9 @@ def test_rows_of_unequal_length_are_written_as_if_alone(policy, n_kv_head, posit
     got = generate(model, idx, 30, temperature=0, lengths=lengths)  # past block_size too
     assert got.shape == (3, 39)
     for b, n in enumerate(lengths):
-        alone = generate(model, idx[b:b + 1, :n], 30, temperature=0)
-        assert torch.equal(got[b, :n + 30], alone[0])
-        assert not got[b, n + 30:].any()
+        alone = generate(model, idx[b : b + 1, :n], 30, temperature=0)
+        assert torch.equal(got[b, : n + 30], alone[0])
+        assert not got[b, n + 30 :].any()
 
 
 def test_stop_tokens_end_a_row_and_not_the_others():
@@ -129,6 +131,7 @@ def test_the_compiled_step_sees_one_count_a_shape(position, monkeypatch):
         def compiled(token, cache):
             counts.add(cache.length)
             return function(token, cache)
+
         return compiled
 
     monkeypatch.setattr(torch, "compile", compile)
@@ -150,8 +153,13 @@ def test_pick_draws_from_the_distribution():
     logits = torch.tensor([1.0, -1.0, 0.5, 3.0, 2.0])
     generator = torch.Generator().manual_seed(0)
     n = 20000
-    for options, kept in (({}, 5), ({"top_k": 3}, 3), ({"top_p": 0.7}, 2), ({"top_p": 1e-6}, 1),
-                          ({"top_k": 4, "top_p": 0.9}, 3)):
+    for options, kept in (
+        ({}, 5),
+        ({"top_k": 3}, 3),
+        ({"top_p": 0.7}, 2),
+        ({"top_p": 1e-6}, 1),
+        ({"top_k": 4, "top_p": 0.9}, 3),
+    ):
         drawn = pick(logits.expand(n, 5), 1.3, generator=generator, **options)
         p = (logits / 1.3).softmax(-1)
         keep = p.topk(kept).indices
@@ -173,8 +181,9 @@ def test_pick_never_takes_an_impossible_token():
 
 def test_top_p_beyond_the_shortlist_is_exact():
     flat = torch.zeros(2, 3000)
-    drawn = pick(flat.expand(2, -1).repeat(4000, 1), top_p=0.9,
-                 generator=torch.Generator().manual_seed(0))
+    drawn = pick(
+        flat.expand(2, -1).repeat(4000, 1), top_p=0.9, generator=torch.Generator().manual_seed(0)
+    )
     assert 2500 < len(drawn.unique()) <= 2701  # of 3000
 
 
@@ -219,27 +228,31 @@ def test_calibration_on_a_given_text_shows_every_linear_all_of_it():
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(
-                lambda m, x, y, name=name: shapes.update({name: tuple(x[0].shape[:2])}))
+                lambda m, x, y, name=name: shapes.update({name: tuple(x[0].shape[:2])})
+            )
     calibration(model, text=given)()
     assert len(shapes) == 4 * 2 + 1 and set(shapes.values()) == {tuple(given.shape)}
 
 
-@pytest.mark.parametrize("change,message", [
-    (dict(idx=torch.zeros(1, 0, dtype=torch.int64)), "prompt is empty"),
-    (dict(idx=torch.zeros(1, 25, dtype=torch.int64)), "25 tokens.*block_size=24"),
-    (dict(idx=torch.tensor([[1, 99]])), "token id 99"),
-    (dict(idx=torch.tensor([[1, -1]])), "token id -1"),
-    (dict(max_new_tokens=0), "max_new_tokens must be positive, not 0"),
-    (dict(temperature=-0.1), "temperature"),
-    (dict(temperature=float("nan")), "temperature"),
-    (dict(top_k=0), "top_k"),
-    (dict(top_p=0.0), "top_p"),
-    (dict(top_p=1.5), "top_p"),
-    (dict(kv_bits=5), "kv_bits=5"),
-    (dict(slide=0), "slide=0"),
-    (dict(lengths=[9, 1]), "lengths"),
-    (dict(lengths=[5, 0]), "lengths"),
-])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(idx=torch.zeros(1, 0, dtype=torch.int64)), "prompt is empty"),
+        (dict(idx=torch.zeros(1, 25, dtype=torch.int64)), "25 tokens.*block_size=24"),
+        (dict(idx=torch.tensor([[1, 99]])), "token id 99"),
+        (dict(idx=torch.tensor([[1, -1]])), "token id -1"),
+        (dict(max_new_tokens=0), "max_new_tokens must be positive, not 0"),
+        (dict(temperature=-0.1), "temperature"),
+        (dict(temperature=float("nan")), "temperature"),
+        (dict(top_k=0), "top_k"),
+        (dict(top_p=0.0), "top_p"),
+        (dict(top_p=1.5), "top_p"),
+        (dict(kv_bits=5), "kv_bits=5"),
+        (dict(slide=0), "slide=0"),
+        (dict(lengths=[9, 1]), "lengths"),
+        (dict(lengths=[5, 0]), "lengths"),
+    ],
+)
 def test_bad_input_is_named(change, message):
     arguments = dict(idx=prompt(), max_new_tokens=4) | change
     with pytest.raises(UserError, match=message):
@@ -252,8 +265,9 @@ def test_bad_input_is_named(change, message):
 @pytest.mark.parametrize("position", ["learned", "rope"])
 @pytest.mark.parametrize("policy,n_kv_head", POLICIES)
 @pytest.mark.parametrize("kernels", [False, True])
-def test_captured_steps_write_what_eager_ones_do(policy, n_kv_head, position, dtype, kv_bits,
-                                                 kernels, monkeypatch):
+def test_captured_steps_write_what_eager_ones_do(
+    policy, n_kv_head, position, dtype, kv_bits, kernels, monkeypatch
+):
     from leangpt.decoding.generate import Steps
 
     monkeypatch.setattr("leangpt.decoding.generate.KERNELS_FROM", 0 if kernels else 1000)
@@ -262,14 +276,25 @@ def test_captured_steps_write_what_eager_ones_do(policy, n_kv_head, position, dt
     generator = torch.Generator("cuda")
     texts = []
     for capture in (True, False):
+
         def next_(steps, capture=capture):
             steps.captured = capture
             return original(steps)
 
         original, Steps.next = Steps.next, next_
         try:
-            texts.append(generate(model, idx, 40, top_k=10, generator=generator.manual_seed(1),
-                                  lengths=lengths, kv_bits=kv_bits, slide=5))
+            texts.append(
+                generate(
+                    model,
+                    idx,
+                    40,
+                    top_k=10,
+                    generator=generator.manual_seed(1),
+                    lengths=lengths,
+                    kv_bits=kv_bits,
+                    slide=5,
+                )
+            )
         finally:
             Steps.next = original
     assert torch.equal(*texts)

@@ -17,13 +17,16 @@ from leangpt.system.errors import UserError
 SETUP = Setup("tiny", dict(block_size=16, n_layer=2, n_head=4, n_embd=32), 4, 8, warmup=3)
 
 
-@pytest.mark.parametrize("variant, family, overrides", [
-    ("adamsn", "adamsn", dict(roles="f2 p0.125", momentum=0.95, nu=0.8)),
-    ("adamsn:role_rates={}+nu1=1.0+betas=(0.9,0.99)", "adamsn", {}),
-    ("adam", "adamw", {}),
-    ("adafactor", "adafactor", dict(roles="f2 p0.125", qkv_apart=False)),
-    ("adafactor:embedding_momentum=0.9+role_rates={}", "adafactor+", dict(qkv_apart=False)),
-])
+@pytest.mark.parametrize(
+    "variant, family, overrides",
+    [
+        ("adamsn", "adamsn", dict(roles="f2 p0.125", momentum=0.95, nu=0.8)),
+        ("adamsn:role_rates={}+nu1=1.0+betas=(0.9,0.99)", "adamsn", {}),
+        ("adam", "adamw", {}),
+        ("adafactor", "adafactor", dict(roles="f2 p0.125", qkv_apart=False)),
+        ("adafactor:embedding_momentum=0.9+role_rates={}", "adafactor+", dict(qkv_apart=False)),
+    ],
+)
 def test_a_recipe_is_the_optimizer_of_its_name(variant, family, overrides, letters):
     recipe = expand(family, overrides | dict(lr=4e-3, embedding_lr=8e-3))
     losses = run_batch(SETUP, [(recipe, 1), (recipe, 2)], letters, "cpu", optimizers)
@@ -34,7 +37,7 @@ def test_a_recipe_is_the_optimizer_of_its_name(variant, family, overrides, lette
 
 def test_every_recipe_trains(letters):
     for name, recipe in recipes_named("4,3").items():
-        loss, = run_batch(replace(SETUP, iterations=2), [(recipe, 1)], letters, "cpu", optimizers)
+        (loss,) = run_batch(replace(SETUP, iterations=2), [(recipe, 1)], letters, "cpu", optimizers)
         assert math.isfinite(loss) and loss < 2.7, name
 
 

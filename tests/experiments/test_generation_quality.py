@@ -22,8 +22,15 @@ def test_every_rounding_is_measured():
     for what in ("weights", "kv cache"):
         exact = found[what, "exact", 32, ""]
         assert exact["change"] == 0 and abs(exact["divergence"]) < 1e-6
-    rounded = [found["weights", rule, 5.0, seed]["divergence"] for rule, seed in (
-        ("minimum and maximum", ""), ("clipping range", ""), ("calibrated", 0), ("calibrated", 1))]
+    rounded = [
+        found["weights", rule, 5.0, seed]["divergence"]
+        for rule, seed in (
+            ("minimum and maximum", ""),
+            ("clipping range", ""),
+            ("calibrated", 0),
+            ("calibrated", 1),
+        )
+    ]
     assert max(rounded[2:]) < min(rounded[:2]) < 0.5
     fitted = [found["weights", "calibrated, fitted", 5.0, seed]["divergence"] for seed in (0, 1)]
     assert max(fitted) < min(rounded[:2])
@@ -32,7 +39,7 @@ def test_every_rounding_is_measured():
 
 
 def test_windows_follow_one_another():
-    (x, y), = windows(list(range(100)), 2, 10)
+    ((x, y),) = windows(list(range(100)), 2, 10)
     assert x.tolist() == [list(range(10)), list(range(10, 20))] and torch.equal(y, x + 1)
     with pytest.raises(UserError, match="100 tokens"):
         windows(list(range(100)), 10, 10)
@@ -43,5 +50,7 @@ def test_the_other_models_rows_stay(tmp_path):
     write_csv(path, [dict(what="weights", loss=1.5, commit="old")])  # of before there were two
     for model, loss in (("a", 1.0), ("b", 2.0), ("a", 3.0)):
         replace(path, [dict(model=model, loss=loss)], dict(commit="new"))
-    assert read_csv(path) == [dict(model="b", loss=2, commit="new"),
-                              dict(model="a", loss=3, commit="new")]
+    assert read_csv(path) == [
+        dict(model="b", loss=2, commit="new"),
+        dict(model="a", loss=3, commit="new"),
+    ]

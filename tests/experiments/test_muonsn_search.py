@@ -16,13 +16,18 @@ from leangpt.system.errors import UserError
 SETUP = Setup("tiny", dict(block_size=16, n_layer=2, n_head=4, n_embd=32), 4, 8, warmup=3)
 
 
-@pytest.mark.parametrize("variant, overrides", [
-    ("muonsn:nu=0.95+betas=(0.9,0.99)+column_norm=False", {}),
-    ("muonsn:nu=0.95+betas=(0.9,0.99)+per_head=True+column_norm=False", dict(per_head="qk")),
-    ("muonsn:momentum=0.9+nu=0.9+betas=(0.9,0.99)+weight_decay=0.3+column_norm=False",
-     dict(mu=0.9, weight_decay=0.3, embedding_decay=0.3)),
-    ("muonsn", dict(look=0.8, embedding_beta1=0.5, pre="now")),
-])
+@pytest.mark.parametrize(
+    "variant, overrides",
+    [
+        ("muonsn:nu=0.95+betas=(0.9,0.99)+column_norm=False", {}),
+        ("muonsn:nu=0.95+betas=(0.9,0.99)+per_head=True+column_norm=False", dict(per_head="qk")),
+        (
+            "muonsn:momentum=0.9+nu=0.9+betas=(0.9,0.99)+weight_decay=0.3+column_norm=False",
+            dict(mu=0.9, weight_decay=0.3, embedding_decay=0.3),
+        ),
+        ("muonsn", dict(look=0.8, embedding_beta1=0.5, pre="now")),
+    ],
+)
 def test_a_recipe_of_defaults_is_muonsn(variant, overrides, letters):
     recipe = replace(Recipe(), lr=8e-3, embedding_lr=4e-3, **overrides)
     losses = run_batch(SETUP, [(recipe, 1), (recipe, 2)], letters, "cpu", optimizers)
@@ -34,7 +39,7 @@ def test_a_recipe_of_defaults_is_muonsn(variant, overrides, letters):
 def test_every_recipe_trains(letters):
     for name, overrides in recipes_named("all").items():
         setup = replace(SETUP, iterations=3)
-        loss, = run_batch(setup, [(make(overrides), 1)], letters, "cpu", optimizers)
+        (loss,) = run_batch(setup, [(make(overrides), 1)], letters, "cpu", optimizers)
         assert math.isfinite(loss) and loss < 2.7, name
 
 
@@ -48,7 +53,8 @@ def test_unknown_recipes_are_refused():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_the_recorded_graph_equals_the_loop(letters):
     runs = [(Recipe(), 1), (Recipe(), 2), (replace(Recipe(), rank=2), 1)]
-    on_cpu, recorded = (run_batch(SETUP, runs, letters, device, optimizers)
-                        for device in ("cpu", "cuda"))
+    on_cpu, recorded = (
+        run_batch(SETUP, runs, letters, device, optimizers) for device in ("cpu", "cuda")
+    )
     for a, b in zip(on_cpu, recorded, strict=True):
         assert abs(a - b) < 5e-3  # bfloat16 products in Newton-Schulz there

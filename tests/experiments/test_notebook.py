@@ -19,8 +19,9 @@ PATH = ROOT / "williams.ipynb"
 
 
 def outputs(notebook):
-    return [output for cell in notebook.cells if cell.cell_type == "code"
-            for output in cell.outputs]
+    return [
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    ]
 
 
 def test_it_runs_in_under_a_minute_and_draws_its_figures():

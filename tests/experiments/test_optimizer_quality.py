@@ -33,8 +33,15 @@ from model import GPT
 from optimizers import build_optimizer
 
 SETUP = Setup("tiny", dict(block_size=16, n_layer=2, n_head=2, n_embd=16), 4, 12, warmup=3)
-VARIANTS = ["torch_adamw", "torch_nadam", "torch_muon", "torch_adafactor", "adamsn", "adafactor",
-            "muonsn"]
+VARIANTS = [
+    "torch_adamw",
+    "torch_nadam",
+    "torch_muon",
+    "torch_adafactor",
+    "adamsn",
+    "adafactor",
+    "muonsn",
+]
 
 
 @pytest.fixture(scope="module")
@@ -72,23 +79,24 @@ def test_every_peer_trains_every_parameter(variant, text):
 
 def test_a_run_is_an_ordinary_training_run(text):
     """One replica against a GPT trained by a plain loop."""
-    row, = train_runs(SETUP, [Run("adamsn", 4e-3, 8e-3, 5)], text, build)
+    (row,) = train_runs(SETUP, [Run("adamsn", 4e-3, 8e-3, 5)], text, build)
     torch.manual_seed(5)
     model = GPT(SETUP.config(text.vocab_size))
-    optimizer = build_optimizer(model, "adamsn", learning_rate=4e-3, embedding_lr=8e-3,
-                                weight_decay=0.1, betas=(0.95, 0.99))
+    optimizer = build_optimizer(
+        model, "adamsn", learning_rate=4e-3, embedding_lr=8e-3, weight_decay=0.1, betas=(0.95, 0.99)
+    )
     for iteration, starts in enumerate(data_order(SETUP, text, 5)):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * schedule(SETUP, iteration)
-        x = torch.stack([text.train[s:s + 16] for s in starts.tolist()])
-        y = torch.stack([text.train[s + 1:s + 17] for s in starts.tolist()])
+        x = torch.stack([text.train[s : s + 16] for s in starts.tolist()])
+        y = torch.stack([text.train[s + 1 : s + 17] for s in starts.tolist()])
         model.zero_grad()
         model(x, y)[1].backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
     blocks = (len(text.val) - 1) // 16
-    x = text.val[:blocks * 16].view(blocks, 16)
-    y = text.val[1:blocks * 16 + 1].view(blocks, 16)
+    x = text.val[: blocks * 16].view(blocks, 16)
+    y = text.val[1 : blocks * 16 + 1].view(blocks, 16)
     assert abs(model(x, y)[1].item() - row["val_loss"]) < 1e-4
 
 
@@ -96,10 +104,16 @@ def play(variant, settings, loss):
     """Follow next_runs to its end on a made-up loss(linear, embedding, seed) -> rows."""
     rows = []
     while runs := next_runs(variant, rows, settings):
-        rows += [dict(variant=variant, learning_rate=run.learning_rate, seed=run.seed,
-                      embedding_lr=run.embedding_lr,
-                      best_val_loss=loss(run.learning_rate, run.embedding_lr, run.seed))
-                 for run in runs]
+        rows += [
+            dict(
+                variant=variant,
+                learning_rate=run.learning_rate,
+                seed=run.seed,
+                embedding_lr=run.embedding_lr,
+                best_val_loss=loss(run.learning_rate, run.embedding_lr, run.seed),
+            )
+            for run in runs
+        ]
         assert len(rows) < 500
     return rows
 
@@ -118,6 +132,7 @@ def test_grid_climbs_until_the_best_is_inside_then_confirms():
 def test_diverged_runs_never_win():
     def edge(linear, embedding, seed):
         return math.nan if linear > 5e-3 else 1 - linear
+
     fresh = [row for row in play("adamsn", Settings(), edge) if row["seed"] > 1000]
     assert {row["learning_rate"] for row in fresh} == {4e-3}
 
@@ -125,13 +140,14 @@ def test_diverged_runs_never_win():
 def test_every_ablation_can_be_built(text):
     for variant in expand(",".join(["ours", *ABLATIONS])):
         run = Run(variant, 4e-3, 8e-3, 1)
-        row, = train_runs(replace(SETUP, iterations=1, warmup=1), [run], text, build)
+        (row,) = train_runs(replace(SETUP, iterations=1, warmup=1), [run], text, build)
         assert math.isfinite(row["val_loss"]), variant
 
 
 def test_finished_runs_are_not_run_again():
-    settings = Settings(linear_lrs="1e-3", embedding_lrs="1e-3", climb=False, grid_seeds=1,
-                        confirm_seeds=2)
+    settings = Settings(
+        linear_lrs="1e-3", embedding_lrs="1e-3", climb=False, grid_seeds=1, confirm_seeds=2
+    )
     rows = play("adamsn", settings, lambda *_: 1.0)
     assert [row["seed"] for row in rows] == [1001, 1002]  # one point: nothing to choose from
     runs = next_runs("adamsn", rows[:-1], settings)
@@ -140,10 +156,25 @@ def test_finished_runs_are_not_run_again():
 
 def test_summary_pairs_by_seed():
     def row(variant, seed, loss):
-        return dict(setup="seed", iterations=1, variant=variant, learning_rate=1.0,
-                    embedding_lr=1.0, seed=seed, best_val_loss=loss, state_bytes=8, parameters=2)
-    rows = [row("torch_adamw", 1001, 2.0), row("torch_adamw", 1002, 3.0),
-            row("adamsn", 1002, 2.5), row("adamsn", 1001, 1.6), row("adamsn", 1, 0.0)]
+        return dict(
+            setup="seed",
+            iterations=1,
+            variant=variant,
+            learning_rate=1.0,
+            embedding_lr=1.0,
+            seed=seed,
+            best_val_loss=loss,
+            state_bytes=8,
+            parameters=2,
+        )
+
+    rows = [
+        row("torch_adamw", 1001, 2.0),
+        row("torch_adamw", 1002, 3.0),
+        row("adamsn", 1002, 2.5),
+        row("adamsn", 1001, 1.6),
+        row("adamsn", 1, 0.0),
+    ]
     best, reference = summarise(rows)
     assert best["variant"] == "adamsn" and best["val_loss"] == 2.05
     assert best["to_adamw"] == -0.45 and best["state_percent"] == 50.0
@@ -177,7 +208,9 @@ def test_variants_and_texts_that_do_not_exist(tmp_path):
         parse_options("adamsn:norm")
     assert expand("adamsn:betas=(0.9,0.95),adam") == ["adamsn:betas=(0.9,0.95)", "adam"]
     assert parse_options("adamsn:norm=sum+momentum_bits=8") == (
-        "adamsn", dict(norm="sum", momentum_bits=8))
+        "adamsn",
+        dict(norm="sum", momentum_bits=8),
+    )
     with pytest.raises(UserError, match="no file or folder"):
         read_text(tmp_path / "nothing.txt", 16)
     (tmp_path / "short.txt").write_text("to be")

@@ -14,8 +14,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(script, *flags):
-    return subprocess.run([sys.executable, "-m", f"experiments.{script}", *flags], cwd=ROOT,
-                          text=True, capture_output=True)
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{script}", *flags],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
 
 
 def test_memory_of_one_case_adds_up():
@@ -30,21 +34,31 @@ def test_memory_of_one_case_adds_up():
 def test_speed_writes_a_row_a_variant_and_keeps_other_devices(tmp_path):
     out = tmp_path / "speed.csv"
     for shape, variants in (("seed", "adamsn"), ("seed", "adamsn,adafactor")):
-        done = run("optimizers.optimizer_speed", f"--shape={shape}", f"--variants={variants}",
-                   "--rounds=1", "--device=cpu", "--threads=1", f"--out={out}")
+        done = run(
+            "optimizers.optimizer_speed",
+            f"--shape={shape}",
+            f"--variants={variants}",
+            "--rounds=1",
+            "--device=cpu",
+            "--threads=1",
+            f"--out={out}",
+        )
         assert done.returncode == 0, done.stderr
     rows = read_csv(out)
     assert [row["variant"] for row in rows] == ["adamsn", "adafactor"]
     assert all(row["step_ms"] > 0 and row["state_bytes"] > 0 for row in rows)
 
 
-@pytest.mark.parametrize("script, flag, message", [
-    ("optimizers.optimizer_speed", "--shape=huge", "unknown shape 'huge'"),
-    ("optimizers.optimizer_memory", "--part=half", "unknown part 'half'"),
-    ("optimizers.optimizer_quality", "--variants=adamsm", "unknown variant 'adamsm'"),
-    ("search.muonsn_search", "--recipes=soup", "unknown recipe 'soup'"),
-    ("optimizers.time_to_loss", "--rounds=0", "rounds must be at least 1"),
-])
+@pytest.mark.parametrize(
+    "script, flag, message",
+    [
+        ("optimizers.optimizer_speed", "--shape=huge", "unknown shape 'huge'"),
+        ("optimizers.optimizer_memory", "--part=half", "unknown part 'half'"),
+        ("optimizers.optimizer_quality", "--variants=adamsm", "unknown variant 'adamsm'"),
+        ("search.muonsn_search", "--recipes=soup", "unknown recipe 'soup'"),
+        ("optimizers.time_to_loss", "--rounds=0", "rounds must be at least 1"),
+    ],
+)
 def test_wrong_input_is_one_line(script, flag, message):
     reads = script in ("optimizers.optimizer_quality", "search.muonsn_search")
     done = run(script, flag, *[f"--input={ROOT / 'LICENSE'}"] * reads)  # any text will do
@@ -55,7 +69,8 @@ def test_wrong_input_is_one_line(script, flag, message):
 def test_time_is_read_off_the_metrics(tmp_path):
     assert evaluations(tmp_path) == []
     (tmp_path / "metrics.csv").write_text(
-        "iter,val_loss,seconds\n0,4.2,0\n10,,1\n20,1.9,2\n40,1.8,4\n60,1.7")  # one half written
+        "iter,val_loss,seconds\n0,4.2,0\n10,,1\n20,1.9,2\n40,1.8,4\n60,1.7"
+    )  # one half written
     rows = evaluations(tmp_path)
     assert [row["iter"] for row in rows] == ["0", "20", "40"]
     assert reached(rows, 1.8857)["seconds"] == "4" and reached(rows, 1.0) is None

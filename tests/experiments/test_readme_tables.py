@@ -14,9 +14,21 @@ from experiments.shared.common import write_csv
 from leangpt.system.errors import UserError
 
 PAGES = ("README.md", "docs/RESULTS.md")
-ROW = {"seq": 2048, "policy": "plain", "mode": "forward", "q_chunk": "", "k_chunk": "",
-       "time_s": 1.5, "time_vs_plain": 1.0, "peak_MB": 416.0, "max_rel_err": 2e-7,
-       "grad_rel_err": "", "machine": "a machine", "torch": "2.13", "commit": "abc"}
+ROW = {
+    "seq": 2048,
+    "policy": "plain",
+    "mode": "forward",
+    "q_chunk": "",
+    "k_chunk": "",
+    "time_s": 1.5,
+    "time_vs_plain": 1.0,
+    "peak_MB": 416.0,
+    "max_rel_err": 2e-7,
+    "grad_rel_err": "",
+    "machine": "a machine",
+    "torch": "2.13",
+    "commit": "abc",
+}
 README = """before
 <!-- table: attention_forward -->
 stale
@@ -30,17 +42,32 @@ after
 
 @pytest.fixture
 def folder(tmp_path):
-    write_csv(tmp_path / "results" / "attention_scaling.csv", [
-        ROW, ROW | {"policy": "recompute", "time_s": 0.04, "time_vs_plain": 0.9, "peak_MB": 17.04},
-        ROW | {"seq": 4096, "policy": "recompute", "time_vs_plain": ""}])
+    write_csv(
+        tmp_path / "results" / "attention_scaling.csv",
+        [
+            ROW,
+            ROW | {"policy": "recompute", "time_s": 0.04, "time_vs_plain": 0.9, "peak_MB": 17.04},
+            ROW | {"seq": 4096, "policy": "recompute", "time_vs_plain": ""},
+        ],
+    )
     (tmp_path / "README.md").write_text(README)
     return tmp_path
 
 
 def run(folder, *arguments):
     return subprocess.run(
-        [sys.executable, "-m", "experiments.report.readme_tables", f"--readme={folder}/README.md",
-         f"--results={folder}/results", *arguments], cwd=ROOT, text=True, capture_output=True)
+        [
+            sys.executable,
+            "-m",
+            "experiments.report.readme_tables",
+            f"--readme={folder}/README.md",
+            f"--results={folder}/results",
+            *arguments,
+        ],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+    )
 
 
 def test_blocks_are_rewritten_and_then_agree(folder):
@@ -77,7 +104,7 @@ def test_every_registered_figure_is_in_a_page_and_says_a_number():
     for name, (_, files) in readme_tables.FIGURES.items():
         text = f"<!-- figure: {name} --><!-- end -->"
         made = readme_tables.rewrite(text, ROOT / "results")
-        assert any(character.isdigit() for character in made[len(text) - 12:]), (name, files)
+        assert any(character.isdigit() for character in made[len(text) - 12 :]), (name, files)
         assert f"<!-- figure: {name} -->" in pages, name
 
 
@@ -110,10 +137,18 @@ def test_the_demo_is_shortened_to_what_the_readme_shows():
     shown, training = two_commands.shorten_demo(DEMO)
     assert training == 74.5
     assert shown.splitlines() == [
-        "text: 10 characters from a file", "  because it is there", "device     cpu",
-        "model      8 parameters", "step 0: train loss 4.1, val loss 4.2", "iter 100: loss 2.5",
-        "step 500: train loss 1.9, val loss 2.0 (best)", "HAMLET:", "To be,", "or not",
-        "600.0 tokens/s, prompts included (1 at once)"]
+        "text: 10 characters from a file",
+        "  because it is there",
+        "device     cpu",
+        "model      8 parameters",
+        "step 0: train loss 4.1, val loss 4.2",
+        "iter 100: loss 2.5",
+        "step 500: train loss 1.9, val loss 2.0 (best)",
+        "HAMLET:",
+        "To be,",
+        "or not",
+        "600.0 tokens/s, prompts included (1 at once)",
+    ]
 
 
 def test_a_fresh_copy_has_what_git_tracks_and_nothing_else(tmp_path, repository, monkeypatch):
@@ -123,25 +158,31 @@ def test_a_fresh_copy_has_what_git_tracks_and_nothing_else(tmp_path, repository,
     two_commands.fresh_copy(tmp_path / "copy")
     files = [path for path in (tmp_path / "copy").rglob("*") if path.is_file()]
     assert {path.name: path.read_text() for path in files} == {
-        "code.py": "edited\n", "notes.txt": "2\n"}
+        "code.py": "edited\n",
+        "notes.txt": "2\n",
+    }
 
 
 def test_unknown_tables_and_missing_results_are_named(folder):
     with pytest.raises(UserError, match="a table 'nonsense'.*attention_forward"):
         readme_tables.rewrite("<!-- table: nonsense -->\n<!-- end table -->", folder / "results")
     with pytest.raises(UserError, match="attention_chunks.csv, which does not exist"):
-        readme_tables.rewrite("<!-- table: attention_chunks -->\n<!-- end table -->",
-                              folder / "results")
+        readme_tables.rewrite(
+            "<!-- table: attention_chunks -->\n<!-- end table -->", folder / "results"
+        )
     (folder / "README.md").unlink()
     assert run(folder).returncode == 2
 
 
-@pytest.mark.parametrize("block, file", [
-    ("<!-- table: optimizers_grids -->\n<!-- end table -->", "optimizer_quality.csv"),
-    ("<!-- figure: muonsn8_gain -->0<!-- end -->", "optimizer_quality_summary.csv"),
-    ("<!-- figure: short_step -->0<!-- end -->", "attention_gpu.csv"),  # a median of nothing
-    ("<!-- table: gpu_prefill -->\n<!-- end table -->", "attention_gpu.csv"),
-])
+@pytest.mark.parametrize(
+    "block, file",
+    [
+        ("<!-- table: optimizers_grids -->\n<!-- end table -->", "optimizer_quality.csv"),
+        ("<!-- figure: muonsn8_gain -->0<!-- end -->", "optimizer_quality_summary.csv"),
+        ("<!-- figure: short_step -->0<!-- end -->", "attention_gpu.csv"),  # a median of nothing
+        ("<!-- table: gpu_prefill -->\n<!-- end table -->", "attention_gpu.csv"),
+    ],
+)
 def test_results_without_the_rows_asked_for_are_one_clear_line(tmp_path, block, file):
     (tmp_path / file).write_text("setup,iterations,variant,seed,name\nseed,2000,adamsn,1,other\n")
     with pytest.raises(UserError, match=f"needs rows or columns that .*{file} lacks"):
@@ -180,9 +221,18 @@ def test_the_pictures_agree_with_the_committed_results(tmp_path):
 
 def test_pictures_are_drawn_whenever_asked_and_only_checked_with_check(tmp_path):
     def script(*flags):
-        return subprocess.run([sys.executable, "-m", "experiments.report.readme_pictures",
-                               f"--folder={tmp_path}", *flags], cwd=ROOT, capture_output=True,
-                              text=True)
+        return subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "experiments.report.readme_pictures",
+                f"--folder={tmp_path}",
+                *flags,
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
 
     assert script("--check=True").returncode == 1 and not list(tmp_path.iterdir())
     assert script().returncode == 0 and script("--check=True").returncode == 0

@@ -32,8 +32,9 @@ def test_losses_and_gradients_equal_the_model(vocab_size):
         assert abs(loss.item() - losses[i].item()) < 1e-5
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(stack.weights[name][i], parameter, rtol=0, atol=0)
-            torch.testing.assert_close(stack.weights[name].grad[i], parameter.grad,
-                                       rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                stack.weights[name].grad[i], parameter.grad, rtol=1e-4, atol=1e-6
+            )
 
 
 def test_clipping_is_each_replicas_own():
@@ -64,8 +65,9 @@ def test_replicas_are_views():
     for name, weight in stack.weights.items():
         moved = (weight != before[name]).flatten(1).any(1)
         assert moved.tolist() == [False, True, False], name
-    torch.testing.assert_close(replica(idx[1], targets[1])[1], stack.losses(idx, targets)[1],
-                               rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        replica(idx[1], targets[1])[1], stack.losses(idx, targets)[1], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_late_clipping_is_by_the_norm_of_the_step_before():
@@ -105,8 +107,8 @@ def test_step_reads_the_windows_it_is_told():
     offsets = torch.tensor([[0, 7], [100, 3], [150, 183]])
     losses = Step(stack, tokens, batch_size=2, block_size=16)(offsets)
     for i, replica in enumerate(stack.replicas):
-        idx = torch.stack([tokens[o:o + 16] for o in offsets[i].tolist()])
-        targets = torch.stack([tokens[o + 1:o + 17] for o in offsets[i].tolist()])
+        idx = torch.stack([tokens[o : o + 16] for o in offsets[i].tolist()])
+        targets = torch.stack([tokens[o + 1 : o + 17] for o in offsets[i].tolist()])
         assert abs(replica(idx, targets)[1].item() - losses[i].item()) < 1e-5
 
 

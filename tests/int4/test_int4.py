@@ -108,15 +108,18 @@ def test_pytorchs_own_cpu_kernel_agrees(out_features, bias, monkeypatch):
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_processors_orders(capability):
     """The kernel's byte order depends on the register width; ours is found out at run time."""
-    code = ("import torch; from leangpt.layers import int4_linear as int4; torch.manual_seed(0);"
-            "l = torch.nn.Linear(64, 112);"
-            "q = int4.Int4Linear.from_linear(l); x = torch.randn(1, 64).bfloat16();"
-            "w = q.dequantize(); e = (q(x).float() - torch.nn.functional.linear(x.float(), w, "
-            "l.bias)).norm(); print(q.layout, float(e) < 0.05, torch.equal(q.codes(), "
-            "int4.unpack(q.state_dict()['packed'])))")
+    code = (
+        "import torch; from leangpt.layers import int4_linear as int4; torch.manual_seed(0);"
+        "l = torch.nn.Linear(64, 112);"
+        "q = int4.Int4Linear.from_linear(l); x = torch.randn(1, 64).bfloat16();"
+        "w = q.dequantize(); e = (q(x).float() - torch.nn.functional.linear(x.float(), w, "
+        "l.bias)).norm(); print(q.layout, float(e) < 0.05, torch.equal(q.codes(), "
+        "int4.unpack(q.state_dict()['packed'])))"
+    )
     environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True,
-                          text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT
+    )
     assert done.stdout.split()[1:] == ["True", "True"], done.stdout + done.stderr
 
 
@@ -141,8 +144,10 @@ def test_rounding_to_inputs_keeps_the_outputs():
     weight = linear(96, 128).weight.detach()
     x = torch.randn(500, 24) @ torch.randn(24, 128) + 0.1 * torch.randn(500, 128)
     want = x @ weight.T
-    errors = [(x @ back(rounded).T - want).norm().item()
-              for rounded in (fit_groups(weight, 32), round_to_inputs(weight, 32, x))]
+    errors = [
+        (x @ back(rounded).T - want).norm().item()
+        for rounded in (fit_groups(weight, 32), round_to_inputs(weight, 32, x))
+    ]
     assert errors[1] < 0.3 * errors[0]
 
 
@@ -198,8 +203,12 @@ def test_each_sweep_lowers_the_error(monkeypatch):
 def test_degenerate_weights_and_inputs():
     constant = torch.full((16, 64), 0.25)
     zeros, ones = torch.zeros(10, 64), torch.ones(10, 64)
-    for rounded in (fit_groups(constant, 32), fit_groups(constant * 0, 32),
-                    round_to_inputs(constant, 32, zeros), round_to_inputs(constant, 32, ones)):
+    for rounded in (
+        fit_groups(constant, 32),
+        fit_groups(constant * 0, 32),
+        round_to_inputs(constant, 32, zeros),
+        round_to_inputs(constant, 32, ones),
+    ):
         found = back(rounded)
         assert torch.isfinite(found).all() and (found - found[0, 0]).abs().max() < 1e-3
         assert abs(found[0, 0].item()) in (0.0, 0.25) or abs(found[0, 0].item() - 0.25) < 2e-3
@@ -210,11 +219,16 @@ def test_storage_from_the_real_tensors(group_size, bits):
     model = quantize_(make_model(n_embd=128), group_size, calibrate=False)
     assert storage_bits(model) == bits
     float_bytes = sum(p.numel() for n, p in model.named_parameters() if "wte" not in n)
-    held = sum(t.numel() * t.element_size() for m in model.modules()
-               if isinstance(m, Int4Linear) for t in m.__dict__["_buffers"].values()
-               if t is not None)
-    weights = sum(m.in_features * m.out_features for m in model.modules()
-                  if isinstance(m, Int4Linear))
+    held = sum(
+        t.numel() * t.element_size()
+        for m in model.modules()
+        if isinstance(m, Int4Linear)
+        for t in m.__dict__["_buffers"].values()
+        if t is not None
+    )
+    weights = sum(
+        m.in_features * m.out_features for m in model.modules() if isinstance(m, Int4Linear)
+    )
     assert held == weights * bits / 8 and float_bytes < weights / 8  # no second copy, no float
     with pytest.raises(UserError, match="no int4 layers"):
         storage_bits(make_model())
@@ -315,8 +329,9 @@ def test_files_round_trip(tmp_path):
     path = tmp_path / "model.safetensors"
     save_int4(model, path, {"dataset": "x"})
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    weights = sum(m.in_features * m.out_features for m in model.modules()
-                  if isinstance(m, Int4Linear))
+    weights = sum(
+        m.in_features * m.out_features for m in model.modules() if isinstance(m, Int4Linear)
+    )
     floats = sum(p.numel() * p.element_size() for p in model.parameters())
     assert path.stat().st_size < weights * 4.5 / 8 + floats + 8000
     loaded, notes = load_int4(path, dtype=torch.float32)
@@ -335,8 +350,9 @@ def test_loading_never_makes_a_float_model(tmp_path):
     model = quantize_(make_model(n_embd=256, n_layer=4, vocab_size=512), 32, calibrate=False)
     path = tmp_path / "model.safetensors"
     save_int4(model, path)
-    float_bytes = 2 * sum(m.in_features * m.out_features for m in model.modules()
-                          if isinstance(m, Int4Linear))  # as bfloat16
+    float_bytes = 2 * sum(
+        m.in_features * m.out_features for m in model.modules() if isinstance(m, Int4Linear)
+    )  # as bfloat16
     assert measure_peak(lambda: load_int4(path)) < float_bytes
 
 

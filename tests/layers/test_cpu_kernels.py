@@ -15,8 +15,7 @@ from leangpt.layers.int4_linear import Int4Linear, quantize_
 from leangpt.system import c_library
 from model import GPT, GPTConfig
 
-needs_kernels = pytest.mark.skipif(not linear_cpu.available(),
-                                   reason="needs cc, AVX-512 and VNNI")
+needs_kernels = pytest.mark.skipif(not linear_cpu.available(), reason="needs cc, AVX-512 and VNNI")
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -29,8 +28,12 @@ def relative(got, want):
 
 def test_they_are_built_where_they_can_be():
     cpuinfo = Path("/proc/cpuinfo")
-    can = (cpuinfo.exists() and "avx512_vnni" in cpuinfo.read_text() and shutil.which("cc")
-           and torch.backends.cpu.get_cpu_capability() == "AVX512")
+    can = (
+        cpuinfo.exists()
+        and "avx512_vnni" in cpuinfo.read_text()
+        and shutil.which("cc")
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
     assert linear_cpu.available() == bool(can)
 
 
@@ -57,9 +60,18 @@ def test_packing_goes_both_ways():
 
 @needs_kernels
 @pytest.mark.parametrize("dtype,limit", [(torch.float32, 5e-5), (torch.bfloat16, 3e-3)])
-@pytest.mark.parametrize("M,N,K,group", [(1, 16, 32, 32), (1, 2304, 768, 32), (3, 112, 256, 64),
-                                         (10, 80, 128, 128), (64, 64, 3072, 32),
-                                         (2, 65, 64, 32), (1, 31, 96, 32)])
+@pytest.mark.parametrize(
+    "M,N,K,group",
+    [
+        (1, 16, 32, 32),
+        (1, 2304, 768, 32),
+        (3, 112, 256, 64),
+        (10, 80, 128, 128),
+        (64, 64, 3072, 32),
+        (2, 65, 64, 32),
+        (1, 31, 96, 32),
+    ],
+)
 @pytest.mark.parametrize("biased", [False, True])
 def test_int4_rows(M, N, K, group, dtype, limit, biased):
     codes = torch.randint(16, (N, K), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -111,7 +123,7 @@ def logits_of(model, idx, first, slots, native, lengths=None):
     model.prefill(idx[:, :first], cache, lengths)
     assert not native or step_cpu.suits(model, cache)
     step = step_cpu.Step(model, cache) if native else model.decode_one_token
-    out = [step(idx[:, i:i + 1], cache).float() for i in range(first, idx.size(1))]
+    out = [step(idx[:, i : i + 1], cache).float() for i in range(first, idx.size(1))]
     assert cache.length == idx.size(1)
     return torch.stack(out, dim=1)
 
@@ -220,8 +232,11 @@ def test_what_step_cannot_take_goes_the_plain_way():
 def test_as_an_operator():
     layer = Int4Linear.from_linear(torch.nn.Linear(64, 37))
     arguments = random(3, 64), layer.packed, layer.scale_zero, layer.bias.detach(), 32
-    torch.library.opcheck(torch.ops.cpu_kernels.int4_rows.default, arguments,
-                          test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        torch.ops.cpu_kernels.int4_rows.default,
+        arguments,
+        test_utils=("test_schema", "test_faketensor"),
+    )
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with torch.inference_mode():
         assert torch.equal(compiled(arguments[0]), layer(arguments[0]))

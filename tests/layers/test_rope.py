@@ -20,10 +20,12 @@ LLAMA3 = {
 def test_scores_depend_on_distance_alone():
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64)
+
     def score(i, j):
         a = apply_rope(q, *rope_table(16, torch.tensor([i])))
         b = apply_rope(k, *rope_table(16, torch.tensor([j])))
         return (a * b).sum()
+
     torch.testing.assert_close(score(7, 3), score(104, 100), atol=1e-4, rtol=0)
     assert (score(7, 3) - score(7, 2)).abs() > 1e-3
 

@@ -13,7 +13,8 @@ from leangpt.layers import mlp_triton
 from model import GPT, GPTConfig
 
 HERE = mlp_triton.AVAILABLE and (
-    mlp_triton.INTERPRETED or torch.cuda.get_device_capability()[0] == 9)
+    mlp_triton.INTERPRETED or torch.cuda.get_device_capability()[0] == 9
+)
 pytestmark = pytest.mark.skipif(not HERE, reason="needs a Hopper GPU, or TRITON_INTERPRET=1")
 DEVICE = "cpu" if mlp_triton.INTERPRETED else "cuda"
 HALF = torch.float16 if mlp_triton.INTERPRETED else torch.bfloat16  # it multiplies no bfloat16
@@ -28,7 +29,7 @@ def gelu_error(tanh):
     h = torch.linspace(-6, 6, 4 * 1024, dtype=torch.float32, device=DEVICE)
     wide = h.double().requires_grad_()
     expected = F.gelu(wide, approximate="tanh" if tanh else "none")
-    slope, = torch.autograd.grad(expected.sum(), wide)
+    (slope,) = torch.autograd.grad(expected.sum(), wide)
     found = torch.empty(2, len(h), device=DEVICE)
     probe_kernel[(4,)](h, found, len(h), tanh)
     tail = (h < -0.1) & (h > -5)
@@ -59,8 +60,10 @@ def test_gelu_and_its_slope(tanh):
 @pytest.mark.parametrize("rows,C,inner", [(256, 64, 256), (512, 128, 512)])
 def test_mlp_agrees_with_float32(rows, C, inner, tanh):
     torch.manual_seed(0)
-    x, w_fc, w_proj = (torch.randn(shape, device=DEVICE).to(HALF).requires_grad_()
-                       for shape in ((2, rows // 2, C), (inner, C), (C, inner)))
+    x, w_fc, w_proj = (
+        torch.randn(shape, device=DEVICE).to(HALF).requires_grad_()
+        for shape in ((2, rows // 2, C), (inner, C), (C, inner))
+    )
     with torch.no_grad():
         w_fc.mul_(1.5 / math.sqrt(C))
         w_proj.mul_(1 / math.sqrt(inner))
@@ -86,8 +89,9 @@ def test_model_uses_the_kernels_in_one_graph(monkeypatch):
     expected = torch.autograd.grad(wide, list(model.parameters()))
     monkeypatch.setattr(mlp_triton, "fits", lambda *_: True)
     launch = mlp_triton.down_and_gelu_backward
-    monkeypatch.setattr(mlp_triton, "down_and_gelu_backward",
-                        lambda *given: calls.append(1) or launch(*given))
+    monkeypatch.setattr(
+        mlp_triton, "down_and_gelu_backward", lambda *given: calls.append(1) or launch(*given)
+    )
     torch._dynamo.reset()
     mlp = torch.compile(model.transformer.h[0].finish, fullgraph=True, backend="aot_eager")
     monkeypatch.setattr(model.transformer.h[0], "finish", mlp)
@@ -113,7 +117,7 @@ def test_loss_kernels(V, dtype):
     targets[2], targets[3] = V - 1, 0
     wide = logits.double().requires_grad_()
     expected = F.cross_entropy(wide, targets, ignore_index=-1)
-    grad, = torch.autograd.grad(expected, wide)
+    (grad,) = torch.autograd.grad(expected, wide)
     loss, found = loss_and_grad(logits, targets, (targets != -1).sum(), -1)
     assert abs(float(loss) - float(expected)) < 1e-5 * float(expected)
     assert relative(found, grad) < (1e-5 if dtype == torch.float32 else 6e-3)

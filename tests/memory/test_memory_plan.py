@@ -69,9 +69,16 @@ def test_predictions_hold_against_measured_peaks(name, B, T):
 
 
 @pytest.mark.parametrize("policy", ["cache", "grouped", "recompute"])
-@pytest.mark.parametrize("T, q_chunk, k_chunk", [
-    (512, 1024, 512), (1024, 1024, 512), (1536, 1024, 1024), (4096, 1024, 512), (4096, 2048, 2048),
-])
+@pytest.mark.parametrize(
+    "T, q_chunk, k_chunk",
+    [
+        (512, 1024, 512),
+        (1024, 1024, 512),
+        (1536, 1024, 1024),
+        (4096, 1024, 512),
+        (4096, 2048, 2048),
+    ],
+)
 def test_a_blocks_forward_peak_is_known_to_a_few_percent(policy, T, q_chunk, k_chunk):
     config = block_config(policy, T, 256, 8, None, q_chunk, k_chunk)
     block, _ = build_block(config)
@@ -123,12 +130,17 @@ def test_advice_on_a_gpu_counts_what_is_free_there(dtype, fused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
     runtime = SimpleNamespace(device_type="cuda", device=torch.device("cuda"), dtype=dtype)
     trainer = SimpleNamespace(raw_model=model, runtime=runtime, optimizer=optimizer)
-    settings = SimpleNamespace(batch_size=1, block_size=65536, optimizer_options="x",
-                               param_dtype=str(dtype).removeprefix("torch."))
+    settings = SimpleNamespace(
+        batch_size=1,
+        block_size=65536,
+        optimizer_options="x",
+        param_dtype=str(dtype).removeprefix("torch."),
+    )
     room = free + reserved - tensor_bytes(model) - log.optimizer_bytes(optimizer)
     size = dtype.itemsize
-    wanted = advise_oom(SMALL, 1, 65536, room, size, "cuda", gradient_size=size,
-                        fused_backward=fused)
+    wanted = advise_oom(
+        SMALL, 1, 65536, room, size, "cuda", gradient_size=size, fused_backward=fused
+    )
     assert log.advise_oom(settings, trainer) == "out of memory: " + wanted
     assert f"of {room / 1e6:.0f} MB at hand" in wanted
 
@@ -143,8 +155,12 @@ def test_the_advice_fits_and_what_it_replaces_does_not(share, policy):
     words = advice.split("; ")[1].split(" would need")[0].split()
     named = dict(word.removeprefix("--").split("=") for word in words)
     assert named["attention_policy"] == policy
-    chosen = replace(SMALL, attention_policy=policy, q_chunk=int(named["q_chunk"]),
-                     checkpoint_layers=named.get("checkpoint_layers") == "True")
+    chosen = replace(
+        SMALL,
+        attention_policy=policy,
+        q_chunk=int(named["q_chunk"]),
+        checkpoint_layers=named.get("checkpoint_layers") == "True",
+    )
     assert measured(chosen, B, T)[1] <= available
 
 

@@ -21,11 +21,15 @@ ROOT = Path(__file__).resolve().parents[2]
 needs_kernels = pytest.mark.skipif(step_cpu.library() is None, reason="needs Linux and cc")
 SHAPES = [(24, 10), (1, 7), (1, 1), (33, 1), (5, 96), (300, 67), (4, 2, 3, 5), (1030, 260)]
 EXACT = [
-    (AdamSN, dict()), (AdamSN, dict(norm="sum")), (AdamSN, dict(betas=(0.0, 0.99))),
+    (AdamSN, dict()),
+    (AdamSN, dict(norm="sum")),
+    (AdamSN, dict(betas=(0.0, 0.99))),
     (AdamSN, dict(betas=(0.95, 0.99), nu1=0.8)),
-    (Adafactor, dict()), (Adafactor, dict(clip=0.3)), (Adafactor, dict(clip=None)),
+    (Adafactor, dict()),
+    (Adafactor, dict(clip=0.3)),
+    (Adafactor, dict(clip=None)),
     (Adafactor, dict(momentum=0.9)),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +58,7 @@ def gradients(shapes=SHAPES, steps=3, size=1.0):
 
 
 def test_they_are_built_where_they_can_be():
-    assert (step_cpu.library() is not None) == bool(
-        sys.platform == "linux" and shutil.which("cc")
-    )
+    assert (step_cpu.library() is not None) == bool(sys.platform == "linux" and shutil.which("cc"))
 
 
 NO_COMPILER = {
@@ -88,17 +90,26 @@ def test_without_a_compiler_pytorch_does_the_same(cc, tmp_path, monkeypatch, tak
 @needs_kernels
 @pytest.mark.parametrize("norm", ["mean", "sum"])
 @pytest.mark.parametrize("nu1", [1.0, 0.8])
-@pytest.mark.parametrize("shape, partition", [
-    ((24, 10), "row"), ((1, 7), "row"), ((70, 33), "row"), ((9, 96), 32)])
+@pytest.mark.parametrize(
+    "shape, partition", [((24, 10), "row"), ((1, 7), "row"), ((70, 33), "row"), ((9, 96), 32)]
+)
 def test_adamsn_in_c_follows_the_paper(shape, partition, nu1, norm, taken):
     p = nn.Parameter(torch.linspace(-1, 1, shape[0] * shape[1]).view(shape))
     grads = gradients([shape], steps=50)
     expected = reference.adamsn(
-        p.detach().double(), [g.double() for g, in grads], reference.subsets(shape, partition),
-        1e-2, (0.9, 0.98), 1e-8, 0.1, norm, nu1,
+        p.detach().double(),
+        [g.double() for (g,) in grads],
+        reference.subsets(shape, partition),
+        1e-2,
+        (0.9, 0.98),
+        1e-8,
+        0.1,
+        norm,
+        nu1,
     )
-    optimizer = AdamSN([p], lr=1e-2, betas=(0.9, 0.98), weight_decay=0.1, norm=norm, nu1=nu1,
-                       partition=partition)  # fmt: skip
+    optimizer = AdamSN(
+        [p], lr=1e-2, betas=(0.9, 0.98), weight_decay=0.1, norm=norm, nu1=nu1, partition=partition
+    )
     run(optimizer, [p], grads)
     assert len(taken) == 50 and (p - expected).abs().max() <= 2e-5 * expected.abs().max()
 
@@ -112,7 +123,7 @@ def test_adafactor_in_c_follows_the_paper(shape, momentum, clip, taken):
     grads = gradients([shape], steps=50)
     options = dict(lr=1e-2, beta2=0.97, decay=0.8, clip=clip, weight_decay=0.1, momentum=momentum)
     expected = reference.adafactor(
-        p.detach().double(), [g.double() for g, in grads], relative_step=False, **options
+        p.detach().double(), [g.double() for (g,) in grads], relative_step=False, **options
     )
     run(Adafactor([p], **options), [p], grads)
     assert len(taken) == 50 and (p - expected).abs().max() <= 2e-5 * expected.abs().max()
@@ -179,8 +190,9 @@ def test_one_nan_spoils_what_it_touches_and_no_more(taken):
 
 
 @needs_kernels
-@pytest.mark.parametrize("cls, options", [
-    (AdamSN, {}), (AdamSN, dict(partition=32)), (Adafactor, dict(momentum=0.9))])
+@pytest.mark.parametrize(
+    "cls, options", [(AdamSN, {}), (AdamSN, dict(partition=32)), (Adafactor, dict(momentum=0.9))]
+)
 @pytest.mark.parametrize("shape", [(1, 32), (33, 96), (3, 2, 4, 8), (300, 544)])
 @pytest.mark.parametrize("size", [1.0, 0.0, 1e-37, 1e18])
 def test_8_bit_codes_are_dithered_as_pytorch_has_it(cls, options, shape, size, taken):
@@ -218,8 +230,16 @@ def test_8_bit_weights_are_the_loops(partition, taken):
     results = []
     for foreach in (True, False):
         params = matrices([(33, 96), (1, 32), (5, 1056)])
-        optimizer = AdamSN(params, lr=1e-2, betas=(0.95, 0.99), nu1=0.8, weight_decay=0.1,
-                           momentum_bits=8, partition=partition, foreach=foreach)  # fmt: skip
+        optimizer = AdamSN(
+            params,
+            lr=1e-2,
+            betas=(0.95, 0.99),
+            nu1=0.8,
+            weight_decay=0.1,
+            momentum_bits=8,
+            partition=partition,
+            foreach=foreach,
+        )
         run(optimizer, params, gradients([(33, 96), (1, 32), (5, 1056)], steps=2))
         results.append(params)
     assert len(taken) == 2 * 3
@@ -245,10 +265,17 @@ def test_8_bit_momentum_of_odd_gradients_spoils_no_other_block(odd, taken):
 
 
 @needs_kernels
-@pytest.mark.parametrize("cls, options", [(AdamSN, {}), (AdamSN, dict(momentum_bits=8)),
-                                          (AdamSN, dict(momentum_bits=8, partition=32)),
-                                          (Adafactor, {}), (Adafactor, dict(momentum=0.5)),
-                                          (Adafactor, dict(momentum=0.5, momentum_bits=8))])
+@pytest.mark.parametrize(
+    "cls, options",
+    [
+        (AdamSN, {}),
+        (AdamSN, dict(momentum_bits=8)),
+        (AdamSN, dict(momentum_bits=8, partition=32)),
+        (Adafactor, {}),
+        (Adafactor, dict(momentum=0.5)),
+        (Adafactor, dict(momentum=0.5, momentum_bits=8)),
+    ],
+)
 def test_bits_do_not_depend_on_the_threads(cls, options, taken):
     results, before = [], torch.get_num_threads()
     shapes = [(300, 64), (1030, 256), (7, 32)]
@@ -281,9 +308,15 @@ torch.save(net.state_dict(), sys.argv[1] + ".out")
 
 
 @needs_kernels
-@pytest.mark.parametrize("variant, options", [
-    ("adamsn", {}), ("adamsn8", {}), ("adafactor", {}),
-    ("adafactor", dict(momentum=0.8, momentum_bits=8))])
+@pytest.mark.parametrize(
+    "variant, options",
+    [
+        ("adamsn", {}),
+        ("adamsn8", {}),
+        ("adafactor", {}),
+        ("adafactor", dict(momentum=0.8, momentum_bits=8)),
+    ],
+)
 def test_resuming_in_another_process_is_bitwise(variant, options, tmp_path, taken):
     net, grads = nn.Linear(64, 50), gradients([(50, 64), (50,)], steps=6)
     optimizer = build_optimizer(net, variant, **options)
@@ -293,8 +326,9 @@ def test_resuming_in_another_process_is_bitwise(variant, options, tmp_path, take
     torch.save(saved, file)
     run(optimizer, params, grads[3:])
     assert len(taken) == 6
-    subprocess.run([sys.executable, "-c", RESUME, file, variant, repr(options)], cwd=ROOT,
-                   check=True)
+    subprocess.run(
+        [sys.executable, "-c", RESUME, file, variant, repr(options)], cwd=ROOT, check=True
+    )
     for name, value in torch.load(file + ".out").items():
         assert torch.equal(value, net.state_dict()[name])
 
@@ -302,16 +336,22 @@ def test_resuming_in_another_process_is_bitwise(variant, options, tmp_path, take
 @needs_kernels
 def test_c_leaves_to_pytorch_what_it_does_not_know(taken):
     for p, options in (
-        (torch.ones(64), {}), (torch.ones(0, 64), {}), (torch.ones(4, 0), {}),
-        (torch.ones(64, 6).t(), {}), (torch.ones(6, 64, dtype=torch.float64), {}),
+        (torch.ones(64), {}),
+        (torch.ones(0, 64), {}),
+        (torch.ones(4, 0), {}),
+        (torch.ones(64, 6).t(), {}),
+        (torch.ones(6, 64, dtype=torch.float64), {}),
         (torch.ones(6, 64, dtype=torch.bfloat16), {}),
         (torch.ones(3, 2, 2, 2).to(memory_format=torch.channels_last), {}),
-        (torch.ones(6, 40), dict(momentum_bits=8)), (torch.ones(6, 64), dict(momentum_bits=4)),
-        (torch.ones(6, 64), dict(update_clip=1.0)), (torch.ones(6, 64), dict(foreach=False)),
-        (torch.ones(6, 64), dict(partition="column")), (torch.ones(6, 64), dict(partition=16)),
+        (torch.ones(6, 40), dict(momentum_bits=8)),
+        (torch.ones(6, 64), dict(momentum_bits=4)),
+        (torch.ones(6, 64), dict(update_clip=1.0)),
+        (torch.ones(6, 64), dict(foreach=False)),
+        (torch.ones(6, 64), dict(partition="column")),
+        (torch.ones(6, 64), dict(partition=16)),
         (torch.ones(6, 80), dict(partition=32)),
         (torch.ones(6, 64), dict(lr=torch.tensor(1e-2))),
-    ):  # fmt: skip
+    ):
         p = nn.Parameter(p)
         p.grad = torch.ones_like(p)
         AdamSN([p], **({"lr": 0.1} | options)).step()
@@ -328,6 +368,7 @@ def test_c_leaves_to_pytorch_what_it_does_not_know(taken):
 @needs_kernels
 def test_c_follows_changes(taken):
     """New rates, other settings, moved gradients, a parameter that sits out, a loaded state."""
+
     def changing(foreach):
         params, grads = matrices([(6, 64)] * 3), gradients([(6, 64)] * 3, steps=7)
         optimizer = AdamSN(params, lr=1e-2, foreach=foreach)

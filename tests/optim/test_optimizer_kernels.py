@@ -81,11 +81,23 @@ def check(results, tolerance, launches, taken):
 
 
 QUASI = dict(betas=(0.95, 0.99), nu1=0.8)
-ADAMSN = [dict(), dict(norm="sum"), dict(betas=(0.0, 0.99)), dict(partition=32),
-          dict(partition=32, norm="sum"), QUASI, QUASI | dict(partition=32)]  # fmt: skip
+ADAMSN = [
+    dict(),
+    dict(norm="sum"),
+    dict(betas=(0.0, 0.99)),
+    dict(partition=32),
+    dict(partition=32, norm="sum"),
+    QUASI,
+    QUASI | dict(partition=32),
+]
 ADAFACTOR = [dict(), dict(clip=0.3), dict(clip=None), dict(momentum=0.9)]
-MUONSN = [dict(), dict(nu=1.0), dict(momentum=0.0), dict(row_blocks=(2, 2, 2)),
-          dict(row_blocks=(3, 1, 2))]  # fmt: skip
+MUONSN = [
+    dict(),
+    dict(nu=1.0),
+    dict(momentum=0.0),
+    dict(row_blocks=(2, 2, 2)),
+    dict(row_blocks=(3, 1, 2)),
+]
 EXACT = [(AdamSN, o) for o in ADAMSN] + [(Adafactor, o) for o in ADAFACTOR]
 
 
@@ -175,9 +187,13 @@ def test_triton_rounds_weights_without_bias(launches):
 
 @pytest.mark.parametrize(
     "cls, options",
-    [(AdamSN, dict(momentum_bits=8)), (AdamSN, dict(momentum_bits=8, partition=32)),
-     (Adafactor, dict(momentum=0.9, momentum_bits=4)), (MuonSN, dict(momentum_bits=4))],
-)  # fmt: skip
+    [
+        (AdamSN, dict(momentum_bits=8)),
+        (AdamSN, dict(momentum_bits=8, partition=32)),
+        (Adafactor, dict(momentum=0.9, momentum_bits=4)),
+        (MuonSN, dict(momentum_bits=4)),
+    ],
+)
 def test_triton_resumes_bit_by_bit(cls, options, launches):
     params = matrices(SHAPES, BF16)
     optimizer = cls(params, lr=1e-2, **options)
@@ -185,8 +201,9 @@ def test_triton_resumes_bit_by_bit(cls, options, launches):
     twins = [nn.Parameter(p.detach().clone()) for p in params]
     other = cls(twins, lr=1e-2, **options)
     state = optimizer.state_dict()
-    other.load_state_dict(torch.utils._pytree.tree_map(
-        lambda x: x.clone() if torch.is_tensor(x) else x, state))  # fmt: skip
+    other.load_state_dict(
+        torch.utils._pytree.tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, state)
+    )
     for each, owner in ((params, optimizer), (twins, other)):
         steps(owner, each, 2, seed=7)
     assert len(launches) == 6 * len(SHAPES)
@@ -202,11 +219,13 @@ def test_triton_leaves_to_pytorch_what_it_does_not_know(launches):
         (torch.ones(64, 6).t(), {}),
         (torch.ones(6, 64, dtype=torch.float16), {}),
         (torch.ones(6, 64, dtype=torch.float64), {}),
-        (torch.ones(64), {}), (torch.ones(0, 64), {}),
-        (torch.ones(6, 64), dict(update_clip=1.0)), (torch.ones(6, 64), dict(foreach=False)),
+        (torch.ones(64), {}),
+        (torch.ones(0, 64), {}),
+        (torch.ones(6, 64), dict(update_clip=1.0)),
+        (torch.ones(6, 64), dict(foreach=False)),
         (torch.ones(6, 64), dict(partition="column")),
         (torch.ones(6, 64), dict(lr=torch.tensor(1e-2))),
-    ):  # fmt: skip
+    ):
         p = nn.Parameter(p.to(DEVICE))
         p.grad = torch.ones_like(p)
         AdamSN([p], **options).step()
@@ -215,6 +234,7 @@ def test_triton_leaves_to_pytorch_what_it_does_not_know(launches):
 
 def test_triton_plans_follow_changes(launches):
     """New rates, other settings, moved gradients, a parameter that sits out, a loaded state."""
+
     def run(foreach):
         params = matrices([(6, 64)] * 3)
         optimizer = AdamSN(params, lr=1e-2, foreach=foreach)

@@ -55,8 +55,9 @@ def test_foreach_equals_the_loop(cls, options):
     for foreach in (True, False):
         params = mixed_params()
         groups = [  # groups of different rates share their stacks
-            dict(params=params[::2], lr=1e-2), dict(params=params[1::2], weight_decay=0.0),
-        ]  # fmt: skip
+            dict(params=params[::2], lr=1e-2),
+            dict(params=params[1::2], weight_decay=0.0),
+        ]
         optimizer = cls(groups, lr=3e-3, weight_decay=0.1, foreach=foreach, **options)
         run(optimizer, params, grads)
         assert all(p.isfinite().all() for p in params)
@@ -266,7 +267,7 @@ def test_resume_in_another_process_is_bitwise(tmp_path):
     grads = [[g.bfloat16()] for g in gradients(p.shape, steps=6)]
     run(optimizer, [p], grads[:3])
     file = str(tmp_path / "state.pt")
-    saved = dict(p=p.detach().clone(), o=optimizer.state_dict(), grads=[g for g, in grads[3:]])
+    saved = dict(p=p.detach().clone(), o=optimizer.state_dict(), grads=[g for (g,) in grads[3:]])
     torch.save(saved, file)
     run(optimizer, [p], grads[3:])
     root = Path(__file__).resolve().parents[2]

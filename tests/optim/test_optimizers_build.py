@@ -77,10 +77,15 @@ def test_each_parameter_is_in_one_group_with_its_role(tied, variant):
     for group in optimizer.param_groups:
         assert group["initial_lr"] == group["lr"]
         for p in group["params"]:
-            linear = any(p is q for q in (
-                net.attn.c_attn.weight, net.attn.c_proj.weight, net.mlp[0].weight,
-                net.mlp[2].weight,
-            ))  # fmt: skip
+            linear = any(
+                p is q
+                for q in (
+                    net.attn.c_attn.weight,
+                    net.attn.c_proj.weight,
+                    net.mlp[0].weight,
+                    net.mlp[2].weight,
+                )
+            )
             assert group["lr"] == (1e-2 if linear else 3e-2)
             assert group["weight_decay"] == (0.0 if p.ndim < 2 else 0.1)
             if linear:
@@ -95,9 +100,12 @@ def test_partition_by_role():
     optimizer = build_optimizer(net, "adamsn", partition=roles, embedding_partition="row")
     step(net, optimizer)
     sizes = {
-        net.attn.c_attn.weight: 8, net.attn.c_proj.weight: 16, net.mlp[0].weight: 128,
-        net.mlp[2].weight: 128, net.wte.weight: 11,
-    }  # fmt: skip
+        net.attn.c_attn.weight: 8,
+        net.attn.c_proj.weight: 16,
+        net.mlp[0].weight: 128,
+        net.mlp[2].weight: 128,
+        net.wte.weight: 11,
+    }
     for p, size in sizes.items():
         assert optimizer.state[p]["second_moment"].numel() == size
     names = {group["name"] for group in optimizer.param_groups}
@@ -112,22 +120,27 @@ def test_role_rates_multiply_the_rate_of_linear_weights():
         held = {p: group for group in optimizer.param_groups for p in group["params"]}
         block = model.transformer.h[1]
         assert all(group["initial_lr"] == group["lr"] for group in optimizer.param_groups)
-        return [held[m.weight]["lr"] for m in (block.attn.c_attn, block.attn.c_proj,
-                                               block.mlp.c_fc, block.mlp.c_proj)]
+        return [
+            held[m.weight]["lr"]
+            for m in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
+        ]
 
     assert rates("adam") == rates("adamsn", role_rates={}) == [1e-2] * 4
     for variant in ("adamsn", "adamsn8", "adafactor"):
         assert rates(variant) == pytest.approx([1e-2, 1e-2, 2e-2, 1.25e-3])
-    llama = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "gate_proj": nn.Linear(8, 8),
-                           "down_proj": nn.Linear(8, 8)})  # fmt: skip
+    llama = nn.ModuleDict(
+        {"q_proj": nn.Linear(8, 8), "gate_proj": nn.Linear(8, 8), "down_proj": nn.Linear(8, 8)}
+    )
     groups = build_optimizer(llama, "adamsn", learning_rate=1e-2).param_groups
     assert {g["name"]: g["lr"] for g in groups if g["name"] != "vector"} == pytest.approx(
         {"qkv": 1e-2, "mlp_in": 2e-2, "mlp_out": 1.25e-3}
     )
     assert rates("adam", role_rates={"qkv": 3}) == pytest.approx([3e-2, 1e-2, 1e-2, 1e-2])
     for wrong, message in (
-        ({"mlp": 2}, "no role 'mlp'"), (2, "must be a dict"), ({"qkv": 0}, "must be a positive"),
-    ):  # fmt: skip
+        ({"mlp": 2}, "no role 'mlp'"),
+        (2, "must be a dict"),
+        ({"qkv": 0}, "must be a positive"),
+    ):
         with pytest.raises(UserError, match=message):
             rates("adam", role_rates=wrong)
 
@@ -169,15 +182,27 @@ def test_adafactor_treats_embeddings_apart():
     rest = [p for p in plain.parameters() if p.requires_grad and id(p) not in linear]
     matrices = [p for p in plain.parameters() if p.requires_grad and id(p) in linear]
     apart = dict(momentum=0.9, factored=False, lr=2e-2)
-    reference = Adafactor([
-        dict(params=matrices, weight_decay=0.1), apart | dict(params=rest[:2], weight_decay=0.1),
-        apart | dict(params=rest[2:]),
-    ], lr=1e-2, **options)  # fmt: skip
+    reference = Adafactor(
+        [
+            dict(params=matrices, weight_decay=0.1),
+            apart | dict(params=rest[:2], weight_decay=0.1),
+            apart | dict(params=rest[2:]),
+        ],
+        lr=1e-2,
+        **options,
+    )
     assert [p.ndim for p in rest] == [2, 3] + [1] * 7
     optimizer = build_optimizer(
-        built, "adafactor", 1e-2, 0.1, (0.9, options.pop("beta2")), 2e-2, embedding_momentum=0.9,
-        embedding_factored=False, **options,
-    )  # fmt: skip
+        built,
+        "adafactor",
+        1e-2,
+        0.1,
+        (0.9, options.pop("beta2")),
+        2e-2,
+        embedding_momentum=0.9,
+        embedding_factored=False,
+        **options,
+    )
     for net, owner in ((built, optimizer), (plain, reference)):
         for seed in range(3):
             step(net, owner, seed)

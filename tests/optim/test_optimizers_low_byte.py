@@ -199,8 +199,12 @@ def test_row_slices_of_large_matrices_change_nothing(bits, partition, monkeypatc
         for i in range(5):
             p.grad = torch.randn(300, 40, generator=generator(i)).bfloat16()
             optimizer.step()
-        results.append((p.detach().float(), len(optimizer.row_slices(optimizer.make_item(
-            p, optimizer.param_groups[0])))))  # fmt: skip
+        results.append(
+            (
+                p.detach().float(),
+                len(optimizer.row_slices(optimizer.make_item(p, optimizer.param_groups[0]))),
+            )
+        )
     (whole, one), (sliced, many) = results
     assert (one, many) == (1, 4)
     if bits != 16:

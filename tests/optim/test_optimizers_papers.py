@@ -13,11 +13,16 @@ from optimizers import Adafactor, AdamSN, MuonSN, state_bytes
 @pytest.mark.parametrize(
     "partition, layout",
     [
-        ("row", {}), ("column", {}), ("larger", {}), (6, {}), ("element", {}),
-        ("column", dict(row_blocks=(12, 6, 6))), ("head", dict(head_dim=3)),
+        ("row", {}),
+        ("column", {}),
+        ("larger", {}),
+        (6, {}),
+        ("element", {}),
+        ("column", dict(row_blocks=(12, 6, 6))),
+        ("head", dict(head_dim=3)),
         ("head_column", dict(head_dim=3)),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("nu1", [1.0, 0.8])
 def test_adamsn_follows_the_paper(partition, layout, norm, nu1):
     for dtype in (torch.float64, torch.float32):
@@ -66,9 +71,14 @@ def test_adafactor_follows_the_paper(shape, momentum, relative_step, clip):
         p = nn.Parameter(torch.linspace(-1, 1, torch.Size(shape).numel(), dtype=dtype).view(shape))
         grads = gradients(shape)
         options = dict(
-            lr=1e-2, beta2=0.97, decay=0.8, clip=clip, weight_decay=0.1, momentum=momentum,
+            lr=1e-2,
+            beta2=0.97,
+            decay=0.8,
+            clip=clip,
+            weight_decay=0.1,
+            momentum=momentum,
             relative_step=relative_step,
-        )  # fmt: skip
+        )
         expected = reference.adafactor(p.detach().double(), grads, **options)
         run(Adafactor([p], **options), [p], [[g] for g in grads])
         assert_close(p.detach(), expected, dtype)
@@ -95,9 +105,15 @@ def test_muonsn_follows_its_equations(shape, momentum, nu, even):
             p.detach(), grads, blocks, 1e-2, momentum, nu, 0.9, 1e-8, 0.1, column_norm=even
         )
         optimizer = MuonSN(
-            [p], lr=1e-2, momentum=momentum, nu=nu, row_beta2=0.9, weight_decay=0.1,
-            column_norm=even, **layout,
-        )  # fmt: skip
+            [p],
+            lr=1e-2,
+            momentum=momentum,
+            nu=nu,
+            row_beta2=0.9,
+            weight_decay=0.1,
+            column_norm=even,
+            **layout,
+        )
         run(optimizer, [p], [[g] for g in grads])
         assert (p.detach() - expected).abs().max() < 1e-9
 

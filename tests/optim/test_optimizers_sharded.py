@@ -1,6 +1,5 @@
 """Rows sharded over two gloo processes (FSDP2): the same weights as one process gives."""
 
-
 import pytest
 import torch
 import torch.distributed as dist

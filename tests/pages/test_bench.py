@@ -29,22 +29,55 @@ from leangpt.system.timing import (
     reference_rows,
 )
 
-SEED_COLUMNS = ["seq", "policy", "k_chunk", "q_chunk", "kv_heads", "time_s", "peak_cuda_MB",
-                "delta_rss_MB", "out_shape"]
-TINY = {"seq": 64, "policy": "cache", "q_chunk": None, "k_chunk": None, "runs": 1, "batch": 1,
-        "d_model": 32, "heads": 4, "kv_heads": None, "dtype": "float32", "seed": 1,
-        "device": "cpu"}
+SEED_COLUMNS = [
+    "seq",
+    "policy",
+    "k_chunk",
+    "q_chunk",
+    "kv_heads",
+    "time_s",
+    "peak_cuda_MB",
+    "delta_rss_MB",
+    "out_shape",
+]
+TINY = {
+    "seq": 64,
+    "policy": "cache",
+    "q_chunk": None,
+    "k_chunk": None,
+    "runs": 1,
+    "batch": 1,
+    "d_model": 32,
+    "heads": 4,
+    "kv_heads": None,
+    "dtype": "float32",
+    "seed": 1,
+    "device": "cpu",
+}
 
 
 def run_bench(*arguments):
-    return subprocess.run([sys.executable, "bench.py", *arguments], cwd=ROOT, text=True,
-                          capture_output=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "bench.py", *arguments],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
 
 
 def test_the_default_grid_gives_a_row_a_policy_in_the_known_columns(tmp_path):
     path = tmp_path / "bench.csv"
-    done = run_bench("--seq", "48", "--runs=2", "--d-model=32", "--heads=4", "--print",
-                     f"--csv={path}", "--device=cpu")
+    done = run_bench(
+        "--seq",
+        "48",
+        "--runs=2",
+        "--d-model=32",
+        "--heads=4",
+        "--print",
+        f"--csv={path}",
+        "--device=cpu",
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == path.read_text()
     table = list(csv.reader(io.StringIO(done.stdout)))
@@ -66,9 +99,21 @@ def test_the_default_grid_gives_a_row_a_policy_in_the_known_columns(tmp_path):
 
 
 def test_one_cell_without_flags_is_a_readable_table(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--seq=32", "--runs=1", "--d-model=32",
-                                      "--heads=4", "--policy=recompute", "--q-chunk=16",
-                                      "--k-chunk=8", "--device=cpu"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "bench.py",
+            "--seq=32",
+            "--runs=1",
+            "--d-model=32",
+            "--heads=4",
+            "--policy=recompute",
+            "--q-chunk=16",
+            "--k-chunk=8",
+            "--device=cpu",
+        ],
+    )
     bench.main()
     printed = capsys.readouterr()
     heading, line = printed.out.splitlines()
@@ -76,21 +121,24 @@ def test_one_cell_without_flags_is_a_readable_table(monkeypatch, capsys):
     assert printed.err == ""  # no progress bar where there is no terminal
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--policy=lain"], "unknown policy 'lain'"),
-    (["--heads=7"], "n_head=7 does not divide n_embd=256"),
-    (["--kv-heads=3"], "n_kv_head=3 does not divide"),
-    (["--seq=64,0"], "--seq must be positive, not 0"),
-    (["--seq="], "--seq is empty"),
-    (["--policy="], "--policy is empty"),
-    (["--runs=0"], "--runs must be positive"),
-    (["--q-chunk=0"], "q_chunk must be positive"),
-    (["--dtype=float8"], "unknown dtype 'float8'"),
-    (["--device=tpu"], "unknown device 'tpu'"),
-    (["--seqs=4"], "did you mean"),
-    (["--csv=/nowhere/at/all.csv"], "--csv=/nowhere/at/all.csv: No such file"),
-    (["--csv=/"], "--csv=/: Is a directory"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--policy=lain"], "unknown policy 'lain'"),
+        (["--heads=7"], "n_head=7 does not divide n_embd=256"),
+        (["--kv-heads=3"], "n_kv_head=3 does not divide"),
+        (["--seq=64,0"], "--seq must be positive, not 0"),
+        (["--seq="], "--seq is empty"),
+        (["--policy="], "--policy is empty"),
+        (["--runs=0"], "--runs must be positive"),
+        (["--q-chunk=0"], "q_chunk must be positive"),
+        (["--dtype=float8"], "unknown dtype 'float8'"),
+        (["--device=tpu"], "unknown device 'tpu'"),
+        (["--seqs=4"], "did you mean"),
+        (["--csv=/nowhere/at/all.csv"], "--csv=/nowhere/at/all.csv: No such file"),
+        (["--csv=/"], "--csv=/: Is a directory"),
+    ],
+)
 def test_bad_settings_are_told_before_anything_runs(arguments, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", *arguments])
     with pytest.raises(UserError, match=message):
@@ -116,11 +164,17 @@ def test_cells_that_cannot_finish_become_rows():
 
 
 def test_the_grid_leaves_out_what_would_run_twice():
-    settings = bench.Settings(seq=(64,), policy=("plain", "cache", "recompute"), q_chunk=(16, 32),
-                              device="cpu")
+    settings = bench.Settings(
+        seq=(64,), policy=("plain", "cache", "recompute"), q_chunk=(16, 32), device="cpu"
+    )
     cells = bench.grid(settings)
     assert [(cell["policy"], cell["q_chunk"]) for cell in cells] == [
-        ("plain", 16), ("cache", 16), ("cache", 32), ("recompute", 16), ("recompute", 32)]
+        ("plain", 16),
+        ("cache", 16),
+        ("cache", 32),
+        ("recompute", 16),
+        ("recompute", 32),
+    ]
 
 
 def test_the_reference_is_attention_written_out_by_hand():
@@ -167,6 +221,7 @@ def test_long_sequences_are_compared_on_a_sample_and_huge_ones_not_at_all(monkey
 
 def test_recompute_needs_no_more_memory_for_a_longer_sequence():
     """What a pass without gradients allocates beyond its input does not depend on T."""
+
     def peak(policy, T):
         config = block_config(policy, T, 64, 4, q_chunk=64, k_chunk=64)
         block, _ = build_block(config)
@@ -192,11 +247,28 @@ def test_the_peak_of_a_block_is_what_the_formula_says(policy, B, T):
 
 def test_attention_scaling_writes_its_files(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.attention.attention_scaling", "--seq=128,256", "--long_seq=512",
-         "--q_chunk=32", "--k_chunk=32", "--backward_chunk=32", "--d_model=32",
-         "--heads=4", "--runs=2", "--sweep_seq=128", "--sweep_chunk=16,64",
-         "--default_seq=64,128", f"--out_dir={tmp_path}"],
-        cwd=ROOT, text=True, capture_output=True, timeout=120)
+        [
+            sys.executable,
+            "-m",
+            "experiments.attention.attention_scaling",
+            "--seq=128,256",
+            "--long_seq=512",
+            "--q_chunk=32",
+            "--k_chunk=32",
+            "--backward_chunk=32",
+            "--d_model=32",
+            "--heads=4",
+            "--runs=2",
+            "--sweep_seq=128",
+            "--sweep_chunk=16,64",
+            "--default_seq=64,128",
+            f"--out_dir={tmp_path}",
+        ],
+        cwd=ROOT,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     rows = read_csv(tmp_path / "attention_scaling.csv")
     for row in rows:
@@ -207,8 +279,10 @@ def test_attention_scaling_writes_its_files(tmp_path):
     assert len(rows) == 2 * (4 + 5) + 1  # checkpoint joins for backward
     assert all(row["max_rel_err"] < 1e-6 for row in rows)
     assert all(row["grad_rel_err"] < 1e-5 for row in rows if row["mode"] == "forward+backward")
-    slopes = {(fit["policy"], fit["mode"]): fit["slope_streams"]
-              for fit in read_csv(tmp_path / "attention_scaling_fit.csv")}
+    slopes = {
+        (fit["policy"], fit["mode"]): fit["slope_streams"]
+        for fit in read_csv(tmp_path / "attention_scaling_fit.csv")
+    }
     assert abs(slopes["recompute", "forward"]) < 0.01
     assert abs(slopes["cache", "forward"] - 2) < 0.01
     assert slopes["recompute", "forward+backward"] < slopes["plain", "forward+backward"] / 2
@@ -216,14 +290,28 @@ def test_attention_scaling_writes_its_files(tmp_path):
     assert [row["q_chunk"] for row in chunks] == [None, 16, 64]
     defaults = read_csv(tmp_path / "attention_defaults.csv")
     assert [(row["seq"], row["policy"], row["mode"]) for row in defaults] == [
-        (T, policy, mode) for T in (64, 128) for mode in attention_scaling.MODES
-        for policy in ("plain", "recompute")]
+        (T, policy, mode)
+        for T in (64, 128)
+        for mode in attention_scaling.MODES
+        for policy in ("plain", "recompute")
+    ]
 
 
 def test_the_fit_recovers_a_line():
-    rows = [{"policy": "cache", "mode": "forward", "seq": T, "q_chunk": "", "d_model": 32,
-             "peak_bytes": 1000 + 3 * 32 * 4 * T, "machine": "", "torch": "", "commit": ""}
-            for T in (100, 300, 1000)]
+    rows = [
+        {
+            "policy": "cache",
+            "mode": "forward",
+            "seq": T,
+            "q_chunk": "",
+            "d_model": 32,
+            "peak_bytes": 1000 + 3 * 32 * 4 * T,
+            "machine": "",
+            "torch": "",
+            "commit": "",
+        }
+        for T in (100, 300, 1000)
+    ]
     (fit,) = attention_scaling.fit_peaks(rows)
     assert fit["slope_streams"] == 3 and fit["worst_residual"] == 0
     assert fit["intercept_MB"] == round(1000 / 2**20, 3)

@@ -36,62 +36,68 @@ def parse(*argv):
     return parse_config(Settings, argv)[0]
 
 
-@pytest.mark.parametrize("argv, key, value", [
-    (["--n_layer=3"], "n_layer", 3),
-    (["--n_layer", "3"], "n_layer", 3),
-    (["--n-layer=3"], "n_layer", 3),
-    (["--n_layer=3", "--n_layer=4"], "n_layer", 4),
-    (["--dropout=1"], "dropout", 1.0),
-    (["--dropout=1e-1"], "dropout", 0.1),
-    (["--dropout", "-1"], "dropout", -1.0),
-    (["--k_chunk=None"], "k_chunk", None),
-    (["--k-chunk=7", "--k_chunk=none"], "k_chunk", None),
-    (["--k-chunk", "7"], "k_chunk", 7),
-    (["--learning_rate=1"], "learning_rate", 1.0),
-    (["--compile=0"], "compile", False),
-    (["--compile=False"], "compile", False),
-    (["--compile", "false"], "compile", False),
-    (["--compile=1"], "compile", True),
-    (["--print"], "print", True),
-    (["--print", "--n_layer=2"], "print", True),
-    (["--out_dir=a=b"], "out_dir", "a=b"),
-    (["--out_dir="], "out_dir", ""),
-    (["--out_dir=None"], "out_dir", "None"),
-    (["--out_dir=1e3"], "out_dir", "1e3"),
-    (["--prompt_file=None"], "prompt_file", None),
-    (["--prompt_file=x"], "prompt_file", "x"),
-    (["--seq=16,32"], "seq", (16, 32)),
-    (["--seq=16"], "seq", (16,)),
-    (["--policy", "cache, int4"], "policy", ("cache", "int4")),
-])
+@pytest.mark.parametrize(
+    "argv, key, value",
+    [
+        (["--n_layer=3"], "n_layer", 3),
+        (["--n_layer", "3"], "n_layer", 3),
+        (["--n-layer=3"], "n_layer", 3),
+        (["--n_layer=3", "--n_layer=4"], "n_layer", 4),
+        (["--dropout=1"], "dropout", 1.0),
+        (["--dropout=1e-1"], "dropout", 0.1),
+        (["--dropout", "-1"], "dropout", -1.0),
+        (["--k_chunk=None"], "k_chunk", None),
+        (["--k-chunk=7", "--k_chunk=none"], "k_chunk", None),
+        (["--k-chunk", "7"], "k_chunk", 7),
+        (["--learning_rate=1"], "learning_rate", 1.0),
+        (["--compile=0"], "compile", False),
+        (["--compile=False"], "compile", False),
+        (["--compile", "false"], "compile", False),
+        (["--compile=1"], "compile", True),
+        (["--print"], "print", True),
+        (["--print", "--n_layer=2"], "print", True),
+        (["--out_dir=a=b"], "out_dir", "a=b"),
+        (["--out_dir="], "out_dir", ""),
+        (["--out_dir=None"], "out_dir", "None"),
+        (["--out_dir=1e3"], "out_dir", "1e3"),
+        (["--prompt_file=None"], "prompt_file", None),
+        (["--prompt_file=x"], "prompt_file", "x"),
+        (["--seq=16,32"], "seq", (16, 32)),
+        (["--seq=16"], "seq", (16,)),
+        (["--policy", "cache, int4"], "policy", ("cache", "int4")),
+    ],
+)
 def test_flags(argv, key, value):
     result = getattr(parse(*argv), key)
     assert result == value and type(result) is type(value)
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--n_lyer=3"], ["--n_lyer", "did you mean n_layer?"]),
-    (["--zzz=3"], ["unknown setting", "--zzz"]),
-    (["-n_layer=3"], ["-n_layer", "did you mean n_layer?"]),
-    (["--"], ["unknown setting"]),
-    (["--n_layer"], ["--n_layer needs a value"]),
-    (["--n_layer", "--print"], ["--n_layer needs a value"]),
-    (["--n_layer=three"], ["--n_layer=three", "expected int"]),
-    (["--n_layer=3.5"], ["expected int"]),
-    (["--n_layer="], ["expected int"]),
-    (["--n_layer=None"], ["expected int"]),
-    (["--n_layer=True"], ["expected int"]),
-    (["--dropout=high"], ["expected float"]),
-    (["--dropout=nan"], ["expected float"]),
-    (["--k_chunk=x"], ["expected int | None"]),
-    (["--compile=maybe"], ["expected bool"]),
-    (["--compile=2"], ["expected bool"]),
-    (["--seq=1,x"], ["expected int,..."]),
-    (["missing.py"], ["no config file 'missing.py'"]),
-    (["n_layer=3"], ["did you mean --n_layer=3?"]),
-    (["--print", "extra"], ["no config file 'extra'"]),
-    (["."], ["no config file '.'"]),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--n_lyer=3"], ["--n_lyer", "did you mean n_layer?"]),
+        (["--zzz=3"], ["unknown setting", "--zzz"]),
+        (["-n_layer=3"], ["-n_layer", "did you mean n_layer?"]),
+        (["--"], ["unknown setting"]),
+        (["--n_layer"], ["--n_layer needs a value"]),
+        (["--n_layer", "--print"], ["--n_layer needs a value"]),
+        (["--n_layer=three"], ["--n_layer=three", "expected int"]),
+        (["--n_layer=3.5"], ["expected int"]),
+        (["--n_layer="], ["expected int"]),
+        (["--n_layer=None"], ["expected int"]),
+        (["--n_layer=True"], ["expected int"]),
+        (["--dropout=high"], ["expected float"]),
+        (["--dropout=nan"], ["expected float"]),
+        (["--k_chunk=x"], ["expected int | None"]),
+        (["--compile=maybe"], ["expected bool"]),
+        (["--compile=2"], ["expected bool"]),
+        (["--seq=1,x"], ["expected int,..."]),
+        (["missing.py"], ["no config file 'missing.py'"]),
+        (["n_layer=3"], ["did you mean --n_layer=3?"]),
+        (["--print", "extra"], ["no config file 'extra'"]),
+        (["."], ["no config file '.'"]),
+    ],
+)
 def test_bad_flags_are_named(argv, words):
     with pytest.raises(UserError) as error:
         parse(*argv)
@@ -99,8 +105,10 @@ def test_bad_flags_are_named(argv, words):
 
 
 def test_left_to_right_over_files_and_flags(tmp_path):
-    (tmp_path / "a.py").write_text("import math\nn_layer = 2\ndropout = 0\nseq = [8, 16]\n"
-                                   "_half = 0.5\ndef helper(): pass\nclass C: pass\n")
+    (tmp_path / "a.py").write_text(
+        "import math\nn_layer = 2\ndropout = 0\nseq = [8, 16]\n"
+        "_half = 0.5\ndef helper(): pass\nclass C: pass\n"
+    )
     (tmp_path / "b.py").write_text("n_layer = 5 * 8\n")
     a, b = str(tmp_path / "a.py"), str(tmp_path / "b.py")
     assert parse(a, "--n_layer=9").n_layer == 9
@@ -110,19 +118,22 @@ def test_left_to_right_over_files_and_flags(tmp_path):
     assert type(config.dropout) is float and config.seq == (8, 16)
 
 
-@pytest.mark.parametrize("text, words", [
-    ("n_lyer = 2\nfoo = 3\n", ["n_lyer (did you mean n_layer?)", "foo", "x.py"]),
-    ("n_layer = 2.0\n", ["n_layer = 2.0", "expected int"]),
-    ("n_layer = True\n", ["expected int"]),
-    ("n_layer = None\n", ["expected int"]),
-    ("n_layer = '2'\n", ["expected int"]),
-    ("compile = 1\n", ["expected bool"]),
-    ("out_dir = 3\n", ["expected str"]),
-    ("seq = [1, 'a']\n", ["expected int,..."]),
-    ("n_layer = \n", ["line 1", "syntax"]),
-    ("\nn_layer = depth\n", ["line 2", "NameError", "depth"]),
-    ("import no_such_module\n", ["line 1", "no_such_module"]),
-])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("n_lyer = 2\nfoo = 3\n", ["n_lyer (did you mean n_layer?)", "foo", "x.py"]),
+        ("n_layer = 2.0\n", ["n_layer = 2.0", "expected int"]),
+        ("n_layer = True\n", ["expected int"]),
+        ("n_layer = None\n", ["expected int"]),
+        ("n_layer = '2'\n", ["expected int"]),
+        ("compile = 1\n", ["expected bool"]),
+        ("out_dir = 3\n", ["expected str"]),
+        ("seq = [1, 'a']\n", ["expected int,..."]),
+        ("n_layer = \n", ["line 1", "syntax"]),
+        ("\nn_layer = depth\n", ["line 2", "NameError", "depth"]),
+        ("import no_such_module\n", ["line 1", "no_such_module"]),
+    ],
+)
 def test_bad_config_files_are_named(tmp_path, text, words):
     (tmp_path / "x.py").write_text(text)
     with pytest.raises(UserError) as error:
@@ -140,10 +151,15 @@ def test_config_files_do_not_see_one_another(tmp_path):
 def test_help_lists_every_key_type_default_and_comment():
     text = help_text(Settings)
     assert "Train a model." in text and "\nmodel\n" in text and "\ntraining\n" in text
-    for line in ("--n_layer: int = 12 transformer blocks", "--k_chunk: int | None = None",
-                 "--dropout: float = 0.0 0 is none", "--compile: bool = True torch.compile",
-                 "--out_dir: str = 'out' where \"#\" things go",
-                 "--prompt_file: str | None = None", "--seq: int,... = (1024, 2048) lengths"):
+    for line in (
+        "--n_layer: int = 12 transformer blocks",
+        "--k_chunk: int | None = None",
+        "--dropout: float = 0.0 0 is none",
+        "--compile: bool = True torch.compile",
+        "--out_dir: str = 'out' where \"#\" things go",
+        "--prompt_file: str | None = None",
+        "--seq: int,... = (1024, 2048) lengths",
+    ):
         assert line in " ".join(text.split())
 
 
@@ -173,16 +189,25 @@ exit_cleanly(lambda: print(parse_config(Settings)[0]))
 '''
 
 
-@pytest.mark.parametrize("argv, status, out, err", [
-    (["--n_layer=3"], 0, "Settings(n_layer=3)\n", ""),
-    (["--n_layer=x"], 2, "", "error: --n_layer=x: expected int\n"),
-    (["--help"], 0, "usage: python script.py [CONFIG.py ...] [--key=value ...]\n\n"
-     "Count blocks.\n\n  --n_layer: int = 12                       blocks\n", ""),
-])
+@pytest.mark.parametrize(
+    "argv, status, out, err",
+    [
+        (["--n_layer=3"], 0, "Settings(n_layer=3)\n", ""),
+        (["--n_layer=x"], 2, "", "error: --n_layer=x: expected int\n"),
+        (
+            ["--help"],
+            0,
+            "usage: python script.py [CONFIG.py ...] [--key=value ...]\n\n"
+            "Count blocks.\n\n  --n_layer: int = 12                       blocks\n",
+            "",
+        ),
+    ],
+)
 def test_a_script_exits_with_one_clear_line(tmp_path, argv, status, out, err):
     (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT)))
-    done = subprocess.run([sys.executable, str(tmp_path / "script.py"), *argv],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "script.py"), *argv], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout, done.stderr) == (status, out, err)
 
 
@@ -264,7 +289,8 @@ def test_nanogpt_config_files_load(tmp_path, name, train_settings):
     path.write_text(NANOGPT[name])
     config, given = parse_config(train_settings, [str(path)])
     assert len(given) == NANOGPT[name].count("=") and config.batch_size == given.get(
-        "batch_size", config.batch_size)
+        "batch_size", config.batch_size
+    )
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda p: p.stem)
@@ -281,8 +307,9 @@ def test_the_seed_setup_leaves_learning_rates_to_the_optimizers(train_settings):
 
 
 @pytest.mark.parametrize("fast, dtype", [(True, "bfloat16"), (False, "auto")])
-def test_the_seed_setup_takes_bfloat16_where_the_processor_is_fast(monkeypatch, train_settings,
-                                                                   fast, dtype):
+def test_the_seed_setup_takes_bfloat16_where_the_processor_is_fast(
+    monkeypatch, train_settings, fast, dtype
+):
     monkeypatch.setattr("leangpt.system.processor.fast_bfloat16", lambda: fast)
     config, _ = parse_config(train_settings, [str(ROOT / "config/train_shakespeare_char.py")])
     assert config.dtype == dtype

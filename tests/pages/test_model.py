@@ -35,10 +35,15 @@ def test_forward_shapes_and_loss():
     assert torch.allclose(model.last_logits(idx), logits[:, -1], atol=1e-6)
 
 
-@pytest.mark.parametrize("config", (
-    dict(attention_policy="cache", q_chunk=8), dict(attention_policy="recompute", q_chunk=8),
-    dict(attention_policy="recompute", q_chunk=5, k_chunk=3),
-    dict(attention_policy="recompute", checkpoint_layers=True)))
+@pytest.mark.parametrize(
+    "config",
+    (
+        dict(attention_policy="cache", q_chunk=8),
+        dict(attention_policy="recompute", q_chunk=8),
+        dict(attention_policy="recompute", q_chunk=5, k_chunk=3),
+        dict(attention_policy="recompute", checkpoint_layers=True),
+    ),
+)
 @pytest.mark.parametrize("position", ("learned", "rope", "none"))
 def test_policies_share_weights_and_numbers(config, position):
     plain, tiled = small(position=position), small(position=position, **config)
@@ -56,8 +61,9 @@ def test_policies_share_weights_and_numbers(config, position):
         assert abs(tiled(idx, idx)[1].item() - loss.item()) < 1e-6
 
 
-@pytest.mark.parametrize("policy,q_chunk", (("cache", None), ("cache", 5), ("grouped", None),
-                                            ("recompute", 6)))
+@pytest.mark.parametrize(
+    "policy,q_chunk", (("cache", None), ("cache", 5), ("grouped", None), ("recompute", 6))
+)
 @pytest.mark.parametrize("position", ("learned", "rope", "none"))
 def test_cache_gives_the_full_forward_at_every_position(policy, q_chunk, position):
     model = small(attention_policy=policy, q_chunk=q_chunk, position=position).eval()
@@ -67,13 +73,14 @@ def test_cache_gives_the_full_forward_at_every_position(policy, q_chunk, positio
         cache = build_cache(model.config, 2, 32)
         assert torch.allclose(model.prefill(idx[:, :17], cache), full[:, 16], atol=1e-5)
         for t in range(17, 32):
-            step = model.decode_one_token(idx[:, t:t + 1], cache)
+            step = model.decode_one_token(idx[:, t : t + 1], cache)
             assert torch.allclose(step, full[:, t], atol=1e-5)
 
 
 def test_llama_shape():
-    model = small(norm="rmsnorm", mlp="swiglu", position="rope", n_kv_head=2, n_inner=48,
-                  tie_embeddings=False)
+    model = small(
+        norm="rmsnorm", mlp="swiglu", position="rope", n_kv_head=2, n_inner=48, tie_embeddings=False
+    )
     names = dict(model.named_parameters())
     assert names["transformer.h.0.mlp.c_fc.weight"].shape == (96, 32)
     assert names["transformer.h.0.attn.c_attn.weight"].shape == (64, 32)
@@ -96,16 +103,25 @@ def test_nanogpt_model_args_load():
         config_from_dict(dict(SMALL, n_experts=2))
 
 
-@pytest.mark.parametrize("settings,words", (
-    (dict(n_head=3), "does not divide n_embd"), (dict(n_kv_head=3), "does not divide n_head"),
-    (dict(n_layer=0), "positive"), (dict(q_chunk=0), "positive"), (dict(k_chunk=-4), "positive"),
-    (dict(attention_policy="flash"), "unknown attention_policy"),
-    (dict(position="alibi"), "unknown position"), (dict(norm="batch"), "unknown norm"),
-    (dict(mlp="relu"), "unknown mlp"), (dict(dropout=1.0), "dropout"),
-    (dict(k_chunk=4), "q_chunk too"), (dict(offload=True), "checkpoint_layers"),
-    (dict(attention_policy="grouped", n_kv_head=4), "smaller than n_head"),
-    (dict(position="rope", n_embd=20), "even head size"),
-))
+@pytest.mark.parametrize(
+    "settings,words",
+    (
+        (dict(n_head=3), "does not divide n_embd"),
+        (dict(n_kv_head=3), "does not divide n_head"),
+        (dict(n_layer=0), "positive"),
+        (dict(q_chunk=0), "positive"),
+        (dict(k_chunk=-4), "positive"),
+        (dict(attention_policy="flash"), "unknown attention_policy"),
+        (dict(position="alibi"), "unknown position"),
+        (dict(norm="batch"), "unknown norm"),
+        (dict(mlp="relu"), "unknown mlp"),
+        (dict(dropout=1.0), "dropout"),
+        (dict(k_chunk=4), "q_chunk too"),
+        (dict(offload=True), "checkpoint_layers"),
+        (dict(attention_policy="grouped", n_kv_head=4), "smaller than n_head"),
+        (dict(position="rope", n_embd=20), "even head size"),
+    ),
+)
 def test_bad_settings_are_named(settings, words):
     with pytest.raises(UserError, match=words):
         GPTConfig(**{**SMALL, **settings})
@@ -133,8 +149,9 @@ def test_chunked_loss_is_cross_entropy(dtype, tolerance, monkeypatch):
     hidden = torch.randn(3, 57, 8, dtype=dtype, requires_grad=True)
     weight = torch.randn(50, 8, dtype=dtype, requires_grad=True)
     targets = torch.randint(-1, 50, (3, 57))
-    expected = F.cross_entropy((hidden @ weight.T).flatten(0, 1).double(), targets.flatten(),
-                               ignore_index=-1)
+    expected = F.cross_entropy(
+        (hidden @ weight.T).flatten(0, 1).double(), targets.flatten(), ignore_index=-1
+    )
     wanted = torch.autograd.grad(3 * expected, (hidden, weight))
     loss = chunked_cross_entropy(hidden, weight, targets)
     found = torch.autograd.grad(3 * loss, (hidden, weight))
@@ -162,8 +179,9 @@ def test_chunked_loss_gradcheck():
     hidden = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 8, -1, 3, 3, 2, 1])
-    assert torch.autograd.gradcheck(lambda h, w: chunked_cross_entropy(h, w, targets),
-                                    (hidden, weight))
+    assert torch.autograd.gradcheck(
+        lambda h, w: chunked_cross_entropy(h, w, targets), (hidden, weight)
+    )
 
 
 def test_all_targets_ignored_is_nan_as_in_torch():
@@ -174,8 +192,10 @@ def test_all_targets_ignored_is_nan_as_in_torch():
 @pytest.mark.parametrize("policy", ("cache", "recompute"))
 def test_torch_compile_gives_the_same_loss_and_gradients(policy):
     """The tiled block and the chunked loss are graph breaks; the rest is compiled around them."""
-    model, idx = small(attention_policy=policy, q_chunk=8 if policy == "recompute" else None), \
-        tokens()
+    model, idx = (
+        small(attention_policy=policy, q_chunk=8 if policy == "recompute" else None),
+        tokens(),
+    )
     _, loss = model(idx, idx)
     loss.backward()
     wanted = [p.grad.clone() for p in model.parameters()]
@@ -188,8 +208,9 @@ def test_torch_compile_gives_the_same_loss_and_gradients(policy):
         assert relative_error(p.grad, want) < 1e-5
 
 
-@pytest.mark.parametrize("options", [dict(bias=True), dict(norm="rmsnorm"),
-                                     dict(tie_embeddings=False)])
+@pytest.mark.parametrize(
+    "options", [dict(bias=True), dict(norm="rmsnorm"), dict(tie_embeddings=False)]
+)
 def test_an_evened_head_gives_the_same_logits(options):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=1, n_head=2, n_embd=32, **options))

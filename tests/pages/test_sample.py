@@ -24,8 +24,14 @@ def save(folder, dataset=None, **options):
         for p in model.parameters():
             p.mul_(3)
     folder.mkdir()
-    checkpoint = {"model": model.state_dict(), "model_args": asdict(model.config), "iter_num": 5,
-                  "best_val_loss": 1.0, "config": {"dataset": "tiny"}, "optimizer": {}}
+    checkpoint = {
+        "model": model.state_dict(),
+        "model_args": asdict(model.config),
+        "iter_num": 5,
+        "best_val_loss": 1.0,
+        "config": {"dataset": "tiny"},
+        "optimizer": {},
+    }
     if dataset is not None:
         checkpoint["dataset"] = dataset
     torch.save(checkpoint, folder / "ckpt.pt")
@@ -40,8 +46,16 @@ def out_dir(tmp_path_factory):
 
 def run(capsys, out_dir, *flags):
     """(the texts, the first line, the last line) of one run."""
-    sample.main([f"--out_dir={out_dir}", "--device=cpu", "--max_new_tokens=40", "--start=hello",
-                 "--num_samples=2", *flags])
+    sample.main(
+        [
+            f"--out_dir={out_dir}",
+            "--device=cpu",
+            "--max_new_tokens=40",
+            "--start=hello",
+            "--num_samples=2",
+            *flags,
+        ]
+    )
     out = capsys.readouterr().out
     first, _, rest = out.partition("; cpu (asked for)\n")
     body, _, last = rest.strip().rpartition("\n")
@@ -59,8 +73,11 @@ def test_writes_num_samples_texts_that_start_with_the_prompt(capsys, out_dir):
 
 def test_the_same_seed_gives_the_same_text_under_every_policy(capsys, out_dir):
     want, *_ = run(capsys, out_dir)
-    for flags in (["--attention_policy=recompute"], ["--attention_policy=cache", "--kv_bits=8"],
-                  ["--top_p=1.0"]):
+    for flags in (
+        ["--attention_policy=recompute"],
+        ["--attention_policy=cache", "--kv_bits=8"],
+        ["--top_p=1.0"],
+    ):
         got, *_ = run(capsys, out_dir, *flags)
         # rounding K and V may turn a word in the end: a character model has close calls
         assert [t[:25] for t in got] == [t[:25] for t in want]
@@ -103,8 +120,12 @@ def test_four_bits_saved_and_loaded(capsys, out_dir, tmp_path):
 def test_a_checkpoint_of_nanogpt_finds_its_data_set(capsys, tmp_path):
     from leangpt.text.dataset import write_dataset
 
-    meta = {"tokenizer": "char", "characters": CHARACTERS, "vocab_size": len(CHARACTERS),
-            "source": "a test"}
+    meta = {
+        "tokenizer": "char",
+        "characters": CHARACTERS,
+        "vocab_size": len(CHARACTERS),
+        "source": "a test",
+    }
     write_dataset(tmp_path / "data" / "tiny", [1, 2, 3], [1, 2, 3], meta)
     out = save(tmp_path / "out")
     texts, *_ = run(capsys, out, f"--data_dir={tmp_path / 'data'}")
@@ -115,8 +136,13 @@ def test_a_checkpoint_of_nanogpt_finds_its_data_set(capsys, tmp_path):
 
 def test_published_weights_export_and_back(capsys, tmp_path):
     """A GPT-2 checkpoint goes out as a transformers folder and comes back as init_from."""
-    out = save(tmp_path / "out", {"tokenizer": "gpt2", "vocab_size": 50257},
-               vocab_size=50257, n_embd=32, bias=True)
+    out = save(
+        tmp_path / "out",
+        {"tokenizer": "gpt2", "vocab_size": 50257},
+        vocab_size=50257,
+        n_embd=32,
+        bias=True,
+    )
     want, *_ = run(capsys, out, "--num_samples=1")
     folder = tmp_path / "folder"
     sample.main([f"--out_dir={out}", f"--export={folder}"])
@@ -159,8 +185,9 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("flags,message", MISTAKES, ids=lambda x: " ".join(x) if isinstance(
-    x, list) else "")
+@pytest.mark.parametrize(
+    "flags,message", MISTAKES, ids=lambda x: " ".join(x) if isinstance(x, list) else ""
+)
 def test_mistakes_are_one_clear_error(out_dir, flags, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.safetensors").write_bytes(b"not one")
@@ -178,7 +205,15 @@ def test_cuda_asked_for_but_absent(out_dir):
 def test_the_script_exits_with_2_and_one_line(out_dir, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     done = subprocess.run(
-        [sys.executable, ROOT / "sample.py", f"--out_dir={out_dir}", "--device=cpu",
-         f"--start=FILE:{tmp_path / 'latin.txt'}"], capture_output=True, text=True)
+        [
+            sys.executable,
+            ROOT / "sample.py",
+            f"--out_dir={out_dir}",
+            "--device=cpu",
+            f"--start=FILE:{tmp_path / 'latin.txt'}",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: the prompt") and done.stderr.count("\n") == 1

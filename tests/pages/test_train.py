@@ -34,8 +34,16 @@ def column(out_dir, index):
 
 
 def test_a_run_learns_and_leaves_its_files(tmp_path, capsys):
-    train.main(arguments(tmp_path, "run", "--max_iters=40", "--eval_interval=20",
-                         "--optimizer_variant=adamsn", "--log_interval=10"))
+    train.main(
+        arguments(
+            tmp_path,
+            "run",
+            "--max_iters=40",
+            "--eval_interval=20",
+            "--optimizer_variant=adamsn",
+            "--log_interval=10",
+        )
+    )
     out = capsys.readouterr().out
     run = tmp_path / "run"
     assert sorted(os.listdir(run)) == [BEST, LAST, "config.json", "metrics.csv"]
@@ -44,20 +52,38 @@ def test_a_run_learns_and_leaves_its_files(tmp_path, capsys):
     assert [row[0] for row in determined(run)] == ["0", "0", "10", "20", "20", "30", "40"]
     config = json.loads((run / "config.json").read_text())
     assert config["n_embd"] == 16 and config["optimizer_variant"] == "adamsn"
-    for start in ("device     cpu (asked for), float32", "data       tiny: ", "model      ",
-                  "attention  cache", "memory     parameters 0.03 MB, gradients 0.03 MB, optim",
-                  "optimizer  group", "           mlp_in ", "           total ",
-                  "batch      64 tokens per iteration: 1 x 4 sequences of 16", "changed    ",
-                  "step 0: train loss ", "iter 0: loss ", "iter 30: loss ", "step 40: ",
-                  "done: 40"):
+    for start in (
+        "device     cpu (asked for), float32",
+        "data       tiny: ",
+        "model      ",
+        "attention  cache",
+        "memory     parameters 0.03 MB, gradients 0.03 MB, optim",
+        "optimizer  group",
+        "           mlp_in ",
+        "           total ",
+        "batch      64 tokens per iteration: 1 x 4 sequences of 16",
+        "changed    ",
+        "step 0: train loss ",
+        "iter 0: loss ",
+        "iter 30: loss ",
+        "step 40: ",
+        "done: 40",
+    ):
         assert any(line.startswith(start) for line in out.splitlines()), start
     assert "\r" not in out
     line = next(line for line in out.splitlines() if line.startswith("iter 30"))
     for part in ("lr ", "norm ", " tok/s", " ms", "peak ", "eta "):
         assert part in line
     checkpoint = torch.load(run / BEST, weights_only=True)
-    assert {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config",
-            "dataset"} <= set(checkpoint)
+    assert {
+        "model",
+        "optimizer",
+        "model_args",
+        "iter_num",
+        "best_val_loss",
+        "config",
+        "dataset",
+    } <= set(checkpoint)
     assert checkpoint["dataset"]["characters"] and checkpoint["best_val_loss"] == min(evaluations)
 
 
@@ -67,8 +93,9 @@ def test_the_summary_counts_the_optimizer_state_it_will_have(tmp_path, capsys):
 
     train.main(arguments(tmp_path, "run", *SHORT, "--optimizer_variant=adamsn"))
     said = capsys.readouterr().out.split("optimizer state ")[1].split(" MB")[0]
-    config, given = parse_config(train.Settings, arguments(
-        tmp_path, "run", "--optimizer_variant=adamsn"))
+    config, given = parse_config(
+        train.Settings, arguments(tmp_path, "run", "--optimizer_variant=adamsn")
+    )
     trainer = train.Trainer(config, given, setup_runtime("cpu"))
     trainer.set_learning_rate()
     trainer.step()
@@ -121,8 +148,16 @@ def test_evaluation_does_not_disturb_training(tmp_path):
 
 def test_accumulated_micro_batches_equal_one_batch(tmp_path):
     train.main(arguments(tmp_path, "one", *SHORT, "--batch_size=8"))
-    train.main(arguments(tmp_path, "four", *SHORT, "--batch_size=2",
-                         "--gradient_accumulation_steps=4", "--eval_iters=8"))
+    train.main(
+        arguments(
+            tmp_path,
+            "four",
+            *SHORT,
+            "--batch_size=2",
+            "--gradient_accumulation_steps=4",
+            "--eval_iters=8",
+        )
+    )
     for one, four in zip(determined(tmp_path / "one"), determined(tmp_path / "four")):
         assert [float(v or 0) for v in one] == pytest.approx([float(v or 0) for v in four], 1e-5)
 
@@ -134,21 +169,26 @@ def test_another_seed_is_another_run(tmp_path):
 
 
 def test_whole_split_evaluation_is_the_mean_over_every_block(tmp_path):
-    train.main(arguments(tmp_path, "run", *SHORT, "--eval_iters=0", "--batch_size=3",
-                         "--dropout=0.5"))
+    train.main(
+        arguments(tmp_path, "run", *SHORT, "--eval_iters=0", "--batch_size=3", "--dropout=0.5")
+    )
     model = model_from_checkpoint(load_checkpoint(tmp_path / "run" / LAST)).double().eval()
     val = torch.from_numpy(load_dataset("tiny", tmp_path / "data").val.astype("int64"))
     blocks = (len(val) - 1) // 16
     assert blocks % 3  # the last batch is smaller: a mean of batch means would be wrong
-    x, y = val[:blocks * 16].view(blocks, 16), val[1:blocks * 16 + 1].view(blocks, 16)
+    x, y = val[: blocks * 16].view(blocks, 16), val[1 : blocks * 16 + 1].view(blocks, 16)
     with torch.no_grad():
         wanted = model(x, y)[1].item()
     assert float(column(tmp_path / "run", 4)[-1]) == pytest.approx(wanted, abs=1e-5)
 
 
-@pytest.mark.parametrize("dtype, near", [
-    ("bfloat16", 0.02), ("float16", 0.05),  # float16 skips a step or two to find its loss scale
-])
+@pytest.mark.parametrize(
+    "dtype, near",
+    [
+        ("bfloat16", 0.02),
+        ("float16", 0.05),  # float16 skips a step or two to find its loss scale
+    ],
+)
 def test_autocast_follows_float32(tmp_path, dtype, near):
     train.main(arguments(tmp_path, "float32", *SHORT))
     train.main(arguments(tmp_path, dtype, *SHORT, f"--dtype={dtype}"))
@@ -159,9 +199,10 @@ def test_autocast_follows_float32(tmp_path, dtype, near):
     assert bool(scaler) == (dtype == "float16")
 
 
-@pytest.mark.parametrize("flags", [
-    ["--attention_policy=recompute", "--q_chunk=8", "--k_chunk=4"], ["--checkpoint_layers=True"],
-])
+@pytest.mark.parametrize(
+    "flags",
+    [["--attention_policy=recompute", "--q_chunk=8", "--k_chunk=4"], ["--checkpoint_layers=True"]],
+)
 def test_policies_train_alike(tmp_path, flags):
     train.main(arguments(tmp_path, "cache", *SHORT))
     train.main(arguments(tmp_path, "other", *SHORT, *flags))
@@ -173,8 +214,13 @@ def test_policies_train_alike(tmp_path, flags):
 
 
 def test_schedule_is_nanogpts():
-    config = settings("--learning_rate=6e-4", "--min_lr=6e-5", "--warmup_iters=10",
-                      "--lr_decay_iters=50", "--max_iters=100")
+    config = settings(
+        "--learning_rate=6e-4",
+        "--min_lr=6e-5",
+        "--warmup_iters=10",
+        "--lr_decay_iters=50",
+        "--max_iters=100",
+    )
 
     def nanogpt(it):
         if it < 10:
@@ -208,14 +254,27 @@ def test_every_group_follows_the_schedule(tmp_path):
 def test_options_are_read_as_python_values():
     assert parse_options("") == {}
     assert parse_options("role_rates={'mlp_in':2,'mlp_out':0.5},norm=sum") == {
-        "role_rates": {"mlp_in": 2, "mlp_out": 0.5}, "norm": "sum"}
+        "role_rates": {"mlp_in": 2, "mlp_out": 0.5},
+        "norm": "sum",
+    }
     assert parse_options("partition=row, momentum_bits=8,foreach=False,eps=1e-6") == {
-        "partition": "row", "momentum_bits": 8, "foreach": False, "eps": 1e-6}
+        "partition": "row",
+        "momentum_bits": 8,
+        "foreach": False,
+        "eps": 1e-6,
+    }
 
 
 def test_options_reach_the_optimizer(tmp_path):
-    train.main(arguments(tmp_path, "run", *SHORT, "--optimizer_variant=adamsn",
-                         "--optimizer_options=norm=sum,partition=column"))
+    train.main(
+        arguments(
+            tmp_path,
+            "run",
+            *SHORT,
+            "--optimizer_variant=adamsn",
+            "--optimizer_options=norm=sum,partition=column",
+        )
+    )
     groups = load_checkpoint(tmp_path / "run" / LAST)["optimizer"]["param_groups"]
     linear = [group for group in groups if group["name"] not in ("embedding", "vector")]
     assert {(g["norm"], g["partition"]) for g in linear} == {("sum", "column")}
@@ -226,44 +285,68 @@ def test_options_reach_the_optimizer(tmp_path):
 
 def nanogpt_checkpoint(path, vocab_size, state=True):
     """A file as nanoGPT's train.py writes it, after one step of its optimizer."""
-    shape = dict(n_layer=2, n_head=2, n_embd=16, block_size=16, bias=False, vocab_size=vocab_size,
-                 dropout=0.0)
+    shape = dict(
+        n_layer=2,
+        n_head=2,
+        n_embd=16,
+        block_size=16,
+        bias=False,
+        vocab_size=vocab_size,
+        dropout=0.0,
+    )
     torch.manual_seed(3)
     model = GPT(GPTConfig(**shape))
     parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW([
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}], lr=1e-3)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=1e-3,
+    )
     model(torch.ones(1, 4).long(), torch.ones(1, 4).long())[1].backward()
     optimizer.step()
     path.parent.mkdir(parents=True)
-    torch.save({
-        "model": {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()},
-        "optimizer": optimizer.state_dict(), "model_args": shape, "iter_num": 2,
-        "best_val_loss": torch.tensor(3.5),
-        "config": {"device": "cuda", "dtype": "float16", "learning_rate": 1e-3}}, path)
+    torch.save(
+        {
+            "model": {f"_orig_mod.{name}": tensor for name, tensor in model.state_dict().items()},
+            "optimizer": optimizer.state_dict(),
+            "model_args": shape,
+            "iter_num": 2,
+            "best_val_loss": torch.tensor(3.5),
+            "config": {"device": "cuda", "dtype": "float16", "learning_rate": 1e-3},
+        },
+        path,
+    )
     return model
 
 
 @pytest.mark.parametrize("variant, fresh", [("adam", False), ("adamsn", True)])
 def test_nanogpts_checkpoint_is_resumed(tmp_path, capsys, variant, fresh):
-    flags = arguments(tmp_path, "run", *SHORT, f"--optimizer_variant={variant}",
-                      "--init_from=resume")
+    flags = arguments(
+        tmp_path, "run", *SHORT, f"--optimizer_variant={variant}", "--init_from=resume"
+    )
     nanogpt_checkpoint(tmp_path / "run" / BEST, load_dataset("tiny", tmp_path / "data").vocab_size)
     train.main(flags)
     out = capsys.readouterr().out
     assert "resuming   from iteration 2" in out
     assert ("note: optimizer state starts fresh" in out) == fresh
-    steps = {float(state["step"]) for state in
-             load_checkpoint(tmp_path / "run" / LAST)["optimizer"]["state"].values()}
+    steps = {
+        float(state["step"])
+        for state in load_checkpoint(tmp_path / "run" / LAST)["optimizer"]["state"].values()
+    }
     assert steps == {2.0 if fresh else 3.0}
 
 
 def test_published_weights_are_finetuned(tmp_path):
-    folder = write_folder(tmp_path / "gpt2", gpt2_config(vocab_size=30),
-                          gpt2_tensors(vocab_size=30))
-    flags = [flag for flag in arguments(tmp_path, "run", *SHORT, "--eval_iters=0")
-             if not flag.startswith(("--n_", "--block_size"))]
+    folder = write_folder(
+        tmp_path / "gpt2", gpt2_config(vocab_size=30), gpt2_tensors(vocab_size=30)
+    )
+    flags = [
+        flag
+        for flag in arguments(tmp_path, "run", *SHORT, "--eval_iters=0")
+        if not flag.startswith(("--n_", "--block_size"))
+    ]
     train.main([*flags, f"--init_from={folder}", "--block_size=12"])
     checkpoint = load_checkpoint(tmp_path / "run" / LAST)
     assert checkpoint["model_args"]["n_embd"] == 24 and checkpoint["model_args"]["bias"] is True
@@ -278,8 +361,16 @@ def test_published_weights_are_finetuned(tmp_path):
 @pytest.mark.parametrize("interval, what", [(100, "the loss"), (1, "the validation loss")])
 def test_what_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, capsys, interval, what):
     with pytest.raises(SystemExit) as stopped:
-        train.main(arguments(tmp_path, "run", "--max_iters=50", f"--eval_interval={interval}",
-                             "--warmup_iters=0", "--learning_rate=1e20"))
+        train.main(
+            arguments(
+                tmp_path,
+                "run",
+                "--max_iters=50",
+                f"--eval_interval={interval}",
+                "--warmup_iters=0",
+                "--learning_rate=1e20",
+            )
+        )
     assert stopped.value.code == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: {what} is not finite at iteration ") and LAST in error
@@ -304,14 +395,25 @@ def test_out_of_memory_names_what_would_help(tmp_path, capsys):
 def test_updates_inside_backward(tmp_path):
     fused = ["--optimizer_variant=adamsn", "--optimizer_options=fused_backward=True"]
     with pytest.raises(UserError, match="needs gradient_accumulation_steps=1"):
-        train.main(arguments(tmp_path, "run", *SHORT, *fused, "--grad_clip=0",
-                             "--gradient_accumulation_steps=2"))
+        train.main(
+            arguments(
+                tmp_path, "run", *SHORT, *fused, "--grad_clip=0", "--gradient_accumulation_steps=2"
+            )
+        )
     with pytest.raises(UserError, match="use bfloat16"):
         train.main(arguments(tmp_path, "run", *SHORT, *fused, "--grad_clip=0", "--dtype=float16"))
     assert not (tmp_path / "run").exists()
     train.main(arguments(tmp_path, "run", *SHORT, *fused, "--grad_clip=0"))
-    train.main(arguments(tmp_path, "plain", *SHORT, "--optimizer_variant=adamsn", "--grad_clip=0",
-                         "--optimizer_options=update_clip=1.0"))
+    train.main(
+        arguments(
+            tmp_path,
+            "plain",
+            *SHORT,
+            "--optimizer_variant=adamsn",
+            "--grad_clip=0",
+            "--optimizer_options=update_clip=1.0",
+        )
+    )
     assert column(tmp_path / "run", 2) == pytest.approx(column(tmp_path / "plain", 2))
 
 
@@ -373,8 +475,9 @@ def test_resuming_with_other_shapes_is_refused(tmp_path):
 
 
 def test_another_vocabulary_is_refused(tmp_path):
-    folder = write_folder(tmp_path / "gpt2", gpt2_config(vocab_size=2000),
-                          gpt2_tensors(vocab_size=2000))
+    folder = write_folder(
+        tmp_path / "gpt2", gpt2_config(vocab_size=2000), gpt2_tensors(vocab_size=2000)
+    )
     flags = [flag for flag in arguments(tmp_path, "run") if not flag.startswith("--n_")]
     with pytest.raises(UserError, match="the model 2000: they do not share a tokenizer"):
         train.main([*flags, f"--init_from={folder}"])
@@ -391,9 +494,9 @@ def test_another_text_of_the_same_vocabulary_size_is_refused(tmp_path):
         train.main(arguments(tmp_path, "run", "--init_from=resume", "--dataset=other"))
 
 
-@pytest.mark.parametrize("flag, package", [
-    ("--wandb_log=True", "wandb"), ("--tensorboard_log=True", "tensorboard"),
-])
+@pytest.mark.parametrize(
+    "flag, package", [("--wandb_log=True", "wandb"), ("--tensorboard_log=True", "tensorboard")]
+)
 def test_trackers_that_are_not_installed(tmp_path, monkeypatch, flag, package):
     monkeypatch.setitem(__import__("sys").modules, package, None)  # import then fails as if absent
     with pytest.raises(UserError, match=f"pip install {package}"):
@@ -404,18 +507,26 @@ def test_trackers_that_are_not_installed(tmp_path, monkeypatch, flag, package):
 def test_trackers_get_every_row_and_are_closed(tmp_path, monkeypatch):
     """Stand-ins for both packages; the second run ends by a loss that is not finite."""
     logged, closed = [], []
-    run = SimpleNamespace(log=lambda numbers, step: logged.append(("wandb", step, *numbers)),
-                          finish=lambda: closed.append("wandb"))
-    board = SimpleNamespace(add_scalar=lambda name, value, step: logged.append(
-        ("tensorboard", step, name)), close=lambda: closed.append("tensorboard"))
-    modules = {"wandb": SimpleNamespace(init=lambda **_: run),
-               "torch.utils.tensorboard": SimpleNamespace(SummaryWriter=lambda folder: board)}
+    run = SimpleNamespace(
+        log=lambda numbers, step: logged.append(("wandb", step, *numbers)),
+        finish=lambda: closed.append("wandb"),
+    )
+    board = SimpleNamespace(
+        add_scalar=lambda name, value, step: logged.append(("tensorboard", step, name)),
+        close=lambda: closed.append("tensorboard"),
+    )
+    modules = {
+        "wandb": SimpleNamespace(init=lambda **_: run),
+        "torch.utils.tensorboard": SimpleNamespace(SummaryWriter=lambda folder: board),
+    }
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     trackers = ["--wandb_log=True", "--tensorboard_log=True"]
     train.main(arguments(tmp_path, "run", *SHORT, *trackers))
     assert {entry[:2] for entry in logged if "val_loss" in entry} >= {
-        ("wandb", 0), ("tensorboard", 0)}
+        ("wandb", 0),
+        ("tensorboard", 0),
+    }
     assert ("tensorboard", 1, "loss") in logged
     with pytest.raises(SystemExit):
         train.main(arguments(tmp_path, "bad", *SHORT, *trackers, "--learning_rate=1e30"))

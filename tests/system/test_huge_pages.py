@@ -24,7 +24,7 @@ def test_only_whole_pages_are_asked_for(monkeypatch):
     monkeypatch.setattr(huge_pages, "_madvise", lambda: lambda *call: asked.append(call))
     monkeypatch.setattr(huge_pages.mmap, "MADV_HUGEPAGE", 14, raising=False)
     memory = huge_pages.empty(huge_pages.LEAST + 12345)
-    (first, count, _), = asked
+    ((first, count, _),) = asked
     assert first % huge_pages.PAGE == 0 == count % huge_pages.PAGE
     before, after = first - memory.data_ptr(), memory.data_ptr() + len(memory) - (first + count)
     assert 0 <= before < huge_pages.PAGE and 0 <= after < huge_pages.PAGE

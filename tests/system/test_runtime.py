@@ -43,19 +43,26 @@ def test_seed_decides_what_is_drawn():
 
 
 def test_iteration_seeds_do_not_meet():
-    seeds = {iteration_seed(seed, iteration, stream) for seed in (1337, 1338, 1339)
-             for iteration in range(0, 600_000, 97) for stream in (DATA_STREAM, 1, 2)}
+    seeds = {
+        iteration_seed(seed, iteration, stream)
+        for seed in (1337, 1338, 1339)
+        for iteration in range(0, 600_000, 97)
+        for stream in (DATA_STREAM, 1, 2)
+    }
     assert len(seeds) == 3 * 3 * len(range(0, 600_000, 97))
     assert all(0 <= seed < 2**32 for seed in seeds)
 
 
-@pytest.mark.parametrize("arguments, says", [
-    ({"device": "tpu"}, "unknown device 'tpu'"),
-    ({"device": "meta"}, "unknown device 'meta'"),
-    ({"device": "cpu", "dtype": "float64"}, "unknown dtype 'float64'"),
-    ({"device": "cpu", "backend": "mpi"}, "unknown backend 'mpi'"),
-    ({"device": "cuda:99"}, "cuda:99"),
-])
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ({"device": "tpu"}, "unknown device 'tpu'"),
+        ({"device": "meta"}, "unknown device 'meta'"),
+        ({"device": "cpu", "dtype": "float64"}, "unknown dtype 'float64'"),
+        ({"device": "cpu", "backend": "mpi"}, "unknown backend 'mpi'"),
+        ({"device": "cuda:99"}, "cuda:99"),
+    ],
+)
 def test_bad_arguments(arguments, says):
     with pytest.raises(UserError, match=says):
         setup_runtime(**arguments)

@@ -38,8 +38,9 @@ WRITERS = {
     "csv": lambda folder: write_csv(folder / "a.csv", [{"a": "x" * 100}]),
     "settings": lambda folder: save_config(Settings(), folder / "config.json"),
     "bytes": lambda folder: write_atomically(folder / "a.bin", b"x" * 100),
-    "dataset": lambda folder: write_dataset(folder, [0] * 99, [0] * 99, {
-        "tokenizer": "gpt2", "vocab_size": 50257}),
+    "dataset": lambda folder: write_dataset(
+        folder, [0] * 99, [0] * 99, {"tokenizer": "gpt2", "vocab_size": 50257}
+    ),
     "export": lambda folder: export_pretrained(tiny_gpt(), folder),
 }
 
@@ -71,8 +72,9 @@ def test_a_folder_that_cannot_be_is_one_line(write, tmp_path):
 def test_config_json_of_an_export_comes_last(tmp_path, monkeypatch):
     """Whoever sees it sees a whole folder."""
     names = []
-    monkeypatch.setattr("leangpt.system.whole_files.os.replace",
-                        lambda temporary, path: names.append(path.name))
+    monkeypatch.setattr(
+        "leangpt.system.whole_files.os.replace", lambda temporary, path: names.append(path.name)
+    )
     export_pretrained(tiny_gpt(), tmp_path)
     assert names == ["model.safetensors", "config.json"]
 

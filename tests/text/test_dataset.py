@@ -18,8 +18,13 @@ CHARACTERS = "\nabcde"
 @pytest.fixture
 def prepared(tmp_path):
     """A char dataset whose train split counts 0..5 over and over, 100 tokens, and val 23."""
-    meta = {"tokenizer": "char", "vocab_size": 6, "characters": CHARACTERS, "source": "counting",
-            "sha256": "0123456789abcdef"}
+    meta = {
+        "tokenizer": "char",
+        "vocab_size": 6,
+        "characters": CHARACTERS,
+        "source": "counting",
+        "sha256": "0123456789abcdef",
+    }
     write_dataset(tmp_path / "count", np.arange(100) % 6, np.arange(23) % 6, meta)
     return tmp_path
 
@@ -31,8 +36,9 @@ def test_round_trip(prepared):
     assert (dataset.vocab_size, dataset.source) == (6, "counting")
     assert dataset.sha256 == "0123456789abcdef"
     assert dataset.meta["train_tokens"] == 100 and dataset.meta["val_tokens"] == 23
-    assert describe(dataset) == ("count: 100 train and 23 val tokens, vocabulary 6, from counting, "
-                                 "sha256 0123456789ab")
+    assert describe(dataset) == (
+        "count: 100 train and 23 val tokens, vocabulary 6, from counting, sha256 0123456789ab"
+    )
     names = sorted(path.name for path in (prepared / "count").iterdir())
     assert names == ["meta.json", "meta.pkl", "train.bin", "val.bin"]
 
@@ -126,17 +132,20 @@ def spoil_pickle_with_code(folder):
     (folder / "meta.pkl").write_bytes(pickle.dumps(Harmful()))
 
 
-@pytest.mark.parametrize("spoil, words", [
-    (spoil_missing, ["val.bin is missing", "prepare_text.py", "--name count"]),
-    (spoil_truncated, ["25 tokens", "meta.json says 100"]),
-    (spoil_odd, ["odd number of bytes"]),
-    (spoil_ids, ["token 6", "vocabulary has 6"]),
-    (spoil_json, ["not JSON"]),
-    (spoil_fields, ["lacks vocab_size"]),
-    (spoil_vocabulary, ["70000", "uint16"]),
-    (spoil_pickle, ["meta.pkl is not"]),
-    (spoil_pickle_with_code, ["meta.pkl is not", "print"]),
-])
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (spoil_missing, ["val.bin is missing", "prepare_text.py", "--name count"]),
+        (spoil_truncated, ["25 tokens", "meta.json says 100"]),
+        (spoil_odd, ["odd number of bytes"]),
+        (spoil_ids, ["token 6", "vocabulary has 6"]),
+        (spoil_json, ["not JSON"]),
+        (spoil_fields, ["lacks vocab_size"]),
+        (spoil_vocabulary, ["70000", "uint16"]),
+        (spoil_pickle, ["meta.pkl is not"]),
+        (spoil_pickle_with_code, ["meta.pkl is not", "print"]),
+    ],
+)
 def test_spoiled_folders_are_refused(prepared, spoil, words, capsys):
     spoil(prepared / "count")
     with pytest.raises(UserError) as error:
@@ -155,8 +164,10 @@ def test_missing_data_names_the_prepare_script(tmp_path):
 def test_too_short_for_block_size(prepared):
     dataset = load_dataset("count", prepared)
     dataset.batch("val", 1, 22)
-    for call in (lambda: dataset.batch("val", 1, 23),
-                 lambda: list(dataset.full_split_batches("val", 23, 1))):
+    for call in (
+        lambda: dataset.batch("val", 1, 23),
+        lambda: list(dataset.full_split_batches("val", 23, 1)),
+    ):
         with pytest.raises(UserError, match="val split of count has 23 tokens.*block_size=23"):
             call()
     with pytest.raises(UserError, match="unknown split"):
@@ -211,12 +222,14 @@ def test_char_tokenizer(prepared):
 
 def test_file_tokenizer(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
-    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"to": 0, "be": 1, "[UNK]": 2},
-                                                            unk_token="[UNK]"))
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"to": 0, "be": 1, "[UNK]": 2}, unk_token="[UNK]")
+    )
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "meta.json").write_text(json.dumps(
-        {"tokenizer": "file", "path": "tokenizer.json", "vocab_size": 3}))
+    (tmp_path / "meta.json").write_text(
+        json.dumps({"tokenizer": "file", "path": "tokenizer.json", "vocab_size": 3})
+    )
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("to be or") == [0, 1, 2] and tokenizer.vocab_size == 3
     assert tokenizer.decode([0, 1]) == "to be"
@@ -228,13 +241,16 @@ def test_file_tokenizer(tmp_path):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("meta, words", [
-    ({"tokenizer": "words"}, "unknown tokenizer 'words'"),
-    ({}, "unknown tokenizer None"),
-    ({"tokenizer": "char"}, "gives no 'characters'"),
-    ({"tokenizer": "file"}, "gives no 'path'"),
-    ("no_such_folder", "no prepared dataset in no_such_folder"),
-])
+@pytest.mark.parametrize(
+    "meta, words",
+    [
+        ({"tokenizer": "words"}, "unknown tokenizer 'words'"),
+        ({}, "unknown tokenizer None"),
+        ({"tokenizer": "char"}, "gives no 'characters'"),
+        ({"tokenizer": "file"}, "gives no 'path'"),
+        ("no_such_folder", "no prepared dataset in no_such_folder"),
+    ],
+)
 def test_bad_tokenizers_are_named(meta, words):
     with pytest.raises(UserError, match=words):
         load_tokenizer(meta)

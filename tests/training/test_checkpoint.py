@@ -37,9 +37,14 @@ def one_step(model, optimizer):
 
 
 def checkpoint_of(model, optimizer=None):
-    return {"model": model.state_dict(), "model_args": model_args(model), "iter_num": 3,
-            "optimizer": optimizer.state_dict() if optimizer else None,
-            "best_val_loss": 1.5, "config": {"seed": 1}}
+    return {
+        "model": model.state_dict(),
+        "model_args": model_args(model),
+        "iter_num": 3,
+        "optimizer": optimizer.state_dict() if optimizer else None,
+        "best_val_loss": 1.5,
+        "config": {"seed": 1},
+    }
 
 
 def test_round_trip_is_bitwise(tmp_path):
@@ -96,9 +101,10 @@ def test_the_latest_state_is_resumed(tmp_path):
     assert checkpoint_to_resume(tmp_path) == tmp_path / LAST
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"PK\x03\x04 not a zip", b"\x80\x04}.", pickle.dumps({"model": 1}), b"hello" * 1000,
-])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"PK\x03\x04 not a zip", b"\x80\x04}.", pickle.dumps({"model": 1}), b"hello" * 1000],
+)
 def test_foreign_files(tmp_path, content):
     path = tmp_path / BEST
     path.write_bytes(content)
@@ -119,7 +125,7 @@ def test_truncated(tmp_path, part):
     path = tmp_path / BEST
     save_checkpoint(path, checkpoint_of(tiny_model()))
     content = path.read_bytes()
-    path.write_bytes(content[:int(len(content) * part)])
+    path.write_bytes(content[: int(len(content) * part)])
     with pytest.raises(UserError, match="truncated or not a checkpoint"):
         load_checkpoint(path)
 
@@ -165,10 +171,14 @@ def test_prefixes_and_mask_buffers_of_other_programs_are_cleaned(tmp_path):
 def nanogpt_optimizer(model):
     """AdamW as nanoGPT makes it: matrices in one group, vectors in another."""
     parameters = list(model.parameters())
-    return torch.optim.AdamW([
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ], lr=1e-3, betas=(0.9, 0.95))
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=1e-3,
+        betas=(0.9, 0.95),
+    )
 
 
 def test_a_run_whose_steps_were_all_skipped_says_so_after_resuming():

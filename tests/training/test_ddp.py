@@ -15,8 +15,15 @@ from leangpt.training.checkpoint import LAST, load_checkpoint
 
 def torchrun(*flags):
     """The command line of train.py in two processes on this machine."""
-    return ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1",
-            f"--master_port={free_port()}", "train.py", *flags]
+    return [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--master_addr=127.0.0.1",
+        f"--master_port={free_port()}",
+        "train.py",
+        *flags,
+    ]
 
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -27,16 +34,28 @@ def numbers(out_dir):
     return [[float(value or 0) for value in row[:3] + row[4:]] for row in determined(out_dir)]
 
 
-@pytest.mark.parametrize("policy", (["--attention_policy=cache"],
-                                    ["--attention_policy=recompute", "--q_chunk=8"]))
+@pytest.mark.parametrize(
+    "policy", (["--attention_policy=cache"], ["--attention_policy=recompute", "--q_chunk=8"])
+)
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, policy):
-    schedule = ["--max_iters=8", "--eval_interval=3", "--optimizer_variant=adamsn",
-                "--eval_iters=0", *policy]
-    train.main(arguments(tmp_path, "one", *schedule, "--batch_size=8",
-                         "--gradient_accumulation_steps=2"))
-    result = run_script(*torchrun(*arguments(
-        tmp_path, "two", *schedule, "--batch_size=4", "--gradient_accumulation_steps=4")),
-        env=ENVIRONMENT)
+    schedule = [
+        "--max_iters=8",
+        "--eval_interval=3",
+        "--optimizer_variant=adamsn",
+        "--eval_iters=0",
+        *policy,
+    ]
+    train.main(
+        arguments(tmp_path, "one", *schedule, "--batch_size=8", "--gradient_accumulation_steps=2")
+    )
+    result = run_script(
+        *torchrun(
+            *arguments(
+                tmp_path, "two", *schedule, "--batch_size=4", "--gradient_accumulation_steps=4"
+            )
+        ),
+        env=ENVIRONMENT,
+    )
     assert result.returncode == 0, result.stderr
     assert "2 processes (gloo)" in result.stdout
     assert result.stdout.count("\nstep 0:") == 1  # one process speaks
@@ -48,12 +67,22 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, policy):
 
 
 def test_a_signal_stops_all_processes_together_and_the_run_continues(tmp_path):
-    flags = ["--dropout=0.1", "--gradient_accumulation_steps=2", "--eval_interval=100000",
-             "--warmup_iters=0", "--decay_lr=False"]
-    command = [sys.executable, *torchrun(*arguments(tmp_path, "cut", *flags,
-                                                    "--max_iters=100000"))]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True)
+    flags = [
+        "--dropout=0.1",
+        "--gradient_accumulation_steps=2",
+        "--eval_interval=100000",
+        "--warmup_iters=0",
+        "--decay_lr=False",
+    ]
+    command = [sys.executable, *torchrun(*arguments(tmp_path, "cut", *flags, "--max_iters=100000"))]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
     try:
         for line in process.stdout:
             if line.startswith("iter 3:"):
@@ -68,18 +97,28 @@ def test_a_signal_stops_all_processes_together_and_the_run_continues(tmp_path):
     assert stopped > 3
     flags.append(f"--max_iters={stopped + 3}")
     for name, start in (("cut", "resume"), ("whole", "scratch")):
-        result = run_script(*torchrun(*arguments(
-            tmp_path, name, *flags, f"--init_from={start}")), env=ENVIRONMENT)
+        result = run_script(
+            *torchrun(*arguments(tmp_path, name, *flags, f"--init_from={start}")), env=ENVIRONMENT
+        )
         assert result.returncode == 0, result.stderr
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("flags, says", (
-    ([], "gradient_accumulation_steps=1 must be a multiple of the 2 processes"),
-    (["--gradient_accumulation_steps=2", "--optimizer_variant=muonsn8", "--grad_clip=0",
-      "--optimizer_options=fused_backward=True"],
-     "fused_backward=True needs gradient_accumulation_steps=1, not 2"),
-))
+@pytest.mark.parametrize(
+    "flags, says",
+    (
+        ([], "gradient_accumulation_steps=1 must be a multiple of the 2 processes"),
+        (
+            [
+                "--gradient_accumulation_steps=2",
+                "--optimizer_variant=muonsn8",
+                "--grad_clip=0",
+                "--optimizer_options=fused_backward=True",
+            ],
+            "fused_backward=True needs gradient_accumulation_steps=1, not 2",
+        ),
+    ),
+)
 def test_what_processes_cannot_do_together_is_refused(tmp_path, flags, says):
     result = run_script(*torchrun(*arguments(tmp_path, "run", *flags)), env=ENVIRONMENT)
     assert result.returncode != 0

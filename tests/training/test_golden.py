@@ -52,21 +52,48 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     characters = "".join(sorted(set(SONNETS)))
     ids = [characters.index(character) for character in SONNETS]
-    write_dataset(Path(folder) / "sonnets", ids[:1000], ids[1000:], {
-        "tokenizer": "char", "vocab_size": len(characters), "characters": characters,
-        "source": "two sonnets", "sha256": None})
+    write_dataset(
+        Path(folder) / "sonnets",
+        ids[:1000],
+        ids[1000:],
+        {
+            "tokenizer": "char",
+            "vocab_size": len(characters),
+            "characters": characters,
+            "source": "two sonnets",
+            "sha256": None,
+        },
+    )
     return folder
 
 
 @pytest.mark.parametrize("variant", GOLDEN)
 def test_losses_are_as_they_were(tmp_path, data_dir, variant):
-    train.main([
-        "--dataset=sonnets", f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--device=cpu",
-        "--n_layer=2", "--n_head=2", "--n_embd=32", "--block_size=32", "--batch_size=8",
-        "--gradient_accumulation_steps=1", "--max_iters=20", "--warmup_iters=5", "--log_interval=5",
-        "--eval_interval=20", "--eval_iters=0", "--learning_rate=4e-3",
-        "--embedding_lr=4e-3", "--beta1=0.9", "--beta2=0.95", "--seed=1337",
-        f"--optimizer_variant={variant}"])
+    train.main(
+        [
+            "--dataset=sonnets",
+            f"--data_dir={data_dir}",
+            f"--out_dir={tmp_path}",
+            "--device=cpu",
+            "--n_layer=2",
+            "--n_head=2",
+            "--n_embd=32",
+            "--block_size=32",
+            "--batch_size=8",
+            "--gradient_accumulation_steps=1",
+            "--max_iters=20",
+            "--warmup_iters=5",
+            "--log_interval=5",
+            "--eval_interval=20",
+            "--eval_iters=0",
+            "--learning_rate=4e-3",
+            "--embedding_lr=4e-3",
+            "--beta1=0.9",
+            "--beta2=0.95",
+            "--seed=1337",
+            f"--optimizer_variant={variant}",
+        ]
+    )
     rows = determined(tmp_path)
     losses = [float(row[2]) for row in rows if row[2]] + [float(row[4]) for row in rows if row[4]]
     assert losses == pytest.approx(GOLDEN[variant], abs=1e-4)

@@ -37,25 +37,38 @@ def test_weights_stay_bfloat16_and_statistics_wider(tmp_path, variant):
     train.main(arguments(tmp_path, "run", *BFLOAT16, f"--optimizer_variant={variant}"))
     saved = load_checkpoint(tmp_path / "run" / LAST)
     assert {tensor.dtype for tensor in saved["model"].values()} == {torch.bfloat16}
-    kept = {value.dtype for state in saved["optimizer"]["state"].values()
-            for value in state.values() if torch.is_tensor(value)}
+    kept = {
+        value.dtype
+        for state in saved["optimizer"]["state"].values()
+        for value in state.values()
+        if torch.is_tensor(value)
+    }
     assert torch.float32 in kept  # second moments
     assert last_val_loss(tmp_path / "run") < float(determined(tmp_path / "run")[0][4]) - 0.5
 
 
 def test_a_model_of_bfloat16_weights_is_sampled(tmp_path):
     train.main(arguments(tmp_path, "run", *BFLOAT16, "--optimizer_variant=muonsn8", *FUSED))
-    done = run_script("sample.py", f"--out_dir={tmp_path / 'run'}", "--num_samples=1",
-                      "--max_new_tokens=20", "--start=the king", "--device=cpu")
+    done = run_script(
+        "sample.py",
+        f"--out_dir={tmp_path / 'run'}",
+        "--num_samples=1",
+        "--max_new_tokens=20",
+        "--start=the king",
+        "--device=cpu",
+    )
     assert done.returncode == 0, done.stderr
     assert "the king" in done.stdout
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--dtype=float16", "--optimizer_variant=adamsn"], "leave out dtype=float16"),
-    (["--dtype=float32", "--optimizer_variant=adamsn"], "leave out dtype=float32"),
-    (["--optimizer_variant=adam"], "use adamsn8, muonsn8"),
-])
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--dtype=float16", "--optimizer_variant=adamsn"], "leave out dtype=float16"),
+        (["--dtype=float32", "--optimizer_variant=adamsn"], "leave out dtype=float32"),
+        (["--optimizer_variant=adam"], "use adamsn8, muonsn8"),
+    ],
+)
 def test_what_does_not_fit_bfloat16_weights_is_refused(tmp_path, flags, says):
     with pytest.raises(UserError, match=says):
         train.main(arguments(tmp_path, "run", *BFLOAT16, *flags))

@@ -1,6 +1,5 @@
 """Low-byte training in two real processes (gloo): what is refused, and what works sharded."""
 
-
 import pytest
 import torch
 import torch.distributed as dist

@@ -13,8 +13,12 @@ import train
 from leangpt.training import evaluation
 from leangpt.training.checkpoint import BEST, LAST, load_checkpoint
 
-SCHEDULE = ["--max_iters=8", "--eval_interval=3", "--dropout=0.1",
-            "--gradient_accumulation_steps=2"]
+SCHEDULE = [
+    "--max_iters=8",
+    "--eval_interval=3",
+    "--dropout=0.1",
+    "--gradient_accumulation_steps=2",
+]
 
 
 def same_weights(one, other):
@@ -41,15 +45,26 @@ def stop_at(monkeypatch, iteration, number):
 
 
 # bfloat16 weights, 8-bit momentum, each gradient applied and freed during the backward pass
-LOW_BYTE = ("muonsn8", "--param_dtype=bfloat16", "--optimizer_options=fused_backward=True",
-            "--grad_clip=0.5", "--gradient_accumulation_steps=1")
+LOW_BYTE = (
+    "muonsn8",
+    "--param_dtype=bfloat16",
+    "--optimizer_options=fused_backward=True",
+    "--grad_clip=0.5",
+    "--gradient_accumulation_steps=1",
+)
 
 
-@pytest.mark.parametrize("variant, number, iteration", [
-    (("adam",), signal.SIGTERM, 4), (("adamsn",), signal.SIGINT, 2),
-    (("adafactor",), signal.SIGTERM, 0), (("muonsn8",), signal.SIGTERM, 5),
-    (LOW_BYTE, signal.SIGTERM, 4),
-], ids=lambda value: "+".join(value[:2]) if isinstance(value, tuple) else str(value))
+@pytest.mark.parametrize(
+    "variant, number, iteration",
+    [
+        (("adam",), signal.SIGTERM, 4),
+        (("adamsn",), signal.SIGINT, 2),
+        (("adafactor",), signal.SIGTERM, 0),
+        (("muonsn8",), signal.SIGTERM, 5),
+        (LOW_BYTE, signal.SIGTERM, 4),
+    ],
+    ids=lambda value: "+".join(value[:2]) if isinstance(value, tuple) else str(value),
+)
 def test_after_a_signal(tmp_path, monkeypatch, capsys, variant, number, iteration):
     flags = [*SCHEDULE, f"--optimizer_variant={variant[0]}", *variant[1:]]
     train.main(arguments(tmp_path, "whole", *flags))
@@ -103,8 +118,15 @@ def test_a_resumed_run_keeps_its_settings_and_takes_new_ones(tmp_path, monkeypat
         stop_at(patch, 4, signal.SIGTERM)
         with pytest.raises(SystemExit):
             train.main(arguments(tmp_path, "run", *SCHEDULE, "--optimizer_variant=adamsn"))
-    train.main(["--init_from=resume", f"--out_dir={tmp_path / 'run'}", "--max_iters=10",
-                "--learning_rate=1e-3", f"--data_dir={tmp_path / 'data'}"])
+    train.main(
+        [
+            "--init_from=resume",
+            f"--out_dir={tmp_path / 'run'}",
+            "--max_iters=10",
+            "--learning_rate=1e-3",
+            f"--data_dir={tmp_path / 'data'}",
+        ]
+    )
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["optimizer_variant"], config["dropout"]) == ("adamsn", 0.1)
     assert (config["max_iters"], config["learning_rate"]) == (10, 1e-3)
@@ -115,10 +137,19 @@ def test_a_resumed_run_keeps_its_settings_and_takes_new_ones(tmp_path, monkeypat
 
 def test_another_optimizer_starts_fresh_and_says_so(tmp_path, capsys):
     train.main(arguments(tmp_path, "run", "--max_iters=3"))
-    train.main(["--init_from=resume", f"--out_dir={tmp_path / 'run'}", "--max_iters=5",
-                "--optimizer_variant=adafactor", f"--data_dir={tmp_path / 'data'}"])
-    assert ("note: optimizer state starts fresh: it was saved by adam, this run uses adafactor"
-            in capsys.readouterr().out)
+    train.main(
+        [
+            "--init_from=resume",
+            f"--out_dir={tmp_path / 'run'}",
+            "--max_iters=5",
+            "--optimizer_variant=adafactor",
+            f"--data_dir={tmp_path / 'data'}",
+        ]
+    )
+    assert (
+        "note: optimizer state starts fresh: it was saved by adam, this run uses adafactor"
+        in capsys.readouterr().out
+    )
 
 
 def test_rows_beyond_the_checkpoint_and_torn_rows_are_dropped(tmp_path):
@@ -181,8 +212,14 @@ for kill_at in range(2, total + 1, 3):
 
 def test_killed_at_any_file_operation(tmp_path):
     """SIGKILL before, between and within saves; only the checkpoints' own promises help then."""
-    flags = arguments(tmp_path, "unused", "--max_iters=6", "--eval_interval=2", "--dropout=0.1",
-                      "--optimizer_variant=adamsn")
+    flags = arguments(
+        tmp_path,
+        "unused",
+        "--max_iters=6",
+        "--eval_interval=2",
+        "--dropout=0.1",
+        "--optimizer_variant=adamsn",
+    )
     flags = [flag for flag in flags if not flag.startswith("--out_dir")]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     driver = tmp_path / "driver.py"

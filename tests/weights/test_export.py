@@ -13,15 +13,21 @@ from model import GPT, GPTConfig
 
 SMALL = dict(block_size=32, vocab_size=59, n_layer=2, n_head=4, n_embd=32)
 LLAMA_LIKE = dict(SMALL, position="rope", norm="rmsnorm", mlp="swiglu", n_inner=40)
-LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                   original_max_position_embeddings=16)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
 MODELS = {
     "nanogpt": SMALL,
     "gpt2": dict(SMALL, bias=True, mlp="gelu_tanh", norm_eps=1e-4),
     "gpt2-untied-narrow": dict(SMALL, bias=True, tie_embeddings=False, n_inner=48),
     "llama": LLAMA_LIKE,
-    "llama-gqa-untied": dict(LLAMA_LIKE, n_kv_head=2, tie_embeddings=False, rope_theta=5e5,
-                             norm_eps=1e-6),
+    "llama-gqa-untied": dict(
+        LLAMA_LIKE, n_kv_head=2, tie_embeddings=False, rope_theta=5e5, norm_eps=1e-6
+    ),
     "llama-grouped-llama3": dict(LLAMA_LIKE, attention_policy="grouped", rope_scaling=LLAMA3_ROPE),
     "llama-linear": dict(LLAMA_LIKE, rope_scaling=dict(rope_type="linear", factor=2.0)),
 }
@@ -50,7 +56,8 @@ def test_transformers_gives_the_same_logits(tmp_path, settings):
     model = random_model(**settings)
     export_pretrained(model, tmp_path)
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, output_loading_info=True, attn_implementation="eager")
+        tmp_path, output_loading_info=True, attn_implementation="eager"
+    )
     assert not any(report.values()), report  # nothing missing, left over or misshapen
     expected = logits(model)[0]
     assert expected.std() > 0.1
@@ -87,15 +94,18 @@ def test_bfloat16_stays_bfloat16(tmp_path):
         assert torch.equal(parameter.float(), again[name]), name
 
 
-@pytest.mark.parametrize("settings, words", [
-    (dict(SMALL, n_kv_head=2), "kv_heads"),
-    (dict(SMALL, position="none"), "position"),
-    (dict(SMALL, mlp="swiglu"), "mlp"),
-    (dict(SMALL, norm="rmsnorm"), "norm"),
-    (dict(SMALL, position="rope"), "norm"),
-    (dict(LLAMA_LIKE, bias=True), "bias"),
-    (dict(LLAMA_LIKE, rope_scaling=dict(rope_type="factors", factors=[1.0] * 4)), "factors"),
-])
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(SMALL, n_kv_head=2), "kv_heads"),
+        (dict(SMALL, position="none"), "position"),
+        (dict(SMALL, mlp="swiglu"), "mlp"),
+        (dict(SMALL, norm="rmsnorm"), "norm"),
+        (dict(SMALL, position="rope"), "norm"),
+        (dict(LLAMA_LIKE, bias=True), "bias"),
+        (dict(LLAMA_LIKE, rope_scaling=dict(rope_type="factors", factors=[1.0] * 4)), "factors"),
+    ],
+)
 def test_what_transformers_lacks_is_named_and_nothing_written(tmp_path, settings, words):
     with pytest.raises(UserError, match=words):
         export_pretrained(GPT(GPTConfig(**settings)), tmp_path / "new")

@@ -16,32 +16,54 @@ from leangpt.weights.load import halves_apart, load_pretrained, open_weights
 
 gguf = pytest.importorskip("gguf")
 C, F, H, G, L, V = 64, 96, 4, 2, 2, 40
-HF_CONFIG = dict(model_type="llama", vocab_size=V, hidden_size=C, intermediate_size=F,
-                 num_hidden_layers=L, num_attention_heads=H, num_key_value_heads=G,
-                 max_position_embeddings=64, rms_norm_eps=1e-5, tie_word_embeddings=False,
-                 rope_theta=100000.0)
+HF_CONFIG = dict(
+    model_type="llama",
+    vocab_size=V,
+    hidden_size=C,
+    intermediate_size=F,
+    num_hidden_layers=L,
+    num_attention_heads=H,
+    num_key_value_heads=G,
+    max_position_embeddings=64,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    rope_theta=100000.0,
+)
 
 
 def llama_tensors():
     """A random Llama with Hugging Face's names."""
     generator = torch.Generator().manual_seed(0)
     kv = C // H * G
-    shapes = {"wte": (V, C), "ln_f": (C,), "head": (V, C), "ln_1": (C,), "q": (C, C),
-              "k": (kv, C), "v": (kv, C), "attn.c_proj": (C, C), "ln_2": (C,), "gate": (F, C),
-              "up": (F, C), "mlp.c_proj": (C, F)}
+    shapes = {
+        "wte": (V, C),
+        "ln_f": (C,),
+        "head": (V, C),
+        "ln_1": (C,),
+        "q": (C, C),
+        "k": (kv, C),
+        "v": (kv, C),
+        "attn.c_proj": (C, C),
+        "ln_2": (C,),
+        "gate": (F, C),
+        "up": (F, C),
+        "mlp.c_proj": (C, F),
+    }
     tensors = {}
     for role, name in HF_LLAMA.items():
         for i in range(L if "{i}" in name else 1):
-            tensors[name.format(i=i) + ".weight"] = \
-                0.3 * torch.randn(*shapes[role], generator=generator)
+            tensors[name.format(i=i) + ".weight"] = 0.3 * torch.randn(
+                *shapes[role], generator=generator
+            )
     return tensors
 
 
 def pairs_together(weight, heads):
     """llama.cpp's order of q and k: row 2i of a head is our row i, row 2i+1 our row i + D/2."""
     D = weight.shape[0] // heads
-    order = [h * D + i + half * D // 2
-             for h in range(heads) for i in range(D // 2) for half in (0, 1)]
+    order = [
+        h * D + i + half * D // 2 for h in range(heads) for i in range(D // 2) for half in (0, 1)
+    ]
     return weight[order]
 
 
@@ -49,8 +71,9 @@ def write_gguf(path, arch, tensors, metadata, quantise=None):
     """Write tensors {name: float tensor} and metadata {key: int|float|str|list} to one file."""
     writer = gguf.GGUFWriter(path, arch)
     for key, value in metadata.items():
-        key = key if "." in key and key.split(".")[0] in ("tokenizer", "general") \
-            else f"{arch}.{key}"
+        key = (
+            key if "." in key and key.split(".")[0] in ("tokenizer", "general") else f"{arch}.{key}"
+        )
         if isinstance(value, int):
             writer.add_uint32(key, value)
         elif isinstance(value, float):
@@ -74,9 +97,15 @@ def write_gguf(path, arch, tensors, metadata, quantise=None):
 
 
 LLAMA_METADATA = {
-    "context_length": 64, "embedding_length": C, "feed_forward_length": F, "block_count": L,
-    "attention.head_count": H, "attention.head_count_kv": G, "rope.freq_base": 100000.0,
-    "attention.layer_norm_rms_epsilon": 1e-5, "rope.dimension_count": C // H,
+    "context_length": 64,
+    "embedding_length": C,
+    "feed_forward_length": F,
+    "block_count": L,
+    "attention.head_count": H,
+    "attention.head_count_kv": G,
+    "rope.freq_base": 100000.0,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "rope.dimension_count": C // H,
 }
 
 
@@ -116,8 +145,14 @@ def test_llama_equals_the_hugging_face_folder(tmp_path, expected):
         load_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("settings", [dict(q_chunk=5), dict(attention_policy="grouped"),
-                                      dict(attention_policy="recompute", q_chunk=5, k_chunk=3)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(q_chunk=5),
+        dict(attention_policy="grouped"),
+        dict(attention_policy="recompute", q_chunk=5, k_chunk=3),
+    ],
+)
 def test_every_policy_runs_the_weights(tmp_path, expected, settings):
     model = load_pretrained(gguf_llama(tmp_path / "tiny.gguf"), **settings)
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
@@ -137,7 +172,7 @@ def test_block_formats(tmp_path, kind, tolerance):
     for name in ("q", "k", "v"):
         truth = tensors[f"layers.1.self_attn.{name}_proj.weight"]
         start = {"q": 0, "k": C, "v": C + C // H * G}[name]
-        rows = model.transformer.h[1].attn.c_attn.weight[start:start + len(truth)]
+        rows = model.transformer.h[1].attn.c_attn.weight[start : start + len(truth)]
         assert 0 < (rows - truth).norm() / truth.norm() < tolerance, name
 
 
@@ -151,16 +186,23 @@ def test_rope_factors_are_llama3(tmp_path):
     """The frequency divisors of a Llama 3 file give what the same rule in a config.json gives."""
     from leangpt.layers.rope import rope_frequencies
 
-    scaling = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                   original_max_position_embeddings=16)
+    scaling = dict(
+        rope_type="llama3",
+        factor=8.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=16,
+    )
     factors = rope_frequencies(C // H, 1e5) / rope_frequencies(C // H, 1e5, scaling)
-    file = gguf_llama(tmp_path / "tiny.gguf",
-                      damage=lambda t: t.update({"rope_freqs.weight": factors}))
+    file = gguf_llama(
+        tmp_path / "tiny.gguf", damage=lambda t: t.update({"rope_freqs.weight": factors})
+    )
     hf = {key: value for key, value in HF_CONFIG.items() if key != "rope_theta"}
     hf["rope_parameters"] = {**scaling, "rope_theta": 100000.0}
     folder = write_folder(tmp_path / "hf", hf, llama_tensors())
-    torch.testing.assert_close(logits(load_pretrained(file)), logits(load_pretrained(folder)),
-                               atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits(load_pretrained(file)), logits(load_pretrained(folder)), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_gpt2_equals_the_hugging_face_folder(tmp_path):
@@ -175,24 +217,34 @@ def test_gpt2_equals_the_hugging_face_folder(tmp_path):
                     linear = part == ".weight" and role.split(".")[0] in ("attn", "mlp")
                     name = GPT2_NAMES[role].format(i=i) + part
                     renamed[name] = tensor.t() if linear else tensor
-    metadata = {"context_length": 16, "embedding_length": 24, "feed_forward_length": 96,
-                "block_count": 2, "attention.head_count": 3, "attention.layer_norm_epsilon": 1e-5}
+    metadata = {
+        "context_length": 16,
+        "embedding_length": 24,
+        "feed_forward_length": 96,
+        "block_count": 2,
+        "attention.head_count": 3,
+        "attention.layer_norm_epsilon": 1e-5,
+    }
     file = write_gguf(tmp_path / "gpt2.gguf", "gpt2", renamed, metadata)
-    torch.testing.assert_close(logits(load_pretrained(file), 61),
-                               logits(load_pretrained(folder), 61), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        logits(load_pretrained(file), 61), logits(load_pretrained(folder), 61), atol=1e-6, rtol=1e-6
+    )
 
 
-@pytest.mark.parametrize("changes, damage, words", [
-    ({"attention.head_count": 8, "rope.dimension_count": 8}, None, r"attn_k.weight has shape"),
-    ({"rope.dimension_count": 8}, None, "rope.dimension_count=8"),
-    ({"rope.scaling.type": "yarn"}, None, "yarn"),
-    ({"expert_count": 4}, None, "experts"),
-    ({"block_count": 0}, None, "block_count"),
-    ({}, lambda t: t.pop("blk.1.ffn_up.weight"), "blk.1.ffn_up.weight is missing"),
-    ({}, lambda t: t.pop("token_embd.weight"), "token_embd.weight is missing"),
-    ({}, lambda t: t.update({"blk.0.attn_q.bias": torch.ones(C)}), "attn_q.bias is not part"),
-    ({}, lambda t: t.update({"output_norm.weight": torch.ones(3)}), r"\[3\].*\[64\]"),
-])
+@pytest.mark.parametrize(
+    "changes, damage, words",
+    [
+        ({"attention.head_count": 8, "rope.dimension_count": 8}, None, r"attn_k.weight has shape"),
+        ({"rope.dimension_count": 8}, None, "rope.dimension_count=8"),
+        ({"rope.scaling.type": "yarn"}, None, "yarn"),
+        ({"expert_count": 4}, None, "experts"),
+        ({"block_count": 0}, None, "block_count"),
+        ({}, lambda t: t.pop("blk.1.ffn_up.weight"), "blk.1.ffn_up.weight is missing"),
+        ({}, lambda t: t.pop("token_embd.weight"), "token_embd.weight is missing"),
+        ({}, lambda t: t.update({"blk.0.attn_q.bias": torch.ones(C)}), "attn_q.bias is not part"),
+        ({}, lambda t: t.update({"output_norm.weight": torch.ones(3)}), r"\[3\].*\[64\]"),
+    ],
+)
 def test_what_does_not_fit_is_named(tmp_path, changes, damage, words):
     file = gguf_llama(tmp_path / "tiny.gguf", changes, damage)
     with pytest.raises(UserError, match=words):
@@ -224,9 +276,13 @@ def toy_vocabulary():
     tokenizers = pytest.importorskip("tokenizers")
     letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<|im_start|>", "<|im_end|>", *letters, "he", "Ġhe"]
-    return {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm",
-            "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": ["h e", "Ġ he"],
-            "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2)}
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": ["h e", "Ġ he"],
+        "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
+    }
 
 
 def test_tokenizer_from_metadata(tmp_path):

@@ -14,11 +14,26 @@ from leangpt.system.errors import UserError
 from leangpt.weights.load import find_pretrained, load_pretrained, open_weights
 from model import GPT
 
-LLAMA = dict(vocab_size=67, hidden_size=32, intermediate_size=56, num_hidden_layers=2,
-             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-             initializer_range=0.3, rms_norm_eps=1e-6, attn_implementation="eager")
-LLAMA3_ROPE = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0,
-                   high_freq_factor=4.0, original_max_position_embeddings=16)
+LLAMA = dict(
+    vocab_size=67,
+    hidden_size=32,
+    intermediate_size=56,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    initializer_range=0.3,
+    rms_norm_eps=1e-6,
+    attn_implementation="eager",
+)
+LLAMA3_ROPE = dict(
+    rope_type="llama3",
+    rope_theta=500000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +60,17 @@ def assert_equal_logits(pair):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [
-    dict(),
-    dict(num_key_value_heads=4),
-    dict(num_key_value_heads=1, tie_word_embeddings=True),
-    dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0)),
-    dict(rope_parameters=LLAMA3_ROPE),
-], ids=["gqa", "mha", "mqa-tied", "linear-rope", "llama3-rope"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(num_key_value_heads=4),
+        dict(num_key_value_heads=1, tie_word_embeddings=True),
+        dict(rope_parameters=dict(rope_type="linear", factor=4.0, rope_theta=10000.0)),
+        dict(rope_parameters=LLAMA3_ROPE),
+    ],
+    ids=["gqa", "mha", "mqa-tied", "linear-rope", "llama3-rope"],
+)
 def test_llama_logits_equal_transformers(transformers, tmp_path, changes):
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, **changes}))
@@ -88,14 +107,22 @@ def test_older_rope_keys(transformers, tmp_path):
         torch.testing.assert_close(model(idx)[0], load_pretrained(tmp_path)(idx)[0])
 
 
-@pytest.mark.parametrize("changes", [
-    dict(),
-    dict(activation_function="gelu", n_inner=40, tie_word_embeddings=False),
-], ids=["gpt2", "exact-gelu-untied"])
+@pytest.mark.parametrize(
+    "changes",
+    [dict(), dict(activation_function="gelu", n_inner=40, tie_word_embeddings=False)],
+    ids=["gpt2", "exact-gelu-untied"],
+)
 def test_gpt2_logits_equal_transformers(transformers, tmp_path, changes):
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=61, n_positions=48, n_embd=24, n_layer=2, n_head=3,
-                                     initializer_range=0.3, **changes)
+    config = transformers.GPT2Config(
+        vocab_size=61,
+        n_positions=48,
+        n_embd=24,
+        n_layer=2,
+        n_head=3,
+        initializer_range=0.3,
+        **changes,
+    )
     assert_equal_logits(theirs_and_ours(transformers.GPT2LMHeadModel(config), tmp_path))
 
 
@@ -117,12 +144,15 @@ def reference_gpt2(tensors, idx, n_head):
     T, C = idx.shape[1], W["wte.weight"].shape[1]
     x = W["wte.weight"][idx] + W["wpe.weight"][:T]
     for i in range(2):
+
         def w(name, i=i):
             return W[f"h.{i}.{name}"]
+
         h = norm(x, (C,), w("ln_1.weight"), w("ln_1.bias"))
         qkv = h @ w("attn.c_attn.weight") + w("attn.c_attn.bias")
-        q, k, v = (part.view(-1, T, n_head, C // n_head).transpose(1, 2)
-                   for part in qkv.split(C, dim=-1))
+        q, k, v = (
+            part.view(-1, T, n_head, C // n_head).transpose(1, 2) for part in qkv.split(C, dim=-1)
+        )
         scores = q @ k.transpose(-2, -1) / (C // n_head) ** 0.5
         scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), float("-inf"))
         y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
@@ -149,20 +179,24 @@ def test_generated_gpt2_folder(tmp_path, prefix):
 
 def test_dtype_and_overrides(tmp_path):
     write_folder(tmp_path, gpt2_config(), gpt2_tensors())
-    model = load_pretrained(tmp_path, dtype=torch.bfloat16, block_size=8, dropout=0.1,
-                            attention_policy="recompute")
+    model = load_pretrained(
+        tmp_path, dtype=torch.bfloat16, block_size=8, dropout=0.1, attention_policy="recompute"
+    )
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.config.block_size == 8 and model.transformer.wpe.weight.shape == (8, 24)
     assert model.config.dropout == 0.1 and model.config.attention_policy == "recompute"
 
 
-@pytest.mark.parametrize("overrides, words", [
-    (dict(block_size=17), "1 to 16"),
-    (dict(block_size=-1), "1 to 16"),
-    (dict(n_layer=3), "n_layer is fixed"),
-    (dict(atention_policy="cache"), "atention_policy"),
-    (dict(attention_policy="grouped"), "grouped"),
-])
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (dict(block_size=17), "1 to 16"),
+        (dict(block_size=-1), "1 to 16"),
+        (dict(n_layer=3), "n_layer is fixed"),
+        (dict(atention_policy="cache"), "atention_policy"),
+        (dict(attention_policy="grouped"), "grouped"),
+    ],
+)
 def test_bad_overrides(tmp_path, overrides, words):
     write_folder(tmp_path, gpt2_config(), gpt2_tensors())
     with pytest.raises(UserError, match=words):
@@ -177,14 +211,20 @@ def put(name, tensor):
     return lambda tensors: tensors.update({name: tensor})
 
 
-@pytest.mark.parametrize("damage, words", [
-    (drop("h.1.mlp.c_fc.bias"), "h.1.mlp.c_fc.bias is missing"),
-    (drop("wte.weight"), "wte.weight is missing"),
-    (put("h.2.ln_1.weight", torch.ones(24)), "h.2.ln_1.weight is not part"),
-    (put("h.0.attn.c_attn.weight", torch.ones(72, 24)), r"c_attn.weight.*\[72, 24\].*\[24, 72\]"),
-    (put("ln_f.bias", torch.ones(24).int()), "ln_f.bias is torch.int32"),
-    (put("lm_head.weight", torch.ones(61, 24)), "ties lm_head.weight"),
-])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (drop("h.1.mlp.c_fc.bias"), "h.1.mlp.c_fc.bias is missing"),
+        (drop("wte.weight"), "wte.weight is missing"),
+        (put("h.2.ln_1.weight", torch.ones(24)), "h.2.ln_1.weight is not part"),
+        (
+            put("h.0.attn.c_attn.weight", torch.ones(72, 24)),
+            r"c_attn.weight.*\[72, 24\].*\[24, 72\]",
+        ),
+        (put("ln_f.bias", torch.ones(24).int()), "ln_f.bias is torch.int32"),
+        (put("lm_head.weight", torch.ones(61, 24)), "ties lm_head.weight"),
+    ],
+)
 def test_tensors_that_do_not_fit_are_named(tmp_path, damage, words):
     tensors = gpt2_tensors()
     damage(tensors)
@@ -193,40 +233,46 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, damage, words):
         load_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(model_type="bert"), "'bert' is not supported"),
-    (dict(model_type=None), "None is not supported"),
-    (dict(activation_function="relu"), "relu"),
-    (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
-    (dict(n_head=5), "n_head=5"),
-    (dict(n_layer=0), "n_layer"),
-    (dict(n_embd="24"), "n_embd"),
-    (dict(activation_function=["gelu"]), r"\['gelu'\]"),
-    (dict(layer_norm_epsilon="small"), "layer_norm_epsilon must be a positive number"),
-    (dict(vocab_size=10**12), r"wte.weight has shape \[61, 24\], .* \[1000000000000, 24\]"),
-    (dict(n_layer=10**12), "1000000000000 layers are announced"),
-    (dict(quantization_config={"bits": 4}), "quantised"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(model_type="bert"), "'bert' is not supported"),
+        (dict(model_type=None), "None is not supported"),
+        (dict(activation_function="relu"), "relu"),
+        (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
+        (dict(n_head=5), "n_head=5"),
+        (dict(n_layer=0), "n_layer"),
+        (dict(n_embd="24"), "n_embd"),
+        (dict(activation_function=["gelu"]), r"\['gelu'\]"),
+        (dict(layer_norm_epsilon="small"), "layer_norm_epsilon must be a positive number"),
+        (dict(vocab_size=10**12), r"wte.weight has shape \[61, 24\], .* \[1000000000000, 24\]"),
+        (dict(n_layer=10**12), "1000000000000 layers are announced"),
+        (dict(quantization_config={"bits": 4}), "quantised"),
+    ],
+)
 def test_unsupported_gpt2_configs(tmp_path, changes, words):
     write_folder(tmp_path, {**gpt2_config(), **changes}, gpt2_tensors())
     with pytest.raises(UserError, match=words):
         load_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("changes, words", [
-    (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "yarn"),
-    (dict(head_dim=16), "4 heads of 16"),
-    (dict(attention_bias=True), "attention_bias"),
-    (dict(hidden_act="relu"), "hidden_act"),
-    (dict(model_type="mistral", sliding_window=32), "sliding-window"),
-    (dict(num_key_value_heads=3), "n_kv_head=3"),
-    (dict(head_dim="x"), "head_dim must be a positive whole number, not 'x'"),
-    (dict(sliding_window=[4]), "sliding_window"),
-    (dict(rope_scaling=3), "the rope settings must be an object, not 3"),
-    (dict(rope_theta="1e4"), "rope_theta must be a positive number, not '1e4'"),
-    (dict(rope_parameters=dict(rope_theta=0.0)), "rope_theta must be a positive number"),
-    (dict(hidden_size=4 * 10**11, num_hidden_layers=1), "no tensor can be"),
-])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(rope_scaling=dict(rope_type="yarn", factor=4.0)), "yarn"),
+        (dict(head_dim=16), "4 heads of 16"),
+        (dict(attention_bias=True), "attention_bias"),
+        (dict(hidden_act="relu"), "hidden_act"),
+        (dict(model_type="mistral", sliding_window=32), "sliding-window"),
+        (dict(num_key_value_heads=3), "n_kv_head=3"),
+        (dict(head_dim="x"), "head_dim must be a positive whole number, not 'x'"),
+        (dict(sliding_window=[4]), "sliding_window"),
+        (dict(rope_scaling=3), "the rope settings must be an object, not 3"),
+        (dict(rope_theta="1e4"), "rope_theta must be a positive number, not '1e4'"),
+        (dict(rope_parameters=dict(rope_theta=0.0)), "rope_theta must be a positive number"),
+        (dict(hidden_size=4 * 10**11, num_hidden_layers=1), "no tensor can be"),
+    ],
+)
 def test_unsupported_llama_configs(tmp_path, changes, words):
     write_folder(tmp_path, {**LLAMA, "model_type": "llama", **changes}, {"x": torch.ones(1)})
     with pytest.raises(UserError, match=words):
@@ -256,12 +302,15 @@ def test_pickles_are_refused(tmp_path):
             load_pretrained(name)
 
 
-@pytest.mark.parametrize("name, words", [
-    ("no/such/folder/here", "no such folder"),
-    ("weights.gguf", "no such folder"),
-    ("not a name", "not the name"),
-    ("", "holds no config.json"),
-])
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("no/such/folder/here", "no such folder"),
+        ("weights.gguf", "no such folder"),
+        ("not a name", "not the name"),
+        ("", "holds no config.json"),
+    ],
+)
 def test_names_that_are_nothing(tmp_path, monkeypatch, name, words):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=words):
@@ -270,13 +319,16 @@ def test_names_that_are_nothing(tmp_path, monkeypatch, name, words):
 
 def test_hub_unreachable_is_one_line(tmp_path):
     pytest.importorskip("huggingface_hub")
-    code = ("from leangpt.weights.load import load_pretrained;"
-            "from leangpt.system.errors import exit_cleanly; "
-            "exit_cleanly(lambda: load_pretrained('gpt2'))")
+    code = (
+        "from leangpt.weights.load import load_pretrained;"
+        "from leangpt.system.errors import exit_cleanly; "
+        "exit_cleanly(lambda: load_pretrained('gpt2'))"
+    )
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).resolve().parents[2]
-    result = subprocess.run([sys.executable, "-c", code], cwd=root, env=env, text=True,
-                            capture_output=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=env, text=True, capture_output=True, timeout=60
+    )
     assert result.returncode == 2 and result.stderr.startswith("error: 'openai-community/gpt2'")
     assert len(result.stderr.splitlines()) == 1
 

