@@ -311,7 +311,7 @@ class GPT(nn.Module):
         return x
 
     def forward(self, idx, targets=None):
-        """idx (B, T) int64, targets (B, T) int64 with -1 for "ignore", or None.
+        """idx (B, T) int64, targets (B, T) int64 with -100 for "ignore", or None.
 
         Without targets: (logits (B, T, V), None). With them: (None, mean loss), float32; the
         (B T, V) logits never exist at once (layers/loss.py). Raises UserError past block_size.

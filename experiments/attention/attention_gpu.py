@@ -64,9 +64,10 @@ def check(row, quick):
     for dtype in (torch.float32, torch.bfloat16):
         hidden = torch.randn(700, 64, device=DEVICE).to(dtype).requires_grad_()
         weight = torch.randn(1003, 64, device=DEVICE, requires_grad=True)
-        targets = torch.randint(-1, 1003, (700,), device=DEVICE)
+        targets = torch.randint(1003, (700,), device=DEVICE)
+        targets[::50] = -100
         wide = torch.nn.functional.cross_entropy(
-            hidden.float() @ weight.to(dtype).float().T, targets, ignore_index=-1
+            hidden.float() @ weight.to(dtype).float().T, targets
         )
         expected = torch.autograd.grad(wide, (hidden, weight))
         loss = chunked_cross_entropy(hidden, weight, targets)

@@ -10,25 +10,49 @@ import torch
 # torch.compiler.disable, but torch._dynamo is imported at the first call: 2 s off every start
 from torch._compile import _disable_dynamo as graph_break
 
-IGNORE = -1  # targets that do not count, as in nanoGPT
+from leangpt.layers.target_check import outside_vocabulary
+from leangpt.system.errors import UserError
+
 CHUNK_BYTES = {"cpu": 1 << 24, "cuda": 1 << 30}  # of logits at once, at most
+NOT_COUNTED = -1  # what the chunks see in place of an ignored target, whatever its index
 
 
-def chunked_cross_entropy(hidden, weight, targets, norm=None):
-    """Mean cross-entropy of softmax(norm(hidden) weightᵀ) at targets.
+def chunked_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    norm: torch.nn.Module | None = None,
+    *,
+    ignore_index: int = -100,
+) -> torch.Tensor:
+    """Mean cross-entropy of softmax(norm(hidden) weightᵀ) at targets, as F.cross_entropy's.
 
-    hidden: (..., C); weight: (V, C); targets: (...) int64, -1 ignored; norm: a module over rows,
-    or None. Returns a float32 scalar (float64 for float64 input), NaN if every target is
-    ignored, as torch's. Under autocast the products run in its dtype; the softmax and the loss
-    are always float32 or wider.
+    hidden: (..., C) float; weight: (V, C), the head; targets: (...) int64, classes 0 to V - 1, or
+    ignore_index, which does not count; norm: a module over rows, or None. Returns a float32 scalar
+    (float64 for float64 input), NaN if every target is ignored, as torch's. Under autocast the
+    products run in its dtype; the softmax and the loss are always float32 or wider.
+
+    Raises UserError for targets of another shape or dtype, and for one outside the vocabulary. On
+    CUDA, where asking would wait for the device, such a loss is NaN, its gradients are zero, and
+    the error is raised by the next call that finds the device done with it.
     """
+    if targets.dtype != torch.int64 or targets.shape != hidden.shape[:-1]:
+        raise UserError(
+            f"targets must be int64 of shape {tuple(hidden.shape[:-1])}, one a row of hidden, not "
+            f"{targets.dtype} of shape {tuple(targets.shape)}"
+        )
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
-    count = (targets != IGNORE).sum()
+    counted = targets != ignore_index
+    outside = outside_vocabulary(targets, counted, weight.size(0))
+    count = counted.sum()
+    targets = targets.where(counted if outside is None else counted & ~outside, NOT_COUNTED)
     if torch.is_grad_enabled():
-        return _loss(norm(hidden) if norm else hidden, weight, targets, count)
-    rows = chunk_rows(len(hidden), weight.size(0), hidden.device.type)
-    parts = zip(hidden.split(rows), targets.split(rows))  # nor is norm(hidden) ever whole
-    return sum(_loss(norm(h) if norm else h, weight, t, count) for h, t in parts)
+        loss = _loss(norm(hidden) if norm else hidden, weight, targets, count)
+    else:
+        rows = chunk_rows(len(hidden), weight.size(0), hidden.device.type)
+        parts = zip(hidden.split(rows), targets.split(rows))  # nor is norm(hidden) ever whole
+        loss = sum(_loss(norm(h) if norm else h, weight, t, count) for h, t in parts)
+    return loss if outside is None else loss.masked_fill(outside.any(), torch.nan)
 
 
 def _loss(hidden, weight, targets, count):
@@ -109,9 +133,9 @@ def _loss_and_grad(logits, target, count):
             loss_and_grad,  # CUDA only: Triton comes with that build
         )
 
-        return loss_and_grad(logits, target, count, IGNORE)
+        return loss_and_grad(logits, target, count, NOT_COUNTED)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    counted = (target != IGNORE).to(wide.dtype)
+    counted = (target != NOT_COUNTED).to(wide.dtype)
     target = target.clamp_min(0)[:, None]
     lse = wide.logsumexp(-1, keepdim=True)
     loss = ((lse - wide.gather(-1, target))[:, 0] * counted).sum() / count

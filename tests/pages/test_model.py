@@ -7,8 +7,6 @@ from torch.nn import functional as F
 
 from gpt_config import config_from_dict
 from leangpt.attention.kv_cache import build_cache
-from leangpt.layers.loss import chunk_rows, chunked_cross_entropy
-from leangpt.memory.meter import measure_peak
 from leangpt.system.errors import UserError
 from model import GPT, GPTConfig
 
@@ -140,53 +138,6 @@ def test_crop_block_size():
     assert torch.equal(model(idx)[0], before)
     with pytest.raises(UserError):
         model.crop_block_size(17)
-
-
-@pytest.mark.parametrize("dtype,tolerance", ((torch.float64, 1e-12), (torch.float32, 1e-6)))
-def test_chunked_loss_is_cross_entropy(dtype, tolerance, monkeypatch):
-    monkeypatch.setattr("leangpt.layers.loss.CHUNK_BYTES", {"cpu": 0})  # chunks of 64 rows
-    torch.manual_seed(0)
-    hidden = torch.randn(3, 57, 8, dtype=dtype, requires_grad=True)
-    weight = torch.randn(50, 8, dtype=dtype, requires_grad=True)
-    targets = torch.randint(-1, 50, (3, 57))
-    expected = F.cross_entropy(
-        (hidden @ weight.T).flatten(0, 1).double(), targets.flatten(), ignore_index=-1
-    )
-    wanted = torch.autograd.grad(3 * expected, (hidden, weight))
-    loss = chunked_cross_entropy(hidden, weight, targets)
-    found = torch.autograd.grad(3 * loss, (hidden, weight))
-    assert relative_error(loss, expected) < tolerance
-    for a, b in zip(found, wanted):
-        assert a.dtype == dtype and relative_error(a, b) < tolerance
-    with torch.no_grad():
-        assert relative_error(chunked_cross_entropy(hidden, weight, targets), expected) < tolerance
-
-
-def test_one_chunk_of_logits_is_alive_at_a_time():
-    def peak(chunks):
-        hidden = torch.randn(512 * chunks, 16, requires_grad=True)
-        weight = torch.randn(8192, 16, requires_grad=True)
-        targets = torch.randint(8192, (len(hidden),))
-        return measure_peak(lambda: chunked_cross_entropy(hidden, weight, targets))
-
-    chunk = 512 * 8192 * 4
-    assert chunk_rows(4 * 512, 8192, "cpu") == 512
-    one, four = peak(1), peak(4)
-    assert four - one < 0.1 * chunk and one < 2.2 * chunk
-
-
-def test_chunked_loss_gradcheck():
-    hidden = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(9, 4, dtype=torch.float64, requires_grad=True)
-    targets = torch.tensor([0, 8, -1, 3, 3, 2, 1])
-    assert torch.autograd.gradcheck(
-        lambda h, w: chunked_cross_entropy(h, w, targets), (hidden, weight)
-    )
-
-
-def test_all_targets_ignored_is_nan_as_in_torch():
-    loss = chunked_cross_entropy(torch.randn(2, 4), torch.randn(5, 4), torch.full((2,), -1))
-    assert torch.isnan(loss)
 
 
 @pytest.mark.parametrize("policy", ("cache", "recompute"))
