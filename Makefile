@@ -1,6 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.installed
+TESTS := .venv/.installed-for-tests
 DATA := data/shakespeare_char
 OUT := out-demo
 
@@ -22,6 +23,14 @@ $(READY): requirements.txt
 	    || { echo "$(PYTHON) is older than 3.11; set PYTHON=..."; exit 2; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# the extras that pyproject.toml lists, without installing leangpt itself beside its checkout
+$(TESTS): pyproject.toml | $(READY)
+	$(BIN)/python -c "import tomllib; extras = tomllib.load(open('pyproject.toml', 'rb')); \
+	    extras = extras['project']['optional-dependencies']; \
+	    print(*extras['notebook'], *extras['tests'], sep='\n')" > .venv/extras.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r .venv/extras.txt
 	@touch $@
 
 $(DATA)/meta.json: | $(READY)
@@ -47,12 +56,12 @@ chat: $(READY)
 	$(BIN)/python sample.py --init_from=data/smollm2 --start="$(PROMPT)" --temperature=0 \
 	    --num_samples=1 --max_new_tokens=40
 
-notebook: $(READY)
+notebook: $(TESTS)
 	$(BIN)/python -m experiments.report.run_notebook
 
 tables: $(READY)
 	$(BIN)/python -m experiments.report.readme_tables
 	$(BIN)/python -m experiments.report.readme_pictures
 
-test: $(READY)
+test: $(TESTS)
 	$(BIN)/python -m pytest
