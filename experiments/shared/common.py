@@ -1,7 +1,7 @@
 """What the measuring scripts share: where results go, how a table is written, interleaved runs.
 
-A script under experiments/ begins with the two lines that put the repository's root on the path,
-then imports this file; it writes results/<its own name>.csv.
+A script under experiments/ imports this file and writes results/<its own name>.csv, beside it.
+It runs as a module from the repository's root: python -m experiments.attention.attention_scaling
 
 Every row ends with the commit that made it. A machine with a mere copy is told which one:
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from leangpt.system.whole_files import written_whole
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "results"
+RESULTS = ROOT / "experiments" / "results"
 HASHES = ("commit", "sha256")  # columns
 
 

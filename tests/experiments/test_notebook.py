@@ -12,7 +12,7 @@ from conftest import ROOT
 from matplotlib.figure import Figure
 
 from experiments.report import run_notebook
-from experiments.shared.common import read_csv
+from experiments.shared.common import RESULTS, read_csv
 
 matplotlib.use("agg")
 PATH = ROOT / "williams.ipynb"
@@ -42,7 +42,7 @@ def test_the_stored_outputs_are_complete_and_static():
     assert all(cell.execution_count for cell in code), "run experiments/report/run_notebook.py"
     assert "widgets" not in notebook.metadata
     assert sum("image/png" in output.get("data", {}) for output in outputs(notebook)) >= 3
-    first_row = read_csv(ROOT / "results" / "attention_scaling.csv")[0]
+    first_row = read_csv(RESULTS / "attention_scaling.csv")[0]
     assert first_row["machine"] in json.dumps(outputs(notebook)), "outputs are of other results"
 
 
@@ -53,7 +53,7 @@ def test_it_does_not_claim_the_theorem():
 
 @pytest.fixture
 def rows():
-    return read_csv(ROOT / "results" / "attention_scaling.csv")
+    return read_csv(RESULTS / "attention_scaling.csv")
 
 
 def test_the_picker_redraws_for_the_chosen_policies(rows):

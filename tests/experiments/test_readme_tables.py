@@ -10,7 +10,7 @@ import optimizers
 from experiments.report import optimizer_tables, readme_pictures, readme_tables
 from experiments.report.table_tools import made_on
 from experiments.shared import two_commands
-from experiments.shared.common import write_csv
+from experiments.shared.common import RESULTS, write_csv
 from leangpt.system.errors import UserError
 
 PAGES = ("README.md", "docs/RESULTS.md")
@@ -103,7 +103,7 @@ def test_every_registered_figure_is_in_a_page_and_says_a_number():
     pages = "".join((ROOT / name).read_text() for name in PAGES)
     for name, (_, files) in readme_tables.FIGURES.items():
         text = f"<!-- figure: {name} --><!-- end -->"
-        made = readme_tables.rewrite(text, ROOT / "results")
+        made = readme_tables.rewrite(text, RESULTS)
         assert any(character.isdigit() for character in made[len(text) - 12 :]), (name, files)
         assert f"<!-- figure: {name} -->" in pages, name
 
@@ -192,7 +192,7 @@ def test_results_without_the_rows_asked_for_are_one_clear_line(tmp_path, block, 
 def test_every_registered_table_can_be_made_from_the_committed_results():
     for name, (_, files) in readme_tables.TABLES.items():
         text = f"<!-- table: {name} -->\n<!-- end table -->"
-        made = readme_tables.rewrite(text, ROOT / "results")
+        made = readme_tables.rewrite(text, RESULTS)
         # heading, rule, a row at least; or what a command printed
         assert made.count("\n|") >= 3 or made.count("\n```") >= 2, (name, files)
 
@@ -246,4 +246,4 @@ def test_pictures_are_drawn_whenever_asked_and_only_checked_with_check(tmp_path)
 def test_the_pages_agree_with_the_committed_results(name):
     text = (ROOT / name).read_text()
     assert "<!-- table:" in text
-    assert readme_tables.rewrite(text, ROOT / "results") == text
+    assert readme_tables.rewrite(text, RESULTS) == text
