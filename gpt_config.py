@@ -1,6 +1,7 @@
 """GPTConfig: what a model is built from, checked before anything is allocated."""
 
 from dataclasses import dataclass, fields
+from typing import ClassVar
 
 from attention_policies import POLICIES
 from leangpt.system.errors import UserError
@@ -12,6 +13,17 @@ MLPS = ("gelu", "gelu_tanh", "swiglu")
 
 @dataclass
 class GPTConfig:
+    # what a run may change freely: no parameter's shape or meaning depends on it
+    FREE: ClassVar[tuple[str, ...]] = (
+        "dropout",
+        "attention_dropout",
+        "attention_policy",
+        "q_chunk",
+        "k_chunk",
+        "checkpoint_layers",
+        "offload",
+    )
+
     block_size: int = 1024  # longest context
     vocab_size: int = 50304  # GPT-2's 50257 rounded up to a multiple of 64
     n_layer: int = 12
@@ -79,6 +91,14 @@ class GPTConfig:
                 "set checkpoint_layers=True as well"
             )
 
+    @classmethod
+    def from_dict(cls, model_args):
+        """GPTConfig from a checkpoint's `model_args` (nanoGPT's or ours). Raises UserError."""
+        unknown = sorted(set(model_args) - {field.name for field in fields(cls)})
+        if unknown:
+            raise UserError(f"the checkpoint's model_args have keys this model lacks: {unknown}")
+        return cls(**model_args)
+
     @property
     def kv_heads(self):
         """G, the number of key/value heads."""
@@ -93,12 +113,3 @@ class GPTConfig:
     def inner(self):
         """Width inside the MLP."""
         return self.n_inner or 4 * self.n_embd
-
-
-def config_from_dict(model_args):
-    """GPTConfig from a checkpoint's `model_args` (nanoGPT's or ours). Raises UserError."""
-    known = {field.name for field in fields(GPTConfig)}
-    unknown = sorted(set(model_args) - known)
-    if unknown:
-        raise UserError(f"the checkpoint's model_args have keys this model lacks: {unknown}")
-    return GPTConfig(**model_args)

@@ -253,6 +253,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    config_class = GPTConfig  # for those who are handed GPT: readers of files build it themselves
+
     def __init__(self, config):
         super().__init__()
         self.config = config

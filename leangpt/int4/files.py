@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gpt_config import config_from_dict
 from leangpt.layers.int4_linear import Int4Linear, gather_, replace_linears
 from leangpt.system.errors import UserError
 from model import GPT
@@ -69,7 +68,7 @@ def load_int4(path, device="cpu", dtype=torch.bfloat16, **overrides):
         group_size = int(header["group_size"])
     except (KeyError, ValueError) as error:
         raise UserError(f"the header of {path} is damaged ({error})") from None
-    config = config_from_dict({**arguments, **overrides})
+    config = GPT.config_class.from_dict({**arguments, **overrides})
     with torch.device("meta"):  # shapes alone
         model = GPT(config)
     replace_linears(model, group_size)

@@ -14,22 +14,11 @@ from pathlib import Path
 
 import torch
 
-from gpt_config import config_from_dict
 from leangpt.system.errors import UserError
 from model import GPT
 
 BEST, LAST = "ckpt.pt", "ckpt_last.pt"
 REQUIRED = ("model", "model_args", "iter_num")
-# Settings a run may change freely: no parameter's shape or meaning depends on them.
-FREE_MODEL_ARGS = (
-    "dropout",
-    "attention_dropout",
-    "attention_policy",
-    "q_chunk",
-    "k_chunk",
-    "checkpoint_layers",
-    "offload",
-)
 
 
 def save_checkpoint(path, checkpoint):
@@ -132,13 +121,13 @@ def checkpoint_to_resume(out_dir):
 def model_from_checkpoint(checkpoint, **overrides):
     """GPT with the checkpoint's weights, on the CPU in float32 -> GPT.
 
-    overrides: GPTConfig fields that do not touch the weights (FREE_MODEL_ARGS). Raises UserError
+    overrides: GPTConfig fields that do not touch the weights (GPTConfig.FREE). Raises UserError
     for others, and where weights and model_args disagree.
     """
-    fixed = sorted(set(overrides) - set(FREE_MODEL_ARGS))
+    fixed = sorted(set(overrides) - set(GPT.config_class.FREE))
     if fixed:
         raise UserError(f"a checkpoint's {', '.join(fixed)} cannot be changed")
-    model = GPT(config_from_dict({**checkpoint["model_args"], **overrides}))
+    model = GPT(GPT.config_class.from_dict({**checkpoint["model_args"], **overrides}))
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:

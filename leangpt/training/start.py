@@ -9,7 +9,7 @@ from dataclasses import asdict, fields, replace
 
 from leangpt.system.errors import UserError
 from leangpt.system.runtime import DTYPES
-from leangpt.training.checkpoint import FREE_MODEL_ARGS, model_from_checkpoint
+from leangpt.training.checkpoint import model_from_checkpoint
 from model import GPT, GPTConfig
 
 # A resumed run is this machine's and this command's in these, whatever was saved.
@@ -36,7 +36,7 @@ def build_model(settings, given, dataset, checkpoint=None):
     Weights are drawn or read in float32 and rounded last, so one seed starts every dtype alike.
     Raises UserError where the settings contradict the weights they start from.
     """
-    free = {name: getattr(settings, name) for name in FREE_MODEL_ARGS}
+    free = {name: getattr(settings, name) for name in GPTConfig.FREE}
     if settings.init_from == "scratch":
         shape = {
             field.name: getattr(settings, field.name)

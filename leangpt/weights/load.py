@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from leangpt.system.errors import UserError
-from leangpt.training.checkpoint import FREE_MODEL_ARGS
 from leangpt.weights.gguf import GGUFWeights
 from leangpt.weights.hf_names import config_from_hf, hf_pieces
 from model import GPT, GPTConfig
@@ -21,7 +20,7 @@ GPT2_SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 INDEX = "model.safetensors.index.json"
 # settings of ours that leave a model's function alone, and so may differ from the file's
-OVERRIDABLE = (*FREE_MODEL_ARGS, "block_size")
+OVERRIDABLE = (*GPTConfig.FREE, "block_size")
 # tensors older files hold that are no parameters: causal masks, rotary frequencies
 NOT_WEIGHTS = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)$")
 

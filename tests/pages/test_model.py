@@ -5,7 +5,6 @@ import torch
 from reference import relative_error
 from torch.nn import functional as F
 
-from gpt_config import config_from_dict
 from leangpt.attention.kv_cache import build_cache
 from leangpt.system.errors import UserError
 from model import GPT, GPTConfig
@@ -95,10 +94,10 @@ def test_initialisation_is_gpt2s():
 
 
 def test_nanogpt_model_args_load():
-    config = config_from_dict(dict(SMALL, dropout=0.2, bias=False))
+    config = GPTConfig.from_dict(dict(SMALL, dropout=0.2, bias=False))
     assert config.kv_heads == 4
     with pytest.raises(UserError, match="n_experts"):
-        config_from_dict(dict(SMALL, n_experts=2))
+        GPTConfig.from_dict(dict(SMALL, n_experts=2))
 
 
 @pytest.mark.parametrize(
