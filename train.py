@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import config_dict, parse_config, save_config
 from leangpt.memory.meter import is_out_of_memory
+from leangpt.optim import VARIANTS
 from leangpt.system.errors import UserError
 from leangpt.system.processor import keep_freed_memory
 from leangpt.system.runtime import (
@@ -49,8 +50,7 @@ from leangpt.training.log import (
     updates_inside_backward,
 )
 from leangpt.training.start import adopt_model_args, build_model, check_dataset, resumed_settings
-from optimizer_setup import check_param_dtype, lr_factor, make_optimizer
-from optimizers import VARIANTS
+from optimizers import check_param_dtype, lr_factor, make_optimizer
 
 
 @dataclass

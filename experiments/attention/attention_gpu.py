@@ -26,8 +26,8 @@ import torch
 from experiments.shared.common import RESULTS, provenance, read_csv, write_csv
 from leangpt.attention.tile_kernels import KERNELS
 from leangpt.layers.loss import chunked_cross_entropy
+from leangpt.optim import build_optimizer
 from model import GPT, GPTConfig
-from optimizers import build_optimizer
 
 DEVICE = "cuda"
 GPT2 = dict(n_layer=12, n_head=12, n_embd=768, vocab_size=50304)

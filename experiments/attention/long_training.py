@@ -14,9 +14,9 @@ import torch
 from configurator import parse_config
 from experiments.shared.common import RESULTS, provenance, write_csv
 from leangpt.memory.meter import PeakMeter
+from leangpt.optim import build_optimizer
 from leangpt.system.errors import exit_cleanly
 from model import GPT, GPTConfig
-from optimizers import build_optimizer
 
 
 @dataclass

@@ -7,8 +7,8 @@ import re
 from experiments.optimizers.many_runs import Cohort, Run
 from experiments.optimizers.peers import PEERS, state_bytes_of
 from experiments.optimizers.stacked_gpt import StackedGPT
+from leangpt.optim import VARIANTS, build_optimizer, state_bytes
 from leangpt.system.errors import UserError
-from optimizers import VARIANTS, build_optimizer, state_bytes
 
 LINEAR = (2e-3, 4e-3, 8e-3, 1.6e-2)
 EMBEDDING = (4e-3, 8e-3, 1.6e-2)

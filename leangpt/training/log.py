@@ -17,9 +17,9 @@ import torch
 from configurator import describe_changes
 from leangpt.memory import plan
 from leangpt.memory.meter import tensor_bytes
+from leangpt.optim import optimizer_table, planned_bytes
 from leangpt.system.errors import UserError
 from leangpt.text.dataset import describe
-from optimizers import optimizer_table, planned_bytes
 
 # One row an iteration logged (loss: that iteration's batch, before its update), one an evaluation
 # (train_loss, val_loss); a cell that does not apply is empty. peak_mb: Runtime.peak_memory.

@@ -28,9 +28,9 @@ from experiments.optimizers.optimizer_variants import (
 from experiments.optimizers.peers import PEERS
 from experiments.optimizers.stacked_gpt import StackedGPT
 from experiments.shared.paired import mean_interval, paired_difference, t_distribution
+from leangpt.optim import build_optimizer
 from leangpt.system.errors import UserError
 from model import GPT
-from optimizers import build_optimizer
 
 SETUP = Setup("tiny", dict(block_size=16, n_layer=2, n_head=2, n_embd=16), 4, 12, warmup=3)
 VARIANTS = [

@@ -6,11 +6,11 @@ import sys
 import pytest
 from conftest import ROOT
 
-import optimizers
 from experiments.report import optimizer_tables, readme_pictures, readme_tables
 from experiments.report.table_tools import made_on
 from experiments.shared import two_commands
 from experiments.shared.common import RESULTS, write_csv
+from leangpt.optim import VARIANTS
 from leangpt.system.errors import UserError
 
 PAGES = ("README.md", "docs/RESULTS.md")
@@ -204,7 +204,7 @@ def test_every_commit_of_a_table_is_named():
 
 
 def test_the_table_of_momenta_knows_the_default():
-    default = optimizers.VARIANTS["adamsn"].options
+    default = VARIANTS["adamsn"].options
     assert optimizer_tables.DEFAULT_MOMENTUM == (default["betas"][0], default["nu1"])
 
 

@@ -13,10 +13,10 @@ from leangpt.memory.plan import (
     predict_forward_peak,
     predict_training_peak,
 )
+from leangpt.optim import build_optimizer
 from leangpt.system.timing import block_config, block_peak, build_block, forward, random_input
 from leangpt.training import log
 from model import GPT, GPTConfig
-from optimizers import build_optimizer
 
 SMALL = GPTConfig(block_size=4096, vocab_size=96, n_layer=3, n_head=4, n_embd=64, position="none")
 TILES = {"q_chunk": 128, "k_chunk": 128}

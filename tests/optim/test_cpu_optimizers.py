@@ -12,10 +12,9 @@ import torch
 from optimizer_references import run
 from torch import nn
 
-from leangpt.optim import step_cpu
+from leangpt.optim import Adafactor, AdamSN, MuonSN, build_optimizer, step_cpu
 from leangpt.optim.momentum import dequantize, dither
 from leangpt.system import c_library
-from optimizers import Adafactor, AdamSN, MuonSN, build_optimizer
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_kernels = pytest.mark.skipif(step_cpu.library() is None, reason="needs Linux and cc")
@@ -294,7 +293,7 @@ def test_bits_do_not_depend_on_the_threads(cls, options, taken):
 
 RESUME = """
 import ast, sys, torch
-from optimizers import build_optimizer
+from leangpt.optim import build_optimizer
 saved = torch.load(sys.argv[1], weights_only=True)
 net = torch.nn.Linear(64, 50)
 net.load_state_dict(saved["net"])

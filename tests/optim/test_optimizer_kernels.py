@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from leangpt.optim import step_cuda, step_triton
+from leangpt.optim import Adafactor, AdamSN, MuonSN, step_cuda, step_triton
 from leangpt.optim.momentum import dequantize
-from optimizers import Adafactor, AdamSN, MuonSN
 
 pytestmark = pytest.mark.skipif(
     not step_triton.AVAILABLE, reason="needs CUDA, or Triton and TRITON_INTERPRET=1"

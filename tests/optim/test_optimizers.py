@@ -12,8 +12,8 @@ import torch
 from optimizer_references import LARGE, assert_close, gradients, run
 from torch import nn
 
+from leangpt.optim import Adafactor, AdamSN, MuonSN
 from leangpt.system.errors import UserError
-from optimizers import Adafactor, AdamSN, MuonSN
 
 CLASSES = [
     (AdamSN, dict(partition="row")),
@@ -248,7 +248,7 @@ def test_compiled_equals_eager(cls, backend, monkeypatch):
 
 RESUME = """
 import sys, torch
-from optimizers import MuonSN
+from leangpt.optim import MuonSN
 saved = torch.load(sys.argv[1], weights_only=True)
 p = torch.nn.Parameter(saved["p"])
 optimizer = MuonSN([p], momentum_bits=4)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from leangpt.optim import VARIANTS, Adafactor, AdamSN, build_optimizer, optimizer_table, state_bytes
 from leangpt.system.errors import UserError
 from model import GPT, GPTConfig
-from optimizer_setup import check_option_types
-from optimizers import VARIANTS, Adafactor, AdamSN, build_optimizer, optimizer_table, state_bytes
+from optimizers import check_option_types
 
 
 class Attention(nn.Module):

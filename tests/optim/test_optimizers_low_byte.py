@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from leangpt.optim import adamsn, fused_backward
+from leangpt.optim import (
+    Adafactor,
+    AdamSN,
+    MuonSN,
+    adamsn,
+    build_optimizer,
+    fuse_into_backward,
+    fused_backward,
+    state_bytes,
+)
 from leangpt.optim.momentum import (
     BLOCK,
     LEVELS,
@@ -18,7 +27,6 @@ from leangpt.optim.momentum import (
     update_momentum,
 )
 from leangpt.system.errors import UserError
-from optimizers import Adafactor, AdamSN, MuonSN, build_optimizer, fuse_into_backward, state_bytes
 
 
 def generator(seed=0):

@@ -6,7 +6,7 @@ import torch
 from optimizer_references import LARGE, assert_close, gradients, run
 from torch import nn
 
-from optimizers import Adafactor, AdamSN, MuonSN, state_bytes
+from leangpt.optim import Adafactor, AdamSN, MuonSN, state_bytes
 
 
 @pytest.mark.parametrize("norm", ["mean", "sum"])

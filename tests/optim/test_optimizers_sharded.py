@@ -6,9 +6,9 @@ import torch.distributed as dist
 from torch import nn
 from two_processes import failures_of
 
+from leangpt.optim import Adafactor, AdamSN, MuonSN, state_bytes
 from leangpt.optim.momentum import dequantize
 from leangpt.system.errors import UserError
-from optimizers import Adafactor, AdamSN, MuonSN, state_bytes
 
 CASES = {
     "row": (AdamSN, dict(partition="row")),

@@ -12,12 +12,12 @@ from tiny_run import arguments, determined, run_script
 
 import train
 from configurator import parse_config
+from leangpt.optim import VARIANTS
 from leangpt.system.errors import UserError
 from leangpt.text.dataset import load_dataset
 from leangpt.training.checkpoint import BEST, LAST, load_checkpoint, model_from_checkpoint
 from model import GPT, GPTConfig
-from optimizer_setup import lr_factor, parse_options
-from optimizers import VARIANTS
+from optimizers import lr_factor, parse_options
 
 SHORT = ["--max_iters=4", "--eval_interval=2"]
 
@@ -88,8 +88,8 @@ def test_a_run_learns_and_leaves_its_files(tmp_path, capsys):
 
 
 def test_the_summary_counts_the_optimizer_state_it_will_have(tmp_path, capsys):
+    from leangpt.optim import state_bytes
     from leangpt.system.runtime import setup_runtime
-    from optimizers import state_bytes
 
     train.main(arguments(tmp_path, "run", *SHORT, "--optimizer_variant=adamsn"))
     said = capsys.readouterr().out.split("optimizer state ")[1].split(" MB")[0]

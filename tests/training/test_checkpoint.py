@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_run import run_script
 
+from leangpt.optim import build_optimizer
 from leangpt.system.errors import UserError
 from leangpt.training.checkpoint import (
     BEST,
@@ -20,7 +21,6 @@ from leangpt.training.checkpoint import (
     save_checkpoint,
 )
 from model import GPT, GPTConfig
-from optimizers import build_optimizer
 
 
 def tiny_model(**changes):

@@ -6,8 +6,8 @@ import torch.distributed as dist
 from torch import nn
 from two_processes import failures_of
 
+from leangpt.optim import build_optimizer
 from leangpt.system.errors import UserError
-from optimizers import build_optimizer
 
 BEFORE_THE_REDUCTION = "fused_backward runs on one process: DDP and FSDP reduce too late"
 

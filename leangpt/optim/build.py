@@ -1,0 +1,246 @@
+"""Any nn.Module to its optimizer, by a variant's name: resolve the recipe, group the parameters by
+role, construct the class.
+
+    optimizer = build_optimizer(model, "muonsn8", learning_rate=4e-3, weight_decay=0.1)
+    print(optimizer_table(model, optimizer))
+"""
+
+import difflib
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from leangpt.optim.adafactor import Adafactor
+from leangpt.optim.adamsn import AdamSN
+from leangpt.optim.base import COMMON
+from leangpt.optim.fused_backward import fuse_into_backward
+from leangpt.optim.muonsn import MuonSN
+from leangpt.optim.roles import LINEAR_ROLES, parameters_by_role
+from leangpt.optim.variants import VARIANTS
+from leangpt.system.errors import UserError
+
+# Options of a class that `embedding_...` sets apart for all that is not a linear weight.
+EMBEDDING_OPTIONS = {
+    AdamSN: ("partition", "beta1", "nu1"),
+    MuonSN: ("partition",),
+    Adafactor: ("momentum", "factored"),
+}
+
+
+def build_optimizer(
+    model: nn.Module,
+    variant: str,
+    learning_rate: float | None = None,
+    weight_decay: float = 0.1,
+    betas: tuple[float, float] | None = None,
+    embedding_lr: float | None = None,
+    *,
+    role_rates: dict[str, float] | None = None,
+    partition: str | int | dict | None = None,
+    fused_backward: bool = False,
+    grad_clip: float = 0.0,
+    **options,
+) -> torch.optim.Optimizer:
+    """The optimizer `variant` for any nn.Module. Every group has a `name` and an `initial_lr`.
+
+    Groups, by role (optim/roles.py): weights of linear layers are "linear", or one group per role
+    ("qkv", "attn_out", "mlp_in", "mlp_out", ...) where their settings differ; embeddings, output
+    heads and other matrices are "embedding"; everything with fewer than two dimensions is "vector"
+    and is not decayed. Only linear weights are compressed (adafactor: every matrix), unless
+    embedding_partition says otherwise.
+
+    learning_rate        of linear weights; None: the variant's tuned one
+    embedding_lr         of all the rest; None: the variant's tuned one, scaled as learning_rate is
+    weight_decay         decoupled (AdamW's), of matrices
+    betas                None: (0.9, 0.95), or the variant's own; adafactor reads only betas[1]
+    role_rates           factors on learning_rate, a dict role -> number; None: the variant's; {}:
+                         one rate for all
+    partition            adamsn: subsets of linear weights, a name or a dict role -> name
+    embedding_partition  adamsn, muonsn: subsets of embeddings, e.g. "row" (default "element")
+    embedding_momentum   adafactor: momentum of embeddings and vectors alone, 2% of GPT-2's weights
+                         or so; momentum_bits is theirs too
+    embedding_factored   adafactor: False gives embeddings a second moment per element
+    embedding_beta1, embedding_nu1   adamsn: the momentum of all but linear weights, where it is
+                         another than theirs
+    fused_backward       update inside backward (optim/fused_backward.py)
+    grad_clip            with fused_backward: its max_norm; 0: update_clip defaults to 1 instead
+    options              of the variant's class, e.g. momentum_bits=8, foreach=False
+
+    Raises UserError for an unknown variant or option, for hyperparameters without meaning, and for
+    a model without trainable parameters.
+    """
+    if grad_clip and not fused_backward:
+        raise UserError("grad_clip is fused_backward's; without it call clip_grad_norm_ yourself")
+    if betas is not None:
+        options["betas"] = tuple(betas)
+    if fused_backward and not grad_clip:
+        options.setdefault("update_clip", 1.0)
+    recipe = resolve_recipe(variant, learning_rate, embedding_lr, role_rates, partition, options)
+    groups = make_groups(model, recipe, weight_decay)
+    if recipe.cls is torch.optim.AdamW:
+        if fused_backward:
+            raise UserError("adam cannot update inside backward: take adamsn, partition='element'")
+        return torch_adamw(groups, recipe.options)
+    optimizer = recipe.cls(groups, lr=recipe.learning_rate, **recipe.options)
+    return fuse_into_backward(optimizer, grad_clip) if fused_backward else optimizer
+
+
+# ---------------------------------------------------------------------- the recipe
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a variant's defaults and the caller's wishes come to."""
+
+    cls: type
+    learning_rate: float  # of linear weights
+    embedding_lr: float  # of the rest
+    role_rates: dict  # role of linear weights -> factor on learning_rate
+    partition: object  # AdamSN's, of linear weights: a name, an int, or a dict by role
+    options: dict  # of the class
+    embedding_options: dict  # of the groups that are no linear weights, where they differ
+
+
+def resolve_recipe(variant, learning_rate, embedding_lr, role_rates, partition, options) -> Recipe:
+    """The Recipe of a variant; None stands for its own. Raises UserError, as build_optimizer."""
+    if variant not in VARIANTS:
+        raise UserError(f"unknown optimizer variant {variant!r}: {closest(variant, VARIANTS)}")
+    tuned = VARIANTS[variant]
+    for name, rate in (("learning_rate", learning_rate), ("embedding_lr", embedding_lr)):
+        if rate is not None and not float(rate) > 0:
+            raise UserError(f"{name} must be positive, not {rate}")
+    if embedding_lr is None:
+        scale = 1.0 if learning_rate is None else learning_rate / tuned.learning_rate
+        embedding_lr = tuned.embedding_lr * scale
+    if partition is not None and tuned.cls is not AdamSN:
+        raise UserError(f"{variant} has no partition: it is adamsn's")
+
+    options = {"betas": (0.9, 0.95)} | tuned.options | options
+    check_options(variant, tuned.cls, options)
+    if not isinstance(options["betas"], tuple | list) or len(options["betas"]) != 2:
+        raise UserError(f"betas must be two numbers in [0, 1), not {options['betas']}")
+    apart = {
+        name: options.pop(f"embedding_{name}")
+        for name in EMBEDDING_OPTIONS.get(tuned.cls, ())
+        if f"embedding_{name}" in options
+    }
+    if "beta1" in apart:
+        apart["betas"] = (apart.pop("beta1"), *options["betas"][1:])
+    if tuned.cls is MuonSN and options.get("momentum") == 0:
+        options["betas"] = (0.0, *options["betas"][1:])  # nor do the embeddings store any
+    if tuned.cls is Adafactor:
+        options["beta2"] = options.pop("betas")[1]
+    return Recipe(
+        cls=tuned.cls,
+        learning_rate=tuned.learning_rate if learning_rate is None else learning_rate,
+        embedding_lr=embedding_lr,
+        role_rates=tuned.role_rates if role_rates is None else checked_rates(role_rates),
+        partition=partition,
+        options=options,
+        embedding_options=apart,
+    )
+
+
+def known_options(cls) -> set:
+    """Names that build_optimizer takes as **options for an optimizer class."""
+    if cls is torch.optim.AdamW:
+        names = {"eps", "maximize", "foreach", "amsgrad", "capturable", "differentiable", "fused"}
+        return names | {"betas"}
+    names = set(inspect.signature(cls).parameters) | set(COMMON) | {"betas"}
+    names |= {f"embedding_{name}" for name in EMBEDDING_OPTIONS[cls]}
+    set_otherwise = {"params", "lr", "weight_decay", "common", "beta2", "partition"}
+    return names - set_otherwise
+
+
+def check_options(variant, cls, options):
+    known = known_options(cls)
+    for name in options:
+        if name not in known:
+            raise UserError(f"{variant} has no option {name!r}: {closest(name, known, 'known: ')}")
+
+
+def closest(name, known, otherwise="one of "):
+    """What was probably meant by a name that is not among the known ones, as a phrase."""
+    near = difflib.get_close_matches(str(name), known, n=1)
+    names = known if isinstance(known, dict) else sorted(known)
+    return f"did you mean {near[0]!r}?" if near else otherwise + ", ".join(names)
+
+
+def checked_rates(role_rates):
+    """`role_rates` itself, if it is a dict of roles and positive numbers."""
+    if not isinstance(role_rates, dict):
+        raise UserError(f"role_rates must be a dict role -> factor, not {role_rates!r}")
+    check_roles("role_rates", role_rates)
+    for role, factor in role_rates.items():
+        if not isinstance(factor, (int, float)) or not factor > 0:
+            raise UserError(f"role_rates[{role!r}] must be a positive number, not {factor!r}")
+    return role_rates
+
+
+def check_roles(option, roles):
+    for role in roles:
+        if role not in LINEAR_ROLES:
+            raise UserError(f"{option} has no role {role!r}: known are {', '.join(LINEAR_ROLES)}")
+
+
+# ---------------------------------------------------------------------- the groups
+
+
+def make_groups(model, recipe, weight_decay):
+    """Parameter groups of a Recipe, those of linear roles that share all settings joined."""
+    groups = []
+    for role, params, layout in parameters_by_role(model):
+        linear = role in LINEAR_ROLES
+        rate = recipe.learning_rate if linear else recipe.embedding_lr
+        rate = rate * recipe.role_rates[role] if recipe.role_rates.get(role, 1) != 1 else rate
+        group = {"name": role, "params": params, "lr": rate}
+        group["weight_decay"] = 0.0 if role == "vector" else weight_decay
+        if issubclass(recipe.cls, AdamSN):
+            group |= layout
+            group["partition"] = linear_partition(recipe.partition, role) if linear else "element"
+        if recipe.cls is MuonSN:
+            group["orthogonalize"] = linear
+        groups.append(group if linear else group | recipe.embedding_options)
+    if not groups:
+        raise UserError("the model has no trainable parameters")
+    return merge_alike(groups)
+
+
+def linear_partition(partition, role):
+    """The partition of one role: a dict's entry, else its "linear" entry, else row."""
+    if isinstance(partition, dict):
+        check_roles("partition", partition)
+        return partition.get(role, partition.get("linear", "row"))
+    return partition or "row"
+
+
+def merge_alike(groups):
+    """Join the groups of linear roles that share every setting into one, named "linear"."""
+    merged = {}
+    for group in groups:
+        settings = {k: v for k, v in group.items() if k not in ("params", "name")}
+        kind = "linear" if group["name"] in LINEAR_ROLES else group["name"]
+        joined = merged.setdefault((kind, repr(sorted(settings.items()))), group | {"params": []})
+        joined["params"] = joined["params"] + group["params"]
+        if joined["name"] != group["name"]:
+            joined["name"] = "linear"
+    for group in merged.values():
+        group["initial_lr"] = group["lr"]
+    return list(merged.values())
+
+
+# ---------------------------------------------------------------------- torch's own
+
+
+def torch_adamw(groups, options):
+    """torch's AdamW with nanoGPT's settings; its fused kernel where every tensor allows it."""
+    params = [p for group in groups for p in group["params"]]
+    fusable = all(p.is_floating_point() and p.device.type in ("cuda", "cpu") for p in params)
+    if not options.get("foreach") and not options.get("differentiable"):
+        options = {"fused": fusable} | options
+    try:
+        return torch.optim.AdamW(groups, **options)
+    except ValueError as error:
+        raise UserError(f"adam: {error}") from None

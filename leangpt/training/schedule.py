@@ -1,0 +1,17 @@
+"""How the learning rate goes over a run."""
+
+import math
+
+
+def warmup_cosine(iteration: int, warmup_iters: int, decay_iters: int, floor: float) -> float:
+    """What a learning rate is multiplied by: linear warmup, then a cosine (nanoGPT's schedule).
+
+    From 1 / (warmup_iters + 1) at iteration 0 up to 1, down to `floor` at decay_iters, and there it
+    stays.
+    """
+    if iteration < warmup_iters:
+        return (iteration + 1) / (warmup_iters + 1)
+    if iteration >= decay_iters:
+        return floor
+    progress = (iteration - warmup_iters) / (decay_iters - warmup_iters)
+    return floor + 0.5 * (1.0 + math.cos(math.pi * progress)) * (1.0 - floor)
