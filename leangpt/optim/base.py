@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from leangpt.optim.arithmetic import clip_update, compute_dtype, shift, stack
-from leangpt.optim.momentum import BLOCK, MOMENTUM_BITS, round_to_bfloat16
+from leangpt.optim.momentum import BLOCK, FORMAT, MOMENTUM_BITS, from_format_1, round_to_bfloat16
 from leangpt.optim.sharding import (
     RowShards,
     all_finite,
@@ -72,7 +72,8 @@ class MemoryOptimizer(torch.optim.Optimizer):
         self.skipped_steps = 0
         self._forget()
         self.fused = None  # low_byte.FusedBackward, once the update runs inside backward
-        super().__init__(params, defaults | COMMON | common)
+        # how codes of a momentum are to be read: momentum.py
+        super().__init__(params, {"momentum_format": FORMAT} | defaults | COMMON | common)
 
     # ------------------------------------------------------------------ for subclasses to define
 
@@ -210,6 +211,17 @@ class MemoryOptimizer(torch.optim.Optimizer):
             self.check_group(group)
             for p in group["params"]:
                 self.check_state(p, group)
+            if group["momentum_format"] == 1:
+                self._rewrite_momentum(group)
+
+    def _rewrite_momentum(self, group):
+        """Codes saved before zero had one of its own become those of today, the values alike."""
+        for p in group["params"]:
+            state = self.state.get(p, {})
+            if "momentum_scale" in state:
+                codes, scales = local(state["momentum"]), local(state["momentum_scale"])
+                from_format_1(codes, scales, state["step"])
+        group["momentum_format"] = FORMAT
 
     def check_state(self, p, group):
         """Raise UserError where a loaded state is not laid out as this class lays out its own."""
@@ -426,7 +438,7 @@ COMMON = dict(  # the options every optimizer here has
     skip_nonfinite=False,
 )
 # options that older states lack, and what they meant
-ADDED_LATER = dict(factored=True, column_norm=False, nu1=1.0)
+ADDED_LATER = dict(factored=True, column_norm=False, nu1=1.0, momentum_format=1)
 COMMON_HELP = """
     maximize             ascend instead
     foreach              stack small tensors of one shape and use multi-tensor kernels;
