@@ -1,0 +1,37 @@
+"""The exact peak of a training step on a CPU, where no allocator counts by itself.
+
+Resident memory hardly tells optimizers apart: it holds the libraries, and a free list that grew at
+start-up hides what a step allocates later. What a step needs is the same from step to step once
+the optimizer has its state, so one early step is measured.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from leangpt.memory.meter import PeakMeter, tensor_bytes
+
+MEASURED = 2  # the step that is measured, counted from 0: kernels and state are there by then
+
+
+def step_peak(
+    step: Callable[[Callable[[], None]], Any],
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+) -> tuple[Any, int]:
+    """Run one step -> (what it returned, bytes allocated at its peak: all there was, on the CPU).
+
+    step(tick): forward, backward and update, with a call of tick() before each micro-batch, which
+    keeps the meter small; numbers are bitwise those of a step that is not measured. Counted are
+    parameters, buffers and state, which stand before, and every block that the step allocates,
+    gradients and activations above all; not what C++ keeps from step to step by itself, as the
+    buckets of DistributedDataParallel.
+    """
+    states = (value for state in optimizer.state.values() for value in state.values())
+    standing = tensor_bytes(
+        [*model.parameters(), *model.buffers(), *filter(torch.is_tensor, states)]
+    )
+    with PeakMeter("cpu") as meter:
+        result = step(meter.tick)
+    return result, standing + meter.peak
