@@ -47,16 +47,21 @@ def parse_config(settings, argv=None):
     config file or a flag set to its value, in the order in which they were first set.
     Accepted: CONFIG.py, --key=value, --key value, and a bare --key for a bool (meaning True).
     Dashes inside a key are underscores. `--help` prints every key and exits with status 0.
+    Where the metadata of a tuple[str, ...] field says "positional", words that are no flags are
+    gathered there, and there are no config files.
     Raises UserError on an unknown key, a value of the wrong type, or an unreadable config file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--help" in argv or "-h" in argv:
         print(help_text(settings))
         sys.exit(0)
-    kinds = _field_types(settings)
+    kinds, positional = _field_types(settings), _positional(settings)
     given, words = {}, argv
     while words:
         word, words = words[0], words[1:]
+        if positional and not word.startswith("-"):
+            given[positional] = (*given.get(positional, ()), word)
+            continue
         if not word.startswith("-"):
             given.update(_read_config_file(word, kinds))
             continue
@@ -97,7 +102,9 @@ def help_text(settings):
     under the headings of the source."""
     comments, headings = _read_comments(settings)
     script = Path(sys.argv[0]).name or "script.py"
-    lines = [f"usage: python {script} [CONFIG.py ...] [--key=value ...]"]
+    positional = _positional(settings)
+    words = f"{positional.upper()} ..." if positional else "[CONFIG.py ...]"
+    lines = [f"usage: python {script} {words} [--key=value ...]"]
     purpose = settings.__doc__
     if not purpose or purpose.startswith(f"{settings.__name__}("):  # dataclass's own
         purpose = sys.modules[settings.__module__].__doc__
@@ -222,6 +229,12 @@ def _checked(key, kind, value, path):
 def _field_types(settings):
     hints = typing.get_type_hints(settings)
     return {field.name: hints[field.name] for field in dataclasses.fields(settings)}
+
+
+def _positional(settings):
+    """Name of the field that gathers the words that are no flags, or None."""
+    names = (f.name for f in dataclasses.fields(settings) if f.metadata.get("positional"))
+    return next(names, None)
 
 
 def _alternatives(kind):

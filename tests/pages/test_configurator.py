@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -161,6 +161,19 @@ def test_help_lists_every_key_type_default_and_comment():
         "--seq: int,... = (1024, 2048) lengths",
     ):
         assert line in " ".join(text.split())
+
+
+def test_words_are_gathered_where_a_field_asks_for_them():
+    @dataclass
+    class Folders:
+        runs: tuple[str, ...] = field(default=(), metadata={"positional": True})
+        out: str = "picture"
+
+    config, given = parse_config(Folders, ["a", "--out", "b", "c,d", "model.py"])
+    assert (config.runs, config.out) == (("a", "c,d", "model.py"), "b")
+    assert set(given) == {"runs", "out"}
+    assert "RUNS ... [--key=value ...]" in help_text(Folders)
+    assert "[CONFIG.py ...]" in help_text(Settings)
 
 
 def test_changes_and_json(tmp_path):
