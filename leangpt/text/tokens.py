@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from leangpt.system.errors import UserError
-from leangpt.text.sources import gpt2_encoding, write_atomically
+from leangpt.system.whole_files import write_whole
+from leangpt.text.sources import gpt2_encoding
 
 GPT2_VOCAB_SIZE = 50257
 MAX_VOCAB_SIZE = 65535  # .bin files are uint16
@@ -210,7 +211,7 @@ def write_dataset(directory, train_ids, val_ids, meta):
     except OSError as error:
         raise UserError(f"cannot write to {directory}: {error.strerror}") from error
     for split, ids in splits.items():
-        write_atomically(directory / f"{split}.bin", ids.astype(np.uint16).tobytes())
+        write_whole(directory / f"{split}.bin", ids.astype(np.uint16).tobytes())
     if meta["tokenizer"] == "char":  # for nanoGPT's own readers
         characters = meta["characters"]
         pickled = {
@@ -218,7 +219,7 @@ def write_dataset(directory, train_ids, val_ids, meta):
             "itos": dict(enumerate(characters)),
             "stoi": {character: i for i, character in enumerate(characters)},
         }
-        write_atomically(directory / "meta.pkl", pickle.dumps(pickled))
+        write_whole(directory / "meta.pkl", pickle.dumps(pickled))
     meta = meta | {f"{split}_tokens": len(ids) for split, ids in splits.items()}
-    write_atomically(directory / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
+    write_whole(directory / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
     return meta

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from leangpt.system.errors import UserError
-from model import GPT
+from leangpt.system.whole_files import written_whole
 
 BEST, LAST = "ckpt.pt", "ckpt_last.pt"
 REQUIRED = ("model", "model_args", "iter_num")
@@ -24,56 +24,25 @@ REQUIRED = ("model", "model_args", "iter_num")
 def save_checkpoint(path, checkpoint):
     """Write `checkpoint` (dict) to `path` so that a crash at any moment leaves the old file whole.
 
-    Written beside it under a temporary name, flushed to the disk, then renamed. Raises UserError
-    where the disk is full or not writable; the old file is then untouched.
+    On the disk, name and all, when this returns. Raises UserError where the disk is full or not
+    writable; the old file is then untouched.
     """
-    _replace(path, lambda file: torch.save(checkpoint, file))
+    with written_whole(path, fsync=True) as temporary, open(temporary, "wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # its class for a full disk, too
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError) else OSError(str(error)) from error
 
 
 def copy_checkpoint(source, path):
     """Make `path` the same checkpoint as `source`, as atomically; costs no second copy of the
     bytes where the file system has hard links."""
-    temporary = _temporary(path)
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:
-        with open(source, "rb") as file:
-            _replace(path, lambda target: shutil.copyfileobj(file, target, 2**24))
-        return
-    os.replace(temporary, path)
-    _sync_directory(Path(path).parent)
-
-
-def _temporary(path):
-    return Path(f"{path}.tmp")
-
-
-def _replace(path, write):
-    """Atomically make `path` what write(file) writes."""
-    temporary = _temporary(path)
-    try:
-        temporary.unlink(missing_ok=True)  # it may be a hard link to a finished checkpoint
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_directory(Path(path).parent)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write checkpoint {path}: {error}; the file before it is untouched"
-        ) from error
-
-
-def _sync_directory(directory):
-    """Make a rename in `directory` survive a power cut (POSIX)."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with written_whole(path, fsync=True) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
 def load_checkpoint(path, device="cpu"):
@@ -118,11 +87,11 @@ def checkpoint_to_resume(out_dir):
     return last if last.exists() else Path(out_dir) / BEST
 
 
-def model_from_checkpoint(checkpoint, **overrides):
-    """GPT with the checkpoint's weights, on the CPU in float32 -> GPT.
+def model_from_checkpoint(GPT, checkpoint, **overrides):
+    """A GPT with the checkpoint's weights, on the CPU in float32.
 
-    overrides: GPTConfig fields that do not touch the weights (GPTConfig.FREE). Raises UserError
-    for others, and where weights and model_args disagree.
+    GPT: the class (model.py's). overrides: fields of its config that do not touch the weights (its
+    FREE). Raises UserError for others, and where weights and model_args disagree.
     """
     fixed = sorted(set(overrides) - set(GPT.config_class.FREE))
     if fixed:

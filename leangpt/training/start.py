@@ -45,7 +45,7 @@ def build_model(settings, given, dataset, checkpoint=None):
         }
         model = GPT(GPTConfig(**shape, vocab_size=padded_vocabulary(dataset.vocab_size)))
     elif settings.init_from == "resume":
-        model = model_from_checkpoint(checkpoint, **free)
+        model = model_from_checkpoint(GPT, checkpoint, **free)
     else:
         from leangpt.weights.load import load_pretrained  # a large file, for this alone
 

@@ -172,7 +172,7 @@ def test_whole_split_evaluation_is_the_mean_over_every_block(tmp_path):
     train.main(
         arguments(tmp_path, "run", *SHORT, "--eval_iters=0", "--batch_size=3", "--dropout=0.5")
     )
-    model = model_from_checkpoint(load_checkpoint(tmp_path / "run" / LAST)).double().eval()
+    model = model_from_checkpoint(GPT, load_checkpoint(tmp_path / "run" / LAST)).double().eval()
     val = torch.from_numpy(load_dataset("tiny", tmp_path / "data").val.astype("int64"))
     blocks = (len(val) - 1) // 16
     assert blocks % 3  # the last batch is smaller: a mean of batch means would be wrong

@@ -1,6 +1,7 @@
 """Files written whole or not at all: full disks, folders that cannot be, older files."""
 
 import contextlib
+import os
 import resource
 
 import pytest
@@ -9,8 +10,7 @@ import torch
 from configurator import save_config
 from experiments.shared.common import write_csv
 from leangpt.system.errors import UserError
-from leangpt.system.whole_files import written_whole
-from leangpt.text.sources import write_atomically
+from leangpt.system.whole_files import write_whole, written_whole
 from leangpt.text.tokens import write_dataset
 from leangpt.training.log import MetricsFile
 from leangpt.weights.export import export_pretrained
@@ -37,7 +37,7 @@ def tiny_gpt():
 WRITERS = {
     "csv": lambda folder: write_csv(folder / "a.csv", [{"a": "x" * 100}]),
     "settings": lambda folder: save_config(Settings(), folder / "config.json"),
-    "bytes": lambda folder: write_atomically(folder / "a.bin", b"x" * 100),
+    "bytes": lambda folder: write_whole(folder / "a.bin", b"x" * 100),
     "dataset": lambda folder: write_dataset(
         folder, [0] * 99, [0] * 99, {"tokenizer": "gpt2", "vocab_size": 50257}
     ),
@@ -90,3 +90,33 @@ def test_a_disk_that_fills_up_while_training_is_one_line(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.csv")
     with full_disk(room=100), pytest.raises(UserError, match="cannot write .*metrics.csv"):
         metrics.write(iter=1, loss="1" * 100)
+
+
+def test_two_processes_never_share_a_temporary_file(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    with written_whole(path) as mine:
+        mine.write_text("half of")
+        monkeypatch.setattr("os.getpid", lambda: 1)  # the other process
+        with written_whole(path) as theirs:
+            theirs.write_text("theirs")
+        mine.write_text("mine")
+    assert path.read_text() == "mine" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_goes_when_it_is_old(tmp_path):
+    left, live, other = (tmp_path / name for name in ("a.7.tmp", "a.8.tmp", "ab.7.tmp"))
+    for file in (left, live, other):
+        file.write_text("half")
+    for file in (left, other):
+        os.utime(file, (0, 0))
+    write_whole(tmp_path / "a", b"whole")
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "a", live, other]
+
+
+def test_on_the_disk_before_its_name_and_its_name_too(tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr("leangpt.system.whole_files.sync", lambda path: steps.append(path.name))
+    replace = os.replace
+    monkeypatch.setattr("os.replace", lambda *names: (steps.append("renamed"), replace(*names)))
+    write_whole(tmp_path / "a", b"whole")
+    assert steps[0].startswith("a.") and steps[1:] == ["renamed", tmp_path.name]

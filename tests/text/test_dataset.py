@@ -9,7 +9,6 @@ import torch
 
 from leangpt.system.errors import UserError
 from leangpt.text.dataset import Dataset, describe, load_dataset, load_tokenizer, write_dataset
-from leangpt.text.sources import write_atomically
 from leangpt.text.tokens import check_vocab_size
 
 CHARACTERS = "\nabcde"
@@ -202,13 +201,6 @@ def test_largest_vocabulary(tmp_path):
             check_vocab_size(size)
     write_dataset(tmp_path / "big", [0, 65534], [1, 2], {"tokenizer": "gpt2", "vocab_size": 65535})
     assert load_dataset("big", tmp_path).train.tolist() == [0, 65534]
-
-
-def test_write_atomically_replaces_whole_files(tmp_path):
-    path = tmp_path / "file"
-    write_atomically(path, b"one")
-    write_atomically(path, b"two")
-    assert path.read_bytes() == b"two" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 def test_char_tokenizer(prepared):
