@@ -38,7 +38,7 @@ $(DATA)/meta.json: | $(READY)
 	$(BIN)/python $(DATA)/prepare.py
 
 $(OUT)/.trained: | $(READY) $(DATA)/meta.json
-	$(BIN)/python train.py config/train_shakespeare_char.py --out_dir=$(OUT) \
+	$(BIN)/python train.py config/demo_shakespeare_char.py --out_dir=$(OUT) \
 	    --init_from=$(if $(wildcard $(OUT)/ckpt_last.pt),resume,scratch)
 	@touch $@
 

@@ -1,6 +1,7 @@
 """What 4-bit weights and quantised keys and values cost: loss, and divergence from the exact model.
 
-    python train.py config/train_shakespeare_char.py --optimizer_variant=muonsn8
+    python train.py config/demo_shakespeare_char.py --out_dir=out-shakespeare-char \\
+        --optimizer_variant=muonsn8
     python data/smollm2/prepare.py
     PYTHONPATH=.cache/peers python -m experiments.decoding.generation_quality
 

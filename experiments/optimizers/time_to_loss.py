@@ -5,7 +5,7 @@
 
 nanoGPT's recipe (AdamW at 1e-3, float32, not compiled, 2000 iterations of 12 x 64 characters) ends
 at a validation loss of 1.8857. Both sides train the same model through train.py, one after the
-other and in turns, on the same machine: `config/train_shakespeare_char.py` as it stands, and the
+other and in turns, on the same machine: `config/demo_shakespeare_char.py` as it stands, and the
 same file with nanoGPT's settings put back. The clock is train.py's: compilation counts, evaluation
 does not. The loss is over the whole validation split. A side has arrived at the first evaluation
 that is not above the target; one that never arrives took the seconds of its whole run.
@@ -50,7 +50,7 @@ NANOGPT = (
 
 @dataclass
 class Settings:
-    config: str = "config/train_shakespeare_char.py"  # our recipe
+    config: str = "config/demo_shakespeare_char.py"  # our recipe
     options: str = ""  # more flags for our side, as "--compile=True --seed=1"
     target: float = 1.8857  # validation loss to reach
     eval_interval: int = 25  # iterations between our evaluations; seconds are known this finely
