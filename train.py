@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configurator import config_dict, parse_config, save_config
 from leangpt.memory.meter import is_out_of_memory
-from leangpt.optim import VARIANTS
+from leangpt.optim import VARIANTS, updates_inside_backward
 from leangpt.system.errors import UserError
 from leangpt.system.processor import keep_freed_memory
 from leangpt.system.runtime import (
@@ -42,13 +42,7 @@ from leangpt.training.checkpoint import (
     save_checkpoint,
 )
 from leangpt.training.evaluation import evaluate
-from leangpt.training.log import (
-    StepClock,
-    TrainingLog,
-    advise_oom,
-    startup_summary,
-    updates_inside_backward,
-)
+from leangpt.training.log import StepClock, TrainingLog, advise_oom, startup_summary
 from leangpt.training.start import adopt_model_args, build_model, check_dataset, resumed_settings
 from optimizers import check_param_dtype, lr_factor, make_optimizer
 
@@ -300,7 +294,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if inside:
-            self.norm = self.optimizer.fused.norm
+            self.norm = self.optimizer.strategy.norm
         return total
 
     def micro_batches(self):

@@ -12,7 +12,7 @@ from leangpt.optim.accounting import optimizer_table, planned_bytes, state_bytes
 from leangpt.optim.adafactor import Adafactor
 from leangpt.optim.adamsn import AdamSN
 from leangpt.optim.build import build_optimizer
-from leangpt.optim.fused_backward import fuse_into_backward
+from leangpt.optim.fused_backward import fuse_into_backward, updates_inside_backward
 from leangpt.optim.muonsn import MuonSN
 from leangpt.optim.variants import VARIANTS, Variant
 
@@ -27,4 +27,5 @@ __all__ = [
     "optimizer_table",
     "planned_bytes",
     "state_bytes",
+    "updates_inside_backward",
 ]

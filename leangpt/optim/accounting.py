@@ -25,7 +25,7 @@ def planned_bytes(optimizer, p, group):
         values = optimizer.state[p].values()
         tensors = [local(v) for v in values if torch.is_tensor(v)]
     elif isinstance(optimizer, MemoryOptimizer):
-        tensors = list(optimizer.new_state(local(p).detach().to("meta"), group).values())
+        tensors = list(optimizer.planned_state(p, group).values())
     else:  # torch's AdamW: two moments and a float32 step count
         return 2 * p.numel() * p.element_size() + 4
     return sum(t.numel() * t.element_size() for t in tensors)
@@ -34,9 +34,8 @@ def planned_bytes(optimizer, p, group):
 def method_of(optimizer, group):
     """How a group is updated, in a few words."""
     if isinstance(optimizer, MuonSN) and group["orthogonalize"]:
-        heads = ", q and k per head" if group["per_head"] and group["head_dim"] else ""
         blocks = ", q k v apart" if group["row_blocks"] else ""
-        return f"orthogonalised, a second moment a row{heads or blocks}"
+        return f"orthogonalised, a second moment per row{blocks}"
     if isinstance(optimizer, AdamSN):
         if group["partition"] in ("element", 1):
             return "Adam"

@@ -18,13 +18,12 @@ import math
 
 import torch
 
-from leangpt.optim.arithmetic import clip_update, compute_dtype, mean_square
+from leangpt.optim.arithmetic import HUGEST, clip_update, compute_dtype, mean_square
 from leangpt.optim.base import COMMON_HELP, MemoryOptimizer, check_number
 from leangpt.optim.momentum import new_momentum, update_momentum
 from leangpt.system.errors import UserError
 
 CACHED = 1 << 18  # numbers that fit in a CPU core's second-level cache: 1 MB
-HUGEST = 1e30  # gradients beyond 1e15 count as 1e15: R Cᵀ / mean(R) must not overflow to nan
 
 
 class Adafactor(MemoryOptimizer):
@@ -105,9 +104,7 @@ class Adafactor(MemoryOptimizer):
         return 1 - keep, min(1e-2, step**-0.5)
 
     def update(self, items):
-        if not self.defaults["compile"]:
-            items = self.kernels.run(items, is_factored, self.launch)
-        super().update(items)
+        super().update(self.kept.kernels.run(items, is_factored, self.launch))
 
     def launch(self, stack):
         stack.adafactor(self.schedule(stack.group, stack.step)[0])
@@ -168,10 +165,6 @@ def row_and_column_sums(grad):
     if grad.is_cuda:  # reductions square on the way: no copy
         norms = [torch.linalg.vector_norm(grad, dim=d, keepdim=True) for d in (2, 1)]
         return [norm.square_() for norm in norms]
-    if torch.compiler.is_compiling():  # in two levels: a loop over short runs of rows vectorises
-        run = 64 if grad.shape[1] % 64 == 0 else grad.shape[1]
-        tiles = grad.unflatten(1, (-1, run)).square()  # (N, n / run, run, m)
-        return grad.square().sum(2, keepdim=True), tiles.sum(2).sum(1, keepdim=True)
     by_row, by_column = [], 0
     tile = max(1, CACHED // max(1, grad.shape[0] * grad.shape[2]))  # rows that stay in cache
     for rows in grad.split(tile, dim=1):

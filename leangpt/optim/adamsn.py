@@ -20,12 +20,13 @@ from dataclasses import replace
 import torch
 
 from leangpt.optim.arithmetic import compute_dtype, mean_square, shift
-from leangpt.optim.base import COMMON_HELP, STACK_EACH, MemoryOptimizer, say_once
+from leangpt.optim.base import COMMON_HELP, MemoryOptimizer, say_once
+from leangpt.optim.batches import STACK_EACH, is_plain
 from leangpt.optim.momentum import BLOCK, new_momentum, update_momentum
 from leangpt.system.errors import UserError
 
 SLICE = 1 << 24  # numbers of a matrix that go through float32 at a time
-PARTITIONS = ("row", "column", "larger", "head", "head_column", "element")
+PARTITIONS = ("row", "larger", "element")
 
 
 class AdamSN(MemoryOptimizer):
@@ -38,16 +39,15 @@ class AdamSN(MemoryOptimizer):
     weight_decay         decoupled (AdamW)
     partition            the subsets of a matrix (n, m); more dimensions are flattened to (n, -1):
                          "row"     one output row, v has n numbers
-                         "column"  one input column, m numbers; q, k and v apart (row_blocks)
-                         "larger"  lines along the longer side, min(n, m) numbers
-                         "head"    all of one attention head's rows, n / head_dim numbers
-                         "head_column"  one column of one head, n / head_dim * m numbers
+                         "larger"  the paper's: lines along the longer side, min(n, m) numbers;
+                         where those are columns, the row_blocks apart
                          an int k  runs of k numbers, n * m / k numbers
                          "element" plain Adam. Vectors are always plain Adam.
     norm                 "mean" or "sum" (the paper's)
     momentum_bits        32, 16, 8 or 4 bits a number for a matrix's m (see optim/momentum.py);
                          vectors keep 32
-    head_dim, row_blocks rows of one head, and of the blocks (q, k, v), where a group has them
+    row_blocks           of groups: how many rows each of the matrices stacked in one weight has,
+                         as (rows of q, of k, of v); None: it is one matrix
     {COMMON_HELP}
     Raises UserError for hyperparameters without meaning and for sparse gradients.
     """
@@ -64,7 +64,6 @@ class AdamSN(MemoryOptimizer):
         partition="row",
         norm="mean",
         momentum_bits=32,
-        head_dim=None,
         row_blocks=None,
         **common,
     ):
@@ -77,7 +76,6 @@ class AdamSN(MemoryOptimizer):
             partition=partition,
             norm=norm,
             momentum_bits=momentum_bits,
-            head_dim=head_dim,
             row_blocks=row_blocks,
         )
         super().__init__(params, defaults, **common)
@@ -122,9 +120,8 @@ class AdamSN(MemoryOptimizer):
     def update(self, items):
         """By the kernels what they take; large plain float32 tensors by the multi-tensor kernels
         below; the rest as any."""
-        if not self.defaults["compile"]:
-            items = self.kernels.run(items, suits_kernels, self.launch)
-        large = [] if self.defaults["compile"] else [i for i in items if self.is_large(i)]
+        items = self.kept.kernels.run(items, kernels_support, self.launch)
+        large = [i for i in items if is_large(i)]
         for key, same in by_key(large, adam_key).items():
             if key[0] == "element":
                 update_elements(same)
@@ -132,53 +129,52 @@ class AdamSN(MemoryOptimizer):
                 update_subsets(same, self.schedule(same[0].group, same[0].step)[:3])
         taken = set(map(id, large))
         rest = [i for i in items if id(i) not in taken]
-        super().update([part for item in rest for part in self.row_slices(item)])
+        super().update([part for item in rest for part in row_slices(item)])
 
     def launch(self, stack):
         stack.adamsn(*self.schedule(stack.group, stack.step)[:3])
 
-    def row_slices(self, item):
-        """Runs of rows of one very large matrix as items of their own, or the item itself.
 
-        Arithmetic is float32, so a bfloat16 matrix with an 8-bit momentum needs many times its own
-        bytes for a moment; in slices that moment is bounded. Only where rows are independent.
-        """
-        shape, size = item.param.shape, item.param.numel()
-        view, dims = subset_view(shape, item.group)
-        rows_alone = 1 not in dims and view[:1] == shape[:1]
-        if size <= SLICE or len(shape) != 2 or item.shards or not rows_alone:
-            return [item]
-        step = max(BLOCK, SLICE // shape[1] // BLOCK * BLOCK)  # whole blocks of codes in a slice
-        slices = []
-        for start in range(0, shape[0], step):
-            rows = slice(start, start + step)
-            state = {}
-            for name, value in item.state.items():
-                if value.shape == shape or name == "second_moment":
-                    state[name] = value[rows]
-                else:  # codes and scales lie in blocks over the flattened matrix
-                    blocks = slice(start * shape[1] // BLOCK, (start + step) * shape[1] // BLOCK)
-                    state[name] = value[blocks]
-            slices.append(replace(item, param=item.param[rows], grad=item.grad[rows], state=state))
-        return slices
+def row_slices(item):
+    """Runs of rows of one very large matrix as items of their own, or the item itself.
 
-    def is_large(self, item):
-        group = item.group
-        if item.param.numel() <= STACK_EACH and not elements_on_gpu(item):
-            return False
-        return (
-            group["foreach"]
-            and group["update_clip"] is None
-            and group["betas"][0] > 0
-            and self.is_plain(item)
-        )
+    Arithmetic is float32, so a bfloat16 matrix with an 8-bit momentum needs many times its own
+    bytes for a moment; in slices that moment is bounded. Only where rows are independent.
+    """
+    shape, size = item.param.shape, item.param.numel()
+    view, dims = subset_view(shape, item.group)
+    rows_alone = 1 not in dims and view[:1] == shape[:1]
+    if size <= SLICE or len(shape) != 2 or item.shards or not rows_alone:
+        return [item]
+    step = max(BLOCK, SLICE // shape[1] // BLOCK * BLOCK)  # whole blocks of codes in a slice
+    slices = []
+    for start in range(0, shape[0], step):
+        rows = slice(start, start + step)
+        state = {}
+        for name, value in item.state.items():
+            if value.shape == shape or name == "second_moment":
+                state[name] = value[rows]
+            else:  # codes and scales lie in blocks over the flattened matrix
+                blocks = slice(start * shape[1] // BLOCK, (start + step) * shape[1] // BLOCK)
+                state[name] = value[blocks]
+        slices.append(replace(item, param=item.param[rows], grad=item.grad[rows], state=state))
+    return slices
 
 
-def suits_kernels(item):
+def kernels_support(item):
     """Has this matrix one second moment for each row of (n, -1), or for each BLOCK of a row?"""
     view, dims = subset_view(item.param.shape, item.group, item.shards)
     by_row = dims == (2,) and len(view) == 2 and view[0] == item.param.shape[0]
     return by_row or (dims == (3,) and view[2] == BLOCK)
+
+
+def is_large(item):
+    """Do the multi-tensor kernels below take it? They need no stack and have no update_clip."""
+    group = item.group
+    if item.param.numel() <= STACK_EACH and not elements_on_gpu(item):
+        return False
+    plain = group["foreach"] and group["update_clip"] is None and is_plain(item)
+    return plain and group["betas"][0] > 0
 
 
 def elements_on_gpu(item):
@@ -279,31 +275,22 @@ def subset_view(shape, group, shards=None):
     The tensor, viewed as (N, *view), has one subset for each index of the dimensions that are not
     in `dims` (counted with the batch dimension, so they start at 1). Where a partition does not
     fit, the nearest that does is taken and said once: a run length becomes the nearest divisor;
-    heads become rows where the group has no head_dim; and of a tensor sharded over ranks, subsets
-    that could cross ranks irregularly become rows.
+    and of a tensor sharded over ranks, runs that could cross ranks become rows.
     """
     partition = group["partition"]
     if len(shape) < 2 or partition in ("element", 1):
         return tuple(shape), ()
     rows, columns = shape[0], math.prod(shape[1:])
     runs = isinstance(partition, int) and columns % partition == 0  # within rows
-    if shards and not runs and partition not in ("row", "column", "larger"):
-        say_once(f"partition {partition!r} becomes 'row' for weights sharded over ranks")
+    if shards and isinstance(partition, int) and not runs:
+        say_once(f"partition {partition} becomes 'row' for weights sharded over ranks")
         partition = "row"
-    if partition == "larger":
-        partition = "row" if columns > (shards.rows if shards else rows) else "column"
     if runs:
         return (rows, columns // partition, partition), (3,)
     if isinstance(partition, int):
         run = nearest_divisor(rows * columns, partition)
         return (rows * columns // run, run), (2,)
-    if partition.startswith("head"):
-        head_dim = group["head_dim"]
-        if head_dim and rows % head_dim == 0:
-            dims = (2, 3) if partition == "head" else (2,)
-            return (rows // head_dim, head_dim, columns), dims
-        partition = "row"
-    if partition == "row":
+    if partition == "row" or columns > (shards.rows if shards else rows):
         return (rows, columns), (2,)
     block = math.gcd(*group["row_blocks"]) if group["row_blocks"] else rows
     if block == rows or rows % block or shards:

@@ -4,6 +4,9 @@ import math
 
 import torch
 
+# Squares beyond this count as this in Adafactor's means: R Cᵀ / mean(R) must not overflow to nan.
+HUGEST = 1e30
+
 
 def compute_dtype(tensor):
     """float64 stays; everything else is computed in float32."""

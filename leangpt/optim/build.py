@@ -75,15 +75,14 @@ def build_optimizer(
         raise UserError("grad_clip is fused_backward's; without it call clip_grad_norm_ yourself")
     if betas is not None:
         options["betas"] = tuple(betas)
-    if fused_backward and not grad_clip:
-        options.setdefault("update_clip", 1.0)
     recipe = resolve_recipe(variant, learning_rate, embedding_lr, role_rates, partition, options)
     groups = make_groups(model, recipe, weight_decay)
     if recipe.cls is torch.optim.AdamW:
         if fused_backward:
             raise UserError("adam cannot update inside backward: take adamsn, partition='element'")
         return torch_adamw(groups, recipe.options)
-    optimizer = recipe.cls(groups, lr=recipe.learning_rate, **recipe.options)
+    clip = {"update_clip": 1.0} if fused_backward and not grad_clip else {}
+    optimizer = recipe.cls(groups, lr=recipe.learning_rate, **(clip | recipe.options))
     return fuse_into_backward(optimizer, grad_clip) if fused_backward else optimizer
 
 

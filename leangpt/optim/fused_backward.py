@@ -7,16 +7,17 @@ each parameter runs as soon as its gradient is complete (LOMO, arXiv 2306.09782,
 No gradient ever meets another, so the norm of them all is known when the last has been used: each
 is scaled by what the norm of the step before asks for (`max_norm`), or each tensor's update is
 clipped (`update_clip`). What needs whole gradients is refused: accumulation over several backward
-passes, DDP and FSDP (their reductions run after the hooks), GradScaler, `skip_nonfinite`, closures.
+passes, DDP and FSDP (their reductions run after the hooks), GradScaler, closures.
 """
 
 import torch
 
+from leangpt.optim.base import MemoryOptimizer
 from leangpt.optim.sharding import is_sharded
 from leangpt.system.errors import UserError
 
 
-def fuse_into_backward(optimizer, max_norm=0.0):
+def fuse_into_backward(optimizer: MemoryOptimizer, max_norm: float = 0.0) -> MemoryOptimizer:
     """Make `loss.backward()` update the parameters of one of the optimizers here.
 
     Keep the usual loop: backward, then optimizer.step(), which now only ends the step, then
@@ -28,8 +29,6 @@ def fuse_into_backward(optimizer, max_norm=0.0):
     """
     if not max_norm >= 0:
         raise UserError(f"max_norm must not be negative, and 0 for no clipping, not {max_norm}")
-    if optimizer.defaults["skip_nonfinite"]:
-        raise UserError("skip_nonfinite needs all gradients at once: not with fused_backward")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         if torch.distributed.get_world_size() > 1:
             raise UserError("fused_backward runs on one process: DDP and FSDP reduce too late")
@@ -39,9 +38,14 @@ def fuse_into_backward(optimizer, max_norm=0.0):
             raise UserError("fused_backward does not work with sharded parameters (FSDP)")
         if p.dtype == torch.float16:
             raise UserError("fused_backward cannot unscale float16 gradients: use bfloat16")
-    if optimizer.fused is None:
-        optimizer.fused = FusedBackward(optimizer, max_norm)
+    if not updates_inside_backward(optimizer):
+        optimizer.strategy = FusedBackward(optimizer, max_norm)
     return optimizer
+
+
+def updates_inside_backward(optimizer: torch.optim.Optimizer) -> bool:
+    """Is every gradient applied and freed while backward still runs? Of any optimizer."""
+    return isinstance(getattr(optimizer, "strategy", None), FusedBackward)
 
 
 class FusedBackward:
@@ -93,7 +97,7 @@ class FusedBackward:
             self.scales[device] = scale.to(device)
         grad.mul_(self.scales[device])
 
-    def finish_step(self, optimizer, closure):
+    def step(self, optimizer, closure):
         """What optimizer.step() does after a fused backward: check, and begin anew."""
         if closure is not None:
             raise UserError("closures re-run backward: not with fused_backward")
@@ -104,3 +108,10 @@ class FusedBackward:
             self.norm = sum((other.to(first.device) for other in others), first).sqrt()
         self.squares, self.scales = {}, {}
         self.moved.clear()
+
+    def state_dict(self):
+        """The norm that the next step is clipped by, where it is known."""
+        return {} if self.norm is None else {"gradient_norm": self.norm}
+
+    def load_state_dict(self, state_dict):
+        self.norm = state_dict.get("gradient_norm")

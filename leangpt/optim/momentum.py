@@ -128,7 +128,7 @@ def quantize_into(codes, scales, step, value):
 def dither(scales, step):
     """v of every number: scales (N, blocks, 1) -> (N, blocks, 32) float32 in [-1/2, 1/2).
 
-    In 32-bit integers that wrap around, as optim/step_triton.py and optim/step_cpu.c have it, so
+    In 32-bit integers that wrap around, as in kernels/momentum_triton.py and kernels/step_cpu.c, so
     that a state means the same everywhere. step: an int, or a tensor that broadcasts to scales.
     """
     bits = scales.view(torch.int16).to(torch.int64) + step * GOLDEN

@@ -14,17 +14,18 @@ For a matrix gradient G (n, m), rows counted as i:
     W  <- (1 - lr wd) W - lr * 0.2 O / RMS(O)   the RMS of AdamW's update, so that its learning
                                                 rates carry over: Moonlight (2502.16982, 2.2)
 
-q, k and v, stacked in one weight, are orthogonalised apart (q and k head by head if asked).
+q, k and v, stacked in one weight, are orthogonalised apart.
 What is not a matrix of a linear layer belongs in a group with orthogonalize=False, where AdamSN
 (optim/adamsn.py) moves it. State: M in 32, 16, 8 or 4 bits, or none (momentum = 0); and v.
 """
 
 import torch
 
-from leangpt.optim import step_cuda
 from leangpt.optim.adamsn import AdamSN
 from leangpt.optim.arithmetic import compute_dtype, mean_square
-from leangpt.optim.base import COMMON_HELP, STACK_TOTAL, MemoryOptimizer, check_number
+from leangpt.optim.base import COMMON_HELP, MemoryOptimizer, check_number
+from leangpt.optim.batches import STACK_TOTAL, update_in_batches
+from leangpt.optim.kernels import step_cuda
 from leangpt.optim.momentum import new_momentum, update_momentum
 from leangpt.system.errors import UserError
 from leangpt.system.processor import fast_bfloat16
@@ -45,10 +46,11 @@ class MuonSN(AdamSN):
     ns_steps       Newton-Schulz iterations
     update_rms     root mean square of an update before lr
     column_norm    normalise X's columns before Newton-Schulz; False: X as it is, as in Muon
-    per_head       orthogonalise q and k head by head (needs row_blocks and head_dim)
     orthogonalize  False: this group is AdamSN's, with its betas, partition and norm
-    momentum_bits, head_dim, row_blocks, betas, eps, weight_decay, nu1, partition, norm: as
-                   AdamSN's. Vectors are always plain Adam.
+    row_blocks     of groups: rows of each matrix stacked in one weight, (q, k, v): orthogonalised
+                   apart
+    momentum_bits, betas, eps, weight_decay, nu1, partition, norm: as AdamSN's. Vectors are always
+                   plain Adam.
     {COMMON_HELP}
     Raises UserError for hyperparameters without meaning and for sparse gradients.
     """
@@ -67,13 +69,11 @@ class MuonSN(AdamSN):
         ns_steps=5,
         update_rms=0.2,
         column_norm=True,
-        per_head=False,
         orthogonalize=True,
         nu1=1.0,
         partition="element",
         norm="mean",
         momentum_bits=32,
-        head_dim=None,
         row_blocks=None,
         **common,
     ):
@@ -88,13 +88,11 @@ class MuonSN(AdamSN):
             ns_steps=ns_steps,
             update_rms=update_rms,
             column_norm=column_norm,
-            per_head=per_head,
             orthogonalize=orthogonalize,
             nu1=nu1,
             partition=partition,
             norm=norm,
             momentum_bits=momentum_bits,
-            head_dim=head_dim,
             row_blocks=row_blocks,
         )
         MemoryOptimizer.__init__(self, params, defaults, **common)
@@ -109,8 +107,6 @@ class MuonSN(AdamSN):
         check_number(group, "update_rms", 0)
         if not (isinstance(group["ns_steps"], int) and group["ns_steps"] >= 1):
             raise UserError(f"ns_steps must be a positive int, not {group['ns_steps']!r}")
-        if group["row_blocks"] is None and group["per_head"] and group["head_dim"]:
-            raise UserError("per_head needs row_blocks, the rows of q, k and v")
 
     def new_state(self, tensor, group, shards=None):
         if not is_orthogonalized(tensor, group):
@@ -128,11 +124,10 @@ class MuonSN(AdamSN):
 
     def update(self, items):
         matrices = [i for i in items if is_orthogonalized(i.param, i.group)]
-        matrices = self.kernels.run(
+        matrices = self.kept.kernels.run(
             matrices, lambda item: True, self.launch_matrices, [step_cuda], step_cuda.MOST
         )
-        for batch in self.batches(matrices, each=STACK_TOTAL):  # one bmm for all of one shape
-            self.update_batch(batch)
+        update_in_batches(self, matrices, each=STACK_TOTAL)  # one bmm for all of one shape
         super().update([i for i in items if not is_orthogonalized(i.param, i.group)])
 
     def launch_matrices(self, stack):
@@ -171,22 +166,14 @@ def is_orthogonalized(tensor, group):
 
 
 def orthogonalize_blocks(matrices, group):
-    """Orthogonalise the row blocks of N matrices (N, n, m) apart: q, k, v, or heads of q and k."""
-    blocks, head_dim = group["row_blocks"], group["head_dim"]
-    how = group["ns_steps"], group["column_norm"]
+    """Orthogonalise the row blocks of N matrices (N, n, m) apart: q, k, v."""
+    blocks, how = group["row_blocks"], (group["ns_steps"], group["column_norm"])
     if blocks is None or sum(blocks) != matrices.shape[1]:
         return orthogonalize(matrices, *how)
-    equal = len(set(blocks)) == 1 and matrices.is_contiguous()
-    if equal and not (group["per_head"] and head_dim):  # q, k, v of all layers in one stack
+    if len(set(blocks)) == 1 and matrices.is_contiguous():  # of all layers in one stack
         shape = matrices.shape
         return orthogonalize(matrices.view(-1, blocks[0], shape[2]), *how).view(shape)
-    done = []
-    for index, block in enumerate(matrices.split(list(blocks), dim=1)):
-        shape = block.shape  # (N, rows of q, k or v, m)
-        if group["per_head"] and head_dim and index < 2:
-            block = block.reshape(-1, head_dim, shape[2])  # (N * heads, D, m)
-        done.append(orthogonalize(block, *how).view(shape))
-    return torch.cat(done, dim=1)
+    return torch.cat([orthogonalize(b, *how) for b in matrices.split(list(blocks), dim=1)], dim=1)
 
 
 def orthogonalize(matrices, steps=5, column_norm=False):

@@ -21,8 +21,8 @@ ROLE_OF_NAME = {  # how the names of nn.Linear modules end
 def parameters_by_role(model):
     """[(role, [parameters], layout)] over every trainable parameter of `model`, each just once.
 
-    layout: {"row_blocks": ..., "head_dim": ...} of an attention input projection, from the
-    attributes of its nn.Linear; empty otherwise.
+    layout: {"row_blocks": ...} of an attention input projection, from its nn.Linear; empty
+    otherwise.
     """
     lookups = (nn.Embedding, nn.EmbeddingBag)
     tables = {id(m.weight) for m in model.modules() if isinstance(m, lookups)}
@@ -42,8 +42,7 @@ def parameters_by_role(model):
             name, module = linears[id(p)]
             role = linear_role(name, module)
             if getattr(module, "row_blocks", None) is not None:
-                head_dim = getattr(module, "head_dim", None)
-                layout = {"row_blocks": tuple(module.row_blocks), "head_dim": head_dim}
+                layout = {"row_blocks": tuple(module.row_blocks)}
         key = (role, *layout.values())
         found.setdefault(key, (role, [], layout))[1].append(p)
     return list(found.values())

@@ -108,20 +108,3 @@ def shard_like(value, param, replicated):
         shape=torch.Size(shape),
         stride=torch.empty(shape, device="meta").stride(),
     )
-
-
-def all_finite(grads):
-    """Are all gradients finite? One wait for each device; every rank gets the same answer."""
-    by_device = {}
-    for grad in map(local, grads):
-        if grad.numel():
-            by_device.setdefault(grad.device, []).append(grad)
-    finite = True
-    for tensors in by_device.values():
-        largest = torch.stack([n.float() for n in torch._foreach_norm(tensors, float("inf"))])
-        finite = finite and bool(torch.isfinite(largest).all())
-    sharded = [grad for grad in grads if is_sharded(grad)]
-    if sharded:
-        bad = torch.tensor(float(not finite), device=local(sharded[0]).device)
-        finite = not bool(RowShards(sharded[0]).sum(bad))
-    return finite

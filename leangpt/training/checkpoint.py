@@ -119,9 +119,7 @@ def load_optimizer(optimizer, model, state):
     """
     if not state:
         return "the checkpoint holds no optimizer state"
-    if not state["state"]:  # saved before the first update; steps may have been skipped
-        if hasattr(optimizer, "skipped_steps"):
-            optimizer.skipped_steps = state.get("skipped_steps", 0)
+    if not state["state"]:  # saved before the first update
         return None
     built = [
         {key: group[key] for key in ("lr", "initial_lr", "weight_decay", "betas") if key in group}

@@ -17,7 +17,7 @@ import torch
 from configurator import describe_changes
 from leangpt.memory import plan
 from leangpt.memory.meter import tensor_bytes
-from leangpt.optim import optimizer_table, planned_bytes
+from leangpt.optim import optimizer_table, planned_bytes, updates_inside_backward
 from leangpt.system.errors import UserError
 from leangpt.text.dataset import describe
 
@@ -226,11 +226,6 @@ def startup_summary(trainer):
         lines["resuming"] = f"from iteration {trainer.iteration} of {settings.out_dir}"
     text = [f"{name:<10} {line}" for name, line in lines.items()]
     return "\n".join(text + [f"note: {notice}" for notice in trainer.notices])
-
-
-def updates_inside_backward(optimizer):
-    """Is every gradient applied and freed while backward still runs? (optim/fused_backward.py)"""
-    return getattr(optimizer, "fused", None) is not None
 
 
 def optimizer_bytes(optimizer):

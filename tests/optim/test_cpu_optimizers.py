@@ -12,7 +12,8 @@ import torch
 from optimizer_references import run
 from torch import nn
 
-from leangpt.optim import Adafactor, AdamSN, MuonSN, build_optimizer, step_cpu
+from leangpt.optim import Adafactor, AdamSN, MuonSN, build_optimizer
+from leangpt.optim.kernels import step_cpu
 from leangpt.optim.momentum import dequantize, dither
 from leangpt.system import c_library
 
@@ -36,8 +37,8 @@ def taken(monkeypatch):
     """The items that the kernels took."""
     items = []
     for name in ("adamsn", "adafactor"):
-        step = getattr(step_cpu.Stack, name)
-        monkeypatch.setattr(step_cpu.Stack, name, functools.partialmethod(count, step, items))
+        step = getattr(step_cpu.MatrixTable, name)
+        monkeypatch.setattr(step_cpu.MatrixTable, name, functools.partialmethod(count, step, items))
     return items
 
 
@@ -347,7 +348,7 @@ def test_c_leaves_to_pytorch_what_it_does_not_know(taken):
         (torch.ones(6, 64), dict(momentum_bits=4)),
         (torch.ones(6, 64), dict(update_clip=1.0)),
         (torch.ones(6, 64), dict(foreach=False)),
-        (torch.ones(6, 64), dict(partition="column")),
+        (torch.ones(64, 6), dict(partition="larger")),
         (torch.ones(6, 64), dict(partition=16)),
         (torch.ones(6, 80), dict(partition=32)),
         (torch.ones(6, 64), dict(lr=torch.tensor(1e-2))),

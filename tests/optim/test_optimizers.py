@@ -1,7 +1,6 @@
 """Each optimizer as a drop-in torch.optim.Optimizer: states, copies, closures, odd input."""
 
 import copy
-import functools
 import io
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from optimizer_references import LARGE, assert_close, gradients, run
+from optimizer_references import LARGE, gradients, run
 from torch import nn
 
 from leangpt.optim import Adafactor, AdamSN, MuonSN
@@ -18,7 +17,7 @@ from leangpt.system.errors import UserError
 CLASSES = [
     (AdamSN, dict(partition="row")),
     (AdamSN, dict(betas=(0.95, 0.99), nu1=0.8, momentum_bits=8)),
-    (AdamSN, dict(partition="column", momentum_bits=8)),
+    (AdamSN, dict(partition="larger", momentum_bits=8)),
     (Adafactor, dict()),
     (Adafactor, dict(momentum=0.9, momentum_bits=16)),
     (Adafactor, dict(relative_step=True)),
@@ -149,28 +148,6 @@ def test_zero_and_huge_gradients_leave_finite_weights(cls, options, size):
     assert p.isfinite().all() and q.isfinite().all()
 
 
-@each_class
-def test_nonfinite_gradients_can_be_skipped(cls, options):
-    p, q = nn.Parameter(torch.ones(6, 4)), nn.Parameter(torch.ones(5))
-    optimizer = cls([p, q], lr=1e-2, skip_nonfinite=True, **options)
-    run(optimizer, [p, q], [[torch.ones(6, 4), torch.ones(5)]])
-    before = copy.deepcopy((p, q, optimizer.state_dict()["state"]))
-    for bad in (float("nan"), float("inf"), -float("inf")):
-        run(optimizer, [p, q], [[torch.ones(6, 4), torch.tensor([1, 1, bad, 1, 1])]])
-    assert optimizer.skipped_steps == 3 and copy.deepcopy(optimizer).skipped_steps == 3
-    saved = optimizer.state_dict()
-    other = cls([nn.Parameter(p.detach().clone()), nn.Parameter(q.detach().clone())])
-    other.load_state_dict(saved)
-    assert other.skipped_steps == 3
-    del saved["skipped_steps"]  # a state saved before this was counted
-    other.load_state_dict(saved)
-    assert other.skipped_steps == 0
-    assert torch.equal(p, before[0]) and torch.equal(q, before[1])
-    assert str(optimizer.state_dict()["state"]) == str(before[2])
-    run(optimizer, [p, q], [[torch.ones(6, 4), torch.ones(5)]])
-    assert not torch.equal(p, before[0])
-
-
 def test_gradients_are_not_touched():
     for cls, options in CLASSES:
         for shape in ((6, 4), LARGE):
@@ -228,24 +205,6 @@ def test_a_run_length_that_does_not_divide_becomes_the_nearest_that_does():
     assert optimizer.state[p]["second_moment"].numel() == 3
 
 
-@pytest.mark.parametrize("cls, backend", [(AdamSN, "inductor"), (Adafactor, "aot_eager")])
-def test_compiled_equals_eager(cls, backend, monkeypatch):
-    """One graph for every step and rate: the second step must not compile again."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    results, shape = [], (1088, 260)
-    for compile in (False, True):
-        p = nn.Parameter(torch.linspace(-1, 1, shape[0] * shape[1]).view(shape))
-        optimizer = cls([p], lr=1e-2, weight_decay=0.1, compile=compile)
-        run(optimizer, [p], [[g] for g in gradients(shape, steps=1)])
-        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        optimizer.param_groups[0]["lr"] = 5e-3
-        run(optimizer, [p], [[g] for g in gradients(shape, steps=3, seed=1)])
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
-        assert (optimizer._compiled is not None) == compile
-        results.append(p.detach())
-    assert_close(results[1], results[0].double(), torch.float32)
-
-
 RESUME = """
 import sys, torch
 from leangpt.optim import MuonSN
@@ -275,27 +234,62 @@ def test_resume_in_another_process_is_bitwise(tmp_path):
     assert torch.equal(torch.load(file + ".out"), p.detach())
 
 
-def test_foreign_state_is_refused():
+def test_foreign_state_is_refused_and_nothing_of_it_stays():
     p = nn.Parameter(torch.ones(4, 4))
-    with pytest.raises(UserError, match="not saved by AdamSN"):
-        AdamSN([p]).load_state_dict(torch.optim.AdamW([p]).state_dict())
-    two = AdamSN([dict(params=[p]), dict(params=[nn.Parameter(torch.ones(2))])])
-    with pytest.raises(UserError, match="does not fit the model"):
-        AdamSN([p]).load_state_dict(two.state_dict())
     row = AdamSN([p])
     run(row, [p], [[torch.ones(4, 4)]])
-    saved = row.state_dict()
-    saved["param_groups"][0]["partition"] = "element"
-    with pytest.raises(UserError, match=r"second_moment of a weight \(4, 4\) should have shape"):
-        AdamSN([p]).load_state_dict(saved)
+    before = copy.deepcopy(row.state_dict())
+    two = AdamSN([dict(params=[p]), dict(params=[nn.Parameter(torch.ones(2))])])
+    element = AdamSN([q := nn.Parameter(torch.ones(4, 4))], lr=0.5, partition="element")
+    run(element, [q], [[torch.ones(4, 4)]])
+    narrow = copy.deepcopy(before)
+    narrow["state"][0]["momentum"] = narrow["state"][0]["momentum"].bfloat16()
+    whole = copy.deepcopy(element.state_dict())
+    whole["param_groups"][0]["partition"] = "row"
+    no_step = copy.deepcopy(before)
+    no_step["state"][0]["step"] = torch.tensor(1.0)
+    bad_rate = copy.deepcopy(before)
+    bad_rate["param_groups"][0]["lr"] = -1.0
+    for state, words in (
+        (torch.optim.AdamW([p]).state_dict(), "not saved by AdamSN"),
+        (two.state_dict(), "does not fit the model"),
+        (whole, r"second_moment of a weight \(4, 4\) should be float32 \(4, 1\), and is float32"),
+        (narrow, r"momentum of a weight \(4, 4\) should be float32 \(4, 4\), and is bfloat16"),
+        (no_step, "counts no steps"),
+        (bad_rate, "lr must be"),
+    ):
+        with pytest.raises(UserError, match=words):
+            row.load_state_dict(state)
+        assert str(row.state_dict()) == str(before)
+    row.load_state_dict(element.state_dict())  # its options come along
+    assert row.param_groups[0]["partition"] == "element" and row.param_groups[0]["lr"] == 0.5
+
+
+def test_options_that_are_gone_are_dropped_from_older_states_or_refused():
+    p = nn.Parameter(torch.ones(4, 4))
+    optimizer = MuonSN([p])
+    state = optimizer.state_dict()
+    state["param_groups"][0] |= dict(
+        compile=False, skip_nonfinite=False, head_dim=2, per_head=False, transposed=False
+    )
+    optimizer.load_state_dict(state)
+    assert not {"compile", "head_dim", "per_head"} & set(optimizer.param_groups[0])
+    state["param_groups"][0]["per_head"] = True
+    with pytest.raises(UserError, match="per_head=True, which is no longer there"):
+        optimizer.load_state_dict(state)
+    state = AdamSN([p]).state_dict()
+    state["param_groups"][0]["partition"] = "head"
+    with pytest.raises(UserError, match="partition must be one of"):
+        AdamSN([p]).load_state_dict(state)
 
 
 def test_states_saved_before_an_option_existed_mean_what_they_meant():
     p = nn.Parameter(torch.ones(4, 4))
     state = MuonSN([p]).state_dict()
     for group in state["param_groups"]:
-        del group["column_norm"]
+        del group["column_norm"], group["transposed"]
     optimizer = MuonSN([p])
     assert optimizer.param_groups[0]["column_norm"]
     optimizer.load_state_dict(state)
     assert not optimizer.param_groups[0]["column_norm"]
+    assert not optimizer.param_groups[0]["transposed"]

@@ -14,7 +14,7 @@ class Attention(nn.Module):
     def __init__(self):
         super().__init__()
         self.c_attn = nn.Linear(16, 32)  # 4 query heads, 2 key/value heads of 4
-        self.c_attn.row_blocks, self.c_attn.head_dim = (16, 8, 8), 4
+        self.c_attn.row_blocks = (16, 8, 8)
         self.c_proj = nn.Linear(16, 16)
 
     def forward(self, x):
@@ -96,12 +96,12 @@ def test_each_parameter_is_in_one_group_with_its_role(tied, variant):
 
 def test_partition_by_role():
     net = Net()
-    roles = {"qkv": "head", "attn_out": "column", "linear": 8}
+    roles = {"qkv": "larger", "attn_out": "element", "linear": 8}
     optimizer = build_optimizer(net, "adamsn", partition=roles, embedding_partition="row")
     step(net, optimizer)
     sizes = {
-        net.attn.c_attn.weight: 8,
-        net.attn.c_proj.weight: 16,
+        net.attn.c_attn.weight: 4 * 16,  # rows (16, 8, 8) are four blocks of eight
+        net.attn.c_proj.weight: 256,
         net.mlp[0].weight: 128,
         net.mlp[2].weight: 128,
         net.wte.weight: 11,

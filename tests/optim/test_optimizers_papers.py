@@ -14,13 +14,10 @@ from leangpt.optim import Adafactor, AdamSN, MuonSN, state_bytes
     "partition, layout",
     [
         ("row", {}),
-        ("column", {}),
         ("larger", {}),
         (6, {}),
         ("element", {}),
-        ("column", dict(row_blocks=(12, 6, 6))),
-        ("head", dict(head_dim=3)),
-        ("head_column", dict(head_dim=3)),
+        ("larger", dict(row_blocks=(12, 6, 6))),
     ],
 )
 @pytest.mark.parametrize("nu1", [1.0, 0.8])
@@ -40,13 +37,13 @@ def test_adamsn_follows_the_paper(partition, layout, norm, nu1):
         assert_close(p.detach(), expected, dtype)
 
 
-@pytest.mark.parametrize("partition", ["row", "column", 20, "element"])
+@pytest.mark.parametrize("partition", ["row", "larger", 20, "element"])
 @pytest.mark.parametrize("foreach", [True, False])
 @pytest.mark.parametrize("nu1", [1.0, 0.8])
 def test_adamsn_large_tensors_follow_the_paper(partition, foreach, nu1):
     p = nn.Parameter(torch.linspace(-1, 1, LARGE[0] * LARGE[1]).view(LARGE))
     grads = gradients(LARGE, steps=4)
-    view, dim = {"row": (LARGE, 1), "column": (LARGE, 0), 20: ((-1, 20), 1)}.get(
+    view, dim = {"row": (LARGE, 1), "larger": (LARGE, 0), 20: ((-1, 20), 1)}.get(
         partition, ((-1, 1), 1)
     )
     expected, m, v = p.detach().double().view(view), 0, 0
@@ -89,16 +86,11 @@ def test_adafactor_follows_the_paper(shape, momentum, relative_step, clip):
     "momentum, nu, even", [(0.95, 0.8, True), (0.9, 0.9, True), (0.9, 1.0, False), (0.0, 0.8, True)]
 )
 def test_muonsn_follows_its_equations(shape, momentum, nu, even):
-    for per_head, split in ((False, [0, shape[0]]), (True, None), (None, None)):
+    n = shape[0]
+    q, k = (12, 6) if n == 24 else (6, 2)
+    for split in ([0, n], [0, q, q + k, n]):  # whole; q, k and v apart
         p = nn.Parameter(torch.linspace(-1, 1, 240, dtype=torch.float64).view(shape))
-        n, layout = shape[0], {}
-        if split is None:  # q: half of the rows, k and v a quarter each where they divide
-            q, k = (12, 6) if n == 24 else (6, 2)
-            head = 3 if n == 24 else 2
-            layout = dict(row_blocks=(q, k, n - q - k), head_dim=head, per_head=bool(per_head))
-            split = [0, q, q + k, n]
-            if per_head:
-                split = [*range(0, q + k + 1, head), n]
+        layout = dict(row_blocks=(q, k, n - q - k)) if len(split) > 2 else {}
         grads = gradients(shape)
         blocks = list(zip(split, split[1:]))
         expected = reference.muonsn(
@@ -183,10 +175,9 @@ def test_state_sizes_are_what_the_partition_says():
         assert state_bytes(optimizer) == 4 * (240 + optimizer.state[p]["second_moment"].numel())
         return optimizer.state[p]["second_moment"].numel()
 
-    assert second("row") == 24 and second("column") == 10 and second("larger") == 10
+    assert second("row") == 24 and second("larger") == 10
     assert second(6) == 40 and second("element") == 240
-    assert second("head", head_dim=4) == 6 and second("head_column", head_dim=4) == 60
-    assert second("column", row_blocks=(8, 8, 8)) == 30
+    assert second("larger", row_blocks=(8, 8, 8)) == 30
     p = nn.Parameter(torch.ones(24, 10))
     for optimizer, numbers in ((Adafactor([p]), 34), (MuonSN([p], momentum=0.0), 24)):
         run(optimizer, [p], [[torch.ones(24, 10)]])

@@ -13,15 +13,13 @@ from leangpt.system.errors import UserError
 CASES = {
     "row": (AdamSN, dict(partition="row")),
     "quasi-hyperbolic": (AdamSN, dict(betas=(0.95, 0.99), nu1=0.8)),
-    "column": (AdamSN, dict(partition="column")),
     "larger": (AdamSN, dict(partition="larger")),
-    "sum": (AdamSN, dict(partition="column", norm="sum")),
+    "sum": (AdamSN, dict(partition="larger", norm="sum")),
     "element": (AdamSN, dict(partition="element", update_clip=0.5)),
     "runs": (AdamSN, dict(partition=3)),
     "adafactor": (Adafactor, dict()),
     "adafactor with momentum": (Adafactor, dict(momentum=0.9, relative_step=True)),
     "muonsn": (MuonSN, dict()),
-    "skip": (MuonSN, dict(skip_nonfinite=True)),
 }
 
 
@@ -36,7 +34,6 @@ def train(net, case, steps=4):
     for i in range(steps):
         x = torch.randn(8, 6, generator=torch.Generator().manual_seed(i))
         loss = net(x).square().mean()
-        loss = loss * (float("nan") if case == "skip" and i == 1 else 1)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -55,8 +52,6 @@ def work(rank, failures):
                 fully_shard(layer, mesh=mesh)
         fully_shard(net, mesh=mesh)
         optimizer = train(net, case)
-        if optimizer.skipped_steps != expected.skipped_steps:
-            failures.append(f"{case}: skipped {optimizer.skipped_steps} steps")
         for (name, p), q in zip(net.named_parameters(), plain.parameters()):
             if not torch.allclose(p.full_tensor(), q, atol=2e-6):
                 worst = (p.full_tensor() - q).abs().max().item()

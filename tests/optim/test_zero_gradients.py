@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimizers import VARIANTS, build_optimizer
+from leangpt.optim import VARIANTS, build_optimizer
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 

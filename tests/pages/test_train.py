@@ -272,12 +272,12 @@ def test_options_reach_the_optimizer(tmp_path):
             "run",
             *SHORT,
             "--optimizer_variant=adamsn",
-            "--optimizer_options=norm=sum,partition=column",
+            "--optimizer_options=norm=sum,partition=larger",
         )
     )
     groups = load_checkpoint(tmp_path / "run" / LAST)["optimizer"]["param_groups"]
     linear = [group for group in groups if group["name"] not in ("embedding", "vector")]
-    assert {(g["norm"], g["partition"]) for g in linear} == {("sum", "column")}
+    assert {(g["norm"], g["partition"]) for g in linear} == {("sum", "larger")}
 
 
 # ------------------------------------------------------------------ where weights come from

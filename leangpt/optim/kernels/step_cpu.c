@@ -1,6 +1,6 @@
 /* One step of AdamSN or Adafactor on float32 matrices, each number read as few times as it can be.
  *
- * Built and called by cpu_optimizers.py. A call takes all matrices of a group, one after the other,
+ * Built and called by step_cpu.py. A call takes all matrices of a group, one after the other,
  * and every thread a run of each one's row tiles. Sums are taken within a tile, then over tiles in
  * their order, so a step gives the same bits with any number of threads.
  */
@@ -11,7 +11,7 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline)) /* for constants to reach the loops */
-#define BLOCK 32 /* numbers that share a scale of 8-bit momentum: quantized_state.py */
+#define BLOCK 32 /* numbers that share a scale of 8-bit momentum: momentum.py */
 #define RUN 16   /* blocks that are averaged together */
 #define GOLDEN 0x9e3779b9u
 

@@ -1,16 +1,18 @@
-"""Which tensors the CUDA kernels of optim/step_triton.py take, and how they are launched.
+"""Which tensors the CUDA kernels of step_triton.py take, and how they are launched.
 
 A `Stack` is a run of equally shaped tensors of one group: one launch a kernel. What does not change
-between steps (which stacks there are, every address but the gradients') is kept by the optimizer;
-the address table goes to the device again only when a gradient has moved.
+between steps (which stacks there are, every address but the gradients') is kept, as dispatch.py
+says for how long; the address table goes to the device again only when a gradient has moved.
 """
 
 import math
 
 import torch
 
-from leangpt.optim import step_triton as kernels
-from leangpt.optim.step_triton import AVAILABLE, INTERPRETED, WIDTH
+from leangpt.optim.arithmetic import HUGEST
+from leangpt.optim.kernels import step_triton as kernels
+from leangpt.optim.kernels.momentum_triton import AVAILABLE, INTERPRETED
+from leangpt.optim.kernels.step_triton import WIDTH
 
 if AVAILABLE:
     import triton
@@ -22,36 +24,28 @@ LEAST = 1 << 18  # numbers of a stack that are worth a launch
 MOST = 1 << 25  # numbers that MuonSN orthogonalises at once: 64 MB of bfloat16
 WIDEST = 8192  # columns of a matrix: a row stays in one program's registers
 PROGRAMS = 2112  # sixteen for each of an H100's 132 processors
-HUGEST = 1e30  # as optim/adafactor.py's
 BITS = {torch.float32: 32, torch.bfloat16: 16, torch.int8: 8, torch.uint8: 4}
 SECONDS = ("second_moment", "row_mean_square", "column_mean_square")
 
 
-def fits(item):
-    """Can the kernels take this tensor? PyTorch takes what they cannot."""
-    p, grad, group = item.param, item.grad, item.group
-    if not AVAILABLE or not (p.is_cuda or INTERPRETED) or p.ndim < 2:
+def supports(item):
+    """Can the kernels take this item, simple as dispatch.py asks? PyTorch takes the others."""
+    p, grad = item.param, item.grad
+    if not AVAILABLE or not (p.is_cuda or INTERPRETED):
         return False
     columns = math.prod(p.shape[1:])
     return (
-        item.shards is None
-        and group["foreach"]
-        and group["update_clip"] is None
-        and not torch.is_tensor(group["lr"])
-        and not torch.is_tensor(group["weight_decay"])
-        and 32 <= columns <= WIDEST
+        32 <= columns <= WIDEST
         and columns % 32 == 0
-        and 0 < p.numel() < 1 << 30
+        and p.numel() < 1 << 30
         and p.dtype in TYPES
         and grad.dtype in TYPES
-        and all(
-            t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (p, grad, *item.state.values())
-        )
+        and all(t.data_ptr() % 16 == 0 for t in (p, grad, *item.state.values()))
     )
 
 
 def stacks_of(items, most=None):
-    """Items (all of which fit) -> Stacks, but for those too few to be worth a launch."""
+    """Supported items -> Stacks, but for those too few to be worth a launch."""
     alike, stacks = {}, []
     for item in items:
         p = item.param

@@ -1,8 +1,9 @@
-"""Which tensors the CPU kernels of optim/step_cpu.c take, and how they are called.
+"""Which tensors the CPU kernels of step_cpu.c take, and how they are called.
 
-A `Stack` is all such matrices of one group, of any shapes: one C call a step. What does not change
-between steps (every address but the gradients') is kept by the optimizer. Where there is no C
-compiler (system/c_library.py), PyTorch's own operators do the same in more passes over memory.
+A `MatrixTable` is all such matrices of one group, of any shapes: one C call a step. What does not
+change between steps (every address but the gradients') is kept, as dispatch.py says for how long.
+Where there is no C compiler (system/c_library.py), PyTorch's own operators do the same in more
+passes over memory.
 
 Each step gives the same bits again, whatever the number of threads and in another process too.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from leangpt.optim.arithmetic import HUGEST
 from leangpt.optim.momentum import BLOCK
 from leangpt.system import c_library
 
@@ -24,13 +26,11 @@ if platform.machine() == "x86_64":  # the fewer instructions, the more reads are
     FLAGS += ("-mprefer-vector-width=512",)
 TILES = 32  # row tiles of a matrix, about ...
 TILE_ROWS = (16, 256)  # ... of at least and at most so many rows
-HUGEST = 1e30  # as optim/adafactor.py's
 MOMENTUM = {torch.float32: 32, torch.int8: 8}
-F32 = torch.float32
 
 
 class Matrix(ctypes.Structure):
-    """optim/step_cpu.c's."""
+    """step_cpu.c's."""
 
     _fields_ = [
         *(
@@ -42,7 +42,7 @@ class Matrix(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """optim/step_cpu.c's."""
+    """step_cpu.c's."""
 
     _fields_ = [
         *((name, ctypes.c_float) for name in ("fresh", "share", "decay", "rate")),
@@ -73,35 +73,26 @@ def library():
     return loaded
 
 
-def fits(item):
-    """Can the kernels take this tensor? PyTorch takes what they cannot."""
-    p, group = item.param, item.group
-    if p.device.type != "cpu" or p.ndim < 2 or not p.numel() or item.shards is not None:
+def supports(item):
+    """Can the kernels take this item, simple as dispatch.py asks? PyTorch takes the others."""
+    p, state = item.param, dict(item.state)
+    if p.device.type != "cpu":
         return False
-    if not group["foreach"] or group["update_clip"] is not None:
-        return False
-    if torch.is_tensor(group["lr"]) or torch.is_tensor(group["weight_decay"]):
-        return False
-    state = dict(item.state)
     momentum, scales = state.pop("momentum", None), state.pop("momentum_scale", None)
     if momentum is not None and momentum.dtype not in MOMENTUM:
         return False
     if scales is not None and math.prod(p.shape[1:]) % BLOCK:  # a block lies in one row
         return False
     plain = [p, item.grad, *state.values()]
-    return (
-        all(t.dtype == F32 for t in plain)
-        and all(t.is_contiguous() for t in (*plain, *item.state.values()))
-        and library() is not None
-    )
+    return all(t.dtype == torch.float32 for t in plain) and library() is not None
 
 
 def stacks_of(items, most=None):
-    """Items (all of which fit) -> Stacks of the same group, step and momentum's bits."""
+    """Supported items -> MatrixTables of the same group, step and momentum's bits."""
     alike = {}
     for item in items:
         alike.setdefault((id(item.group), item.step, bits_of(item)), []).append(item)
-    return [Stack(same) for same in alike.values()]
+    return [MatrixTable(same) for same in alike.values()]
 
 
 def bits_of(item):
@@ -109,8 +100,8 @@ def bits_of(item):
     return 0 if momentum is None else MOMENTUM[momentum.dtype]
 
 
-class Stack:
-    """Matrices of one group, and the table of their addresses."""
+class MatrixTable:
+    """Matrices of one group, and their addresses as the kernels read them."""
 
     def __init__(self, items):
         self.items, self.group, self.bits = items, items[0].group, bits_of(items[0])
