@@ -166,20 +166,22 @@ def notes(runs: list[Run]) -> list[str]:
     lines = [""]
     data = groups(runs, same_data)
     if len(data) == 1:
-        lines.append(f"data: {describe_data(runs[0])}")
+        recorded_most = max(runs, key=lambda run: len(run.dataset))
+        lines.append(f"data: {recorded_most.data_name}")
     else:
         lines.append("other data, so their losses do not compare:")
-        lines += [f"  {describe_data(group[0])}: {listed(group)}" for group in data]
+        lines += [f"  {group[0].data_name}: {names}" for group, names in named(data)]
     for key, what in (
         ("commit", "other commits"),
         ("machine", "other machines, so their times do not compare"),
     ):
-        told = groups(runs, lambda one, other, key=key: one.facts.get(key) == other.facts.get(key))
+        known = [run for run in runs if run.facts.get(key)]
+        told = groups(known, lambda one, other, key=key: one.facts[key] == other.facts[key])
         if len(told) > 1:
-            parts = (
-                f"{group[0].facts.get(key) or 'not recorded'} ({listed(group)})" for group in told
-            )
-            lines.append(f"{what}: {'; '.join(parts)}")
+            lines.append(f"{what}:")
+            lines += [f"  {group[0].facts[key]}: {names}" for group, names in named(told)]
+    if untold := [run.name for run in runs if not run.facts]:
+        lines.append(f"data, commit and machine were not recorded by {', '.join(untold)}")
     for run in runs:
         if run.evaluations or run.best:
             continue
@@ -189,17 +191,11 @@ def notes(runs: list[Run]) -> list[str]:
     return lines
 
 
-def describe_data(run):
-    """The data of a run in a few words."""
-    data = run.dataset
-    parts = [data.get("tokenizer") and f"{data['tokenizer']} tokens"]
-    parts.append(data.get("sha256") and f"sha256 {data['sha256'][:12]}")
-    parts = [part for part in parts if part] or ["no more was recorded"]
-    return f"{data['name'] or 'unknown'} ({', '.join(parts)})"
-
-
-def listed(group):
-    return ", ".join(run.name for run in group)
+def named(found):
+    """(group, the names of its runs) of each group, the largest last, as the others if many."""
+    *small, largest = sorted(found, key=len)
+    listed = [(group, ", ".join(run.name for run in group)) for group in (*small, largest)]
+    return [*listed[:-1], (largest, "the others")] if len(largest) > 3 else listed
 
 
 if __name__ == "__main__":

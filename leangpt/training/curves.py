@@ -4,7 +4,7 @@ import math
 import textwrap
 
 from leangpt.system.errors import UserError
-from leangpt.training.runs import Run
+from leangpt.training.runs import Run, groups, same_data
 
 try:
     from matplotlib import ticker
@@ -29,7 +29,9 @@ def curves_figure(runs: list[Run]):
     """
     if Figure is None:
         raise UserError("a picture needs matplotlib: pip install matplotlib")
-    labels = ["\n".join(textwrap.wrap(_label(run), LEGEND_WIDTH)) for run in runs]
+    several = len(groups(runs, same_data)) > 1
+    labels = [_label(run) + (f"; on {run.data_name}" if several else "") for run in runs]
+    labels = ["\n".join(textwrap.wrap(label, LEGEND_WIDTH)) for label in labels]
     legend_height = 0.2 * sum(label.count("\n") + 1 for label in labels) + 0.2
     figure = Figure(figsize=(11, 4.6 + legend_height), layout="constrained")
     over_iterations, over_seconds = figure.subplots(1, 2, sharey=True)
@@ -49,8 +51,9 @@ def curves_figure(runs: list[Run]):
         handles += over_iterations.plot(at, losses, **look)
         over_seconds.plot(seconds, losses, **look)
     _set_losses(over_iterations, runs)
-    _set_lengths(over_iterations, [run.iteration for run in runs])
-    _set_lengths(over_seconds, [run.seconds for run in runs])
+    drawn = [run.evaluations[-1] for run in runs if run.evaluations]
+    _set_lengths(over_iterations, [at for at, _, _ in drawn])
+    _set_lengths(over_seconds, [seconds for _, seconds, _ in drawn])
     over_iterations.set(xlabel="iterations", ylabel="validation loss, nats per token")
     over_seconds.set(xlabel="seconds of training")
     legend = figure.legend(handles, labels, loc="outside lower left", frameon=False)
@@ -91,9 +94,9 @@ def _set_losses(axis, runs):
 
 def _set_lengths(axis, lengths):
     """The axis of iterations or seconds: from 0, or logarithmic where lengths are FAR_APART."""
-    lengths = [length for length in lengths if length]
+    lengths = [length for length in lengths if length > 0]
     if lengths and max(lengths) > FAR_APART * min(lengths):
-        axis.set_xscale("log")
+        axis.set_xscale("log", nonpositive="mask")
     else:
         axis.set_xlim(left=0)
     axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,g}"))

@@ -149,6 +149,15 @@ class Run:
         found = self.facts.get("dataset") or self.saved.get("dataset") or {}
         return {"name": self.settings.get("dataset"), **found}
 
+    @property
+    def data_name(self) -> str:
+        """The data in a few words: name, tokenizer, the first digits of the text's sha256."""
+        known = self.dataset
+        parts = [known.get("tokenizer") and f"{known['tokenizer']} tokens"]
+        parts.append(known.get("sha256") and f"sha256 {known['sha256'][:12]}")
+        more = ", ".join(part for part in parts if part)
+        return (known["name"] or "unknown data") + (f" ({more})" if more else "")
+
     def _column(self, name):
         return [row[name] for row in self.rows if row.get(name) is not None]
 

@@ -149,9 +149,9 @@ def test_runs_that_used_other_data_are_named(tmp_path, said):
     lines = said("a", "b", "c", "d")
     at = lines.index("other data, so their losses do not compare:")
     assert lines[at + 1 : at + 4] == [
-        "  poems (char tokens, sha256 abababababab): a, c",
         "  poems (char tokens, sha256 cdcdcdcdcdcd): b",
         "  poems (gpt2 tokens, sha256 abababababab): d",
+        "  poems (char tokens, sha256 abababababab): a, c",
     ]
     assert "data: poems (char tokens, sha256 abababababab)" in said("a", "c")
 
@@ -161,7 +161,8 @@ def test_an_older_run_is_judged_by_its_data_sets_name(tmp_path, said):
     write_run(tmp_path / "older", facts=None)
     write_run(tmp_path / "other", facts=None, dataset="songs")
     lines = said("a", "older", "other")
-    assert "  songs (no more was recorded): other" in lines
+    assert "  songs: other" in lines
+    assert "data, commit and machine were not recorded by older, other" in lines
     line = next(line for line in lines if line.startswith("older"))
     # its peak_mb was the resident set, which is no peak of the allocator
     assert cells(line)[5:7] == ["-", "-"]
@@ -171,8 +172,12 @@ def test_other_commits_and_machines_are_named(tmp_path, said):
     write_run(tmp_path / "a", facts={**FACTS, "machine": "m"})
     write_run(tmp_path / "b", facts={**FACTS, "machine": "m", "commit": "89abcde+"})
     lines = said("a", "b")
-    assert "other commits: 1234567 (a); 89abcde+ (b)" in lines
+    at = lines.index("other commits:")
+    assert lines[at + 1 : at + 3] == ["  1234567: a", "  89abcde+: b"]
     assert not any("machines" in line for line in lines)
+    for name in "cde":
+        write_run(tmp_path / name, facts={**FACTS, "machine": "m"})
+    assert "  1234567: the others" in said(*"abcde")
     assert not any("commits" in line for line in said("a"))
 
 
@@ -214,7 +219,7 @@ def test_a_folder_of_nanogpt(tmp_path, said):
     with open("table.csv", newline="") as file:
         row = next(csv.DictReader(file))
     assert (row["parameters"], row["state_bytes"]) == ("12", str(4 + 2 * 12 * 4))
-    assert "data: poems (no more was recorded)" in lines
+    assert "data: poems (char tokens, sha256 abababababab)" in lines
 
 
 # ------------------------------------------------------------------ the picture
@@ -256,6 +261,21 @@ def test_runs_of_very_different_length_are_drawn_over_a_logarithmic_axis(tmp_pat
     short, long = ({at * scale: loss for at, loss in LOSSES.items()} for scale in (1, 100))
     runs = [read_run(write_run(tmp_path / str(n), each)) for n, each in enumerate((short, long))]
     assert [axis.get_xscale() for axis in curves_figure(runs).axes] == ["log", "log"]
+    runs[0] = read_run(write_run(tmp_path / "begun", {0: 4.2}))
+    assert [axis.get_xscale() for axis in curves_figure(runs).axes] == ["linear", "linear"]
+
+
+def legend_texts(runs):
+    return curves_figure(runs).legends[0].get_texts()
+
+
+def test_the_legend_says_who_used_other_data(tmp_path):
+    runs = [read_run(write_run(tmp_path / "a")), read_run(write_run(tmp_path / "b"))]
+    texts = [text.get_text().replace("\n", " ") for text in legend_texts(runs)]
+    assert not any("poems" in text for text in texts)
+    runs[1].facts = {**FACTS, "dataset": {**DATA, "name": "songs", "sha256": "cd" * 32}}
+    texts = [text.get_text().replace("\n", " ") for text in legend_texts(runs)]
+    assert "; on poems (char tokens, sha256 ab" in texts[0] and "; on songs (" in texts[1]
 
 
 @pytest.mark.parametrize("losses", [{0: 4.2}, {0: 4.2, 5: float("nan")}, {0: 4.2, 5: 3.0}])
