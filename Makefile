@@ -61,8 +61,8 @@ notebook: $(TESTS)
 	$(BIN)/python -m experiments.report.run_notebook
 
 tables: $(READY)
-	$(BIN)/python -m experiments.report.readme_tables
-	$(BIN)/python -m experiments.report.readme_pictures
+	$(BIN)/python -m experiments.report.write_tables
+	$(BIN)/python -m experiments.report.draw_pictures
 
 check: $(TESTS)
 	$(BIN)/python -m ruff check

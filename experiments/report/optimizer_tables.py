@@ -1,9 +1,17 @@
-"""The README's tables and figures on optimizers; readme_tables.py writes them."""
+"""Tables and figures on how well optimizers train: losses on fresh seeds, ablations, searches."""
 
 import itertools
-from statistics import median
 
-from experiments.report.table_tools import figure, gigabytes, made_on, markdown, milliseconds, table
+from experiments.report.memory_tables import timed_on
+from experiments.report.table_tools import (
+    PUBLISHED,
+    figure,
+    label,
+    made_on,
+    markdown,
+    row_with,
+    table,
+)
 from experiments.shared.paired import paired_difference
 
 COLUMNS = [
@@ -11,8 +19,8 @@ COLUMNS = [
     "against tuned AdamW",
     "p (paired)",
     "seeds",
-    "state, bytes a parameter (of Adam's)",
-    "a step, of fused AdamW's",
+    "state, bytes per parameter",
+    "step, of fused AdamW's",
     "lr: linear / rest",
 ]
 
@@ -23,29 +31,28 @@ def lines_of(rows, speeds):
     for row in sorted(rows, key=lambda row: row["val_loss"]):
         reference = row["variant"] == "torch_adamw"
         yield [
-            label(row),
+            label(row["variant"]),
             f"{row['val_loss']:.4f} ± {row['interval']:.4f}",
             "–" if reference else f"{row['to_adamw']:+.4f} ± {row['to_adamw_interval']:.4f}",
             "–" if reference else "< 1e-15" if row["p"] < 1e-15 else f"{row['p']:.1g}",
             row["seeds"],
-            f"{8 * row['state_percent'] / 100:.2f} ({row['state_percent']:.1f}%)",
+            f"{8 * row['state_percent'] / 100:.2f}",
             ratios.get(row["variant"], ""),
             f"{row['learning_rate']:g} / {row['embedding_lr']:g}",
         ]
 
 
-# options whose worth docs/RESULTS.md shows, not the README
+# options whose worth a table of its own shows
 ABLATED = ("column_norm=False", "nu=", "nu1=", "rounding=", "muonsn4:", "adamsn8:", "role_rates={}")
 DEFAULT_MOMENTUM = (0.95, 0.8)  # beta1 and nu1 of rows that name no other
 # what the larger character model is better with
 ADAMS_MOMENTUM = ("adamsn:betas=(0.9,0.99)+nu1=0.9", "adamsn:betas=(0.9,0.99)+nu1=1.0")
-PUBLISHED = "adamsn:norm=sum+partition=larger+betas=(0.9,0.99)+nu1=1.0+role_rates={}"
 
 
 @table("optimizers", "optimizer_quality_summary.csv", "optimizer_speed.csv")
 def optimizers(rows, speeds):
-    """Each variant at the best of its own grid, on fresh seeds."""
-    return optimizers_all([row for row in rows if not ablated(row)], speeds)
+    """Each variant at the best of its own grid, on fresh seeds, at the small setup."""
+    return markdown(["optimizer", *COLUMNS], lines_of(compared(rows, "seed", 2000), speeds))
 
 
 @table("optimizers_all", "optimizer_quality_summary.csv", "optimizer_speed.csv")
@@ -55,45 +62,42 @@ def optimizers_all(rows, speeds):
     return markdown(["optimizer", *COLUMNS], lines_of(rows, speeds))
 
 
-def timed_on(device, speeds):
-    """Rows of optimizer_speed.csv: GPT-2 124M on "cpu" or "cuda"."""
-    return [row for row in speeds if (row["shape"], row["device"]) == ("124m", device)]
-
-
-def label(row):
-    """What a table calls an optimizer."""
-    return "AdamSN as published" if row["variant"] == PUBLISHED else f"`{row['variant']}`"
-
-
 def ablated(row):
     return row["variant"] != PUBLISHED and any(option in row["variant"] for option in ABLATED)
 
 
-SETUPS = {  # (setup, iterations) -> what the table calls it
-    ("char384", 1000): "characters, 16 passes",
-    ("char384", 2000): "characters, 32 passes",
-    ("bpe51m", 1000): "GPT-2 tokens, 51M",
+SETUPS = {  # (setup, iterations) -> what the tables call it
+    ("bpe51m", 1000): "GPT-2 tokens, 51M parameters",
+    ("char384", 1000): "characters, 10.7M parameters, 16 passes",
+    ("char384", 2000): "characters, 10.7M parameters, 32 passes",
 }
+
+
+def compared(rows, setup, iterations):
+    """Summary rows of one setup: every optimizer compared, without the rows that ablate options.
+
+    Of an optimizer whose defaults have not run there, the best that there is.
+    """
+    rows = [row for row in rows if (row["setup"], row["iterations"]) == (setup, iterations)]
+    known = {row["variant"] for row in rows}
+    return [
+        row
+        for row in rows
+        if not ablated(row)
+        or (setup, row["variant"]) in {("char384", variant) for variant in ADAMS_MOMENTUM}
+        or "role_rates={}" in row["variant"]
+        and row["variant"].partition(":")[0] not in known
+    ]
 
 
 @table("optimizers_larger", "optimizer_quality_summary.csv", "optimizer_speed.csv")
 def optimizers_larger(rows, speeds):
-    """The same for larger models."""
-    lines = []
-    for key, name in SETUPS.items():
-        mine = [row for row in rows if (row["setup"], row["iterations"]) == key]
-        tuned = {row["variant"] for row in mine}
-        # the best that there is of an optimizer whose defaults have not run here
-        mine = [
-            row
-            for row in mine
-            if not ablated(row)
-            or row["variant"] in ADAMS_MOMENTUM
-            or "role_rates={}" in row["variant"]
-            and row["variant"].partition(":")[0] not in tuned
-        ]
-        lines += [[name, *line] for line in lines_of(mine, speeds)]
-    return markdown(["setup", "optimizer", *COLUMNS], lines)
+    """The same for larger models, a table each."""
+    return "\n\n".join(
+        f"{name[0].upper()}{name[1:]}:\n\n"
+        + markdown(["optimizer", *COLUMNS], lines_of(compared(rows, *key), speeds))
+        for key, name in SETUPS.items()
+    )
 
 
 @table("adamsn_momentum", "optimizer_quality_summary.csv")
@@ -138,7 +142,7 @@ def optimizers_grids(rows):
                 lines.append(
                     [
                         name,
-                        label(best),
+                        label(best["variant"]),
                         f"{best['best_val_loss']:.4f}",
                         f"{best['best_val_loss'] - adamw:+.4f}",
                         len(mine),
@@ -184,7 +188,7 @@ def adamsn_ablation(rows):
     for name, grid in found.items():
         rates = min(grid, key=lambda rates: sum(grid[rates]) / len(grid[rates]))
         lines.append(
-            [f"`{name}`", f"{sum(grid[rates]) / len(grid[rates]):.4f}", rates, len(grid[rates])]
+            [label(name), f"{sum(grid[rates]) / len(grid[rates]):.4f}", rates, len(grid[rates])]
         )
     return markdown(
         ["subsets", "validation loss", "lr: linear / rest", "seeds"],
@@ -254,97 +258,16 @@ def low_byte(rows):
     return markdown(["optimizer", "weights", "validation loss", "against float32", "seeds"], lines)
 
 
-@table("memory_variants", "optimizer_memory.csv")
-def memory_variants(rows):
-    """GPT-2 XL, one sequence of 1,024 tokens: bytes a parameter, and the whole peak."""
-    rows = [row for row in rows if row["part"] == "variants"]
-    return markdown(
-        [
-            "optimizer",
-            "weights",
-            "gradients",
-            "bytes a parameter: state",
-            "weights + gradients + state",
-            "peak of a training step",
-        ],
-        [
-            [
-                f"`{row['variant']}`",
-                row["weights"],
-                "freed inside backward" if row["fused_backward"] == "True" else row["weights"],
-                f"{row['state_bytes'] / row['parameters']:.3f}",
-                f"{row['bytes_per_parameter']:.2f}",
-                gigabytes(row["peak_bytes"] / 1e9),
-            ]
-            for row in rows
-        ],
-    ) + made_on(rows)
-
-
-@table("memory_largest", "optimizer_memory.csv")
-def memory_largest(rows):
-    """Models that trained on one GPU, three whole steps each."""
-    rows = [row for row in rows if row["part"] == "largest" and row["fits"] == "True"]
-    return markdown(
-        ["parameters", "bytes a parameter", "peak", "a step", "loss on one batch, 3 steps"],
-        [
-            [
-                f"{row['parameters'] / 1e9:.1f}B",
-                f"{row['bytes_per_parameter']:.2f}",
-                gigabytes(row["peak_bytes"] / 1e9),
-                f"{row['step_seconds']:.1f} s",
-                f"{row['loss_first']:.2f} → {row['loss_last']:.2f}",
-            ]
-            for row in rows
-        ],
-    ) + made_on(rows)
-
-
-@table("optimizer_speed", "optimizer_speed.csv")
-def optimizer_speed(rows):
-    """One step on 124M parameters against torch's fused AdamW, and the bytes of state."""
-    parts = []
-    for device in dict.fromkeys(row["device"] for row in rows):
-        mine = timed_on(device, rows)
-        parts.append(
-            markdown(
-                ["optimizer", "a step", "of fused AdamW's", "state, bytes a parameter"],
-                [
-                    [
-                        f"`{row['variant']}`",
-                        milliseconds(row["step_ms"]),
-                        f"{row['ratio']:.2f}×",
-                        f"{row['state_bytes'] / row['parameters']:.2f}",
-                    ]
-                    for row in sorted(mine, key=lambda row: row["ratio"])
-                ],
-            )
-            + made_on(mine)
-        )
-    return "\n\n".join(parts)
-
-
-@table("time_to_loss", "time_to_loss.csv")
-def time_to_loss(rows):
-    """Seconds of training until nanoGPT's final loss."""
-    return markdown(
-        ["recipe", "seed", "reached", "iterations", "training time"],
-        [
-            [
-                row["side"],
-                row["seed"],
-                "yes" if row["reached"] == "True" else "no",
-                row["iterations"],
-                f"{row['seconds']:.1f} s",
-            ]
-            for row in rows
-        ],
-    ) + made_on(rows)
-
-
 def of_variant(rows, variant):
     """The row of one optimizer at the seed setup."""
     return next(row for row in rows if (row["setup"], row["variant"]) == ("seed", variant))
+
+
+@figure("muonsn8_gain_51m", "optimizer_quality_summary.csv")
+def muonsn8_gain_51m(rows):
+    """Nats below tuned AdamW, GPT-2 tokens, 51M parameters."""
+    row = row_with(rows, setup="bpe51m", iterations=1000, variant="muonsn8")
+    return f"{-row['to_adamw']:.2f} nats"
 
 
 @figure("muonsn8_gain", "optimizer_quality_summary.csv")
@@ -357,27 +280,6 @@ def muonsn8_gain(rows):
 def muonsn8_state(rows):
     """Of AdamW's bytes."""
     return f"{of_variant(rows, 'muonsn8')['state_percent']:.0f}%"
-
-
-@figure("muonsn8_step", "optimizer_speed.csv")
-def muonsn8_step(rows):
-    """More than fused AdamW's, GPT-2 124M on a GPU."""
-    row = next(row for row in timed_on("cuda", rows) if row["variant"] == "muonsn8")
-    return f"{row['step_ms'] - row['adamw_ms']:.1f} ms"
-
-
-@figure("muonsn_cpu_step", "optimizer_speed.csv")
-def muonsn_cpu_step(rows):
-    """Of fused AdamW's, GPT-2 124M on a CPU."""
-    row = next(row for row in timed_on("cpu", rows) if row["variant"] == "muonsn")
-    return f"{row['ratio']:.0f}"
-
-
-@figure("short_step", "attention_gpu.csv")
-def short_step(rows):
-    """One training step of GPT-2 124M, 32 sequences of 1,024 tokens, with AdamW."""
-    times = [row["seconds"] for row in rows if row["name"] == "short plain"]
-    return f"{1e3 * median(times):.0f} ms"
 
 
 @figure("adamsn_gain", "optimizer_quality_summary.csv")
@@ -409,28 +311,3 @@ def adafactor_momentum_gain(rows):
     """Nats below tuned AdamW, with an 8-bit momentum for the embeddings."""
     row = of_variant(rows, "adafactor:embedding_momentum=0.9+momentum_bits=8")
     return f"{-row['to_adamw']:.3f} nats"
-
-
-@figure("low_byte_bytes", "optimizer_memory.csv")
-def low_byte_bytes(rows):
-    """Of weights and state, `muonsn8` in bfloat16 with updates inside backward."""
-    row = next(
-        row
-        for row in rows
-        if (row["part"], row["variant"], row["fused_backward"]) == ("variants", "muonsn8", "True")
-    )
-    return f"{row['bytes_per_parameter']:.2f} bytes"
-
-
-@figure("adam_bytes", "optimizer_memory.csv")
-def adam_bytes(rows):
-    """Of weights, gradients and state, AdamW in float32."""
-    row = next(row for row in rows if (row["part"], row["variant"]) == ("variants", "adam"))
-    return f"{row['bytes_per_parameter']:.0f}"
-
-
-@figure("largest_model", "optimizer_memory.csv")
-def largest_model(rows):
-    """Parameters of the largest that fitted."""
-    fitting = [row for row in rows if row["part"] == "largest" and row["fits"] == "True"]
-    return f"{max(row['parameters'] for row in fitting) / 1e9:.1f}B"

@@ -1,6 +1,8 @@
-"""A registry of the README's tables and figures, and how numbers are written in them."""
+"""A registry of the pages' tables and figures, and how names and numbers are written in them."""
 
-TABLES, FIGURES = {}, {}  # name -> (function of the CSVs' rows, files under results/)
+import re
+
+TABLES, FIGURES = {}, {}  # name -> (function of the CSVs' rows, files under experiments/results/)
 
 
 def table(name, *files, registry=TABLES):
@@ -18,9 +20,9 @@ def figure(name, *files):
     return table(name, *files, registry=FIGURES)
 
 
-def markdown(header, rows):
-    """A Markdown table; numbers belong to the right."""
-    rule = ["---"] + ["---:"] * (len(header) - 1)
+def markdown(header, rows, words=1):
+    """A Markdown table; numbers belong to the right: all columns but the first `words`."""
+    rule = ["---"] * words + ["---:"] * (len(header) - words)
     return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [header, rule, *rows])
 
 
@@ -41,6 +43,35 @@ def made_on(rows):
     )
 
 
+def row_with(rows, **values):
+    """The first row that has these values. Raises StopIteration where there is none."""
+    return next(row for row in rows if all(row[name] == value for name, value in values.items()))
+
+
+# ---------------------------------------------------------------------- names
+
+PUBLISHED = "adamsn:norm=sum+partition=larger+betas=(0.9,0.99)+nu1=1.0+role_rates={}"
+
+
+def label(variant):
+    """What tables and pictures call an optimizer: `name`, then its options in words.
+
+    'adam:betas=(0.7,0.99)' -> '`adam`, betas 0.7 0.99'; a cell can be broken at every space.
+    """
+    if variant == PUBLISHED:
+        return "AdamSN as published"
+    name, _, options = variant.partition(":")
+    words = [f"`{name}`"]
+    for option in filter(None, re.split(r"\+(?=[a-z])", options)):
+        key, _, value = option.partition("=")
+        value = " ".join(re.findall(r"[^\s{}()',:]+", value)) or "none"
+        words.append(f"{key} {value}")
+    return ", ".join(words)
+
+
+# ---------------------------------------------------------------------- numbers
+
+
 def megabytes(value):
     return f"{value:,.0f} MB" if value >= 100 else f"{value:.3g} MB"
 
@@ -55,3 +86,7 @@ def milliseconds(value):
 
 def gigabytes(value):
     return f"{value:.2f} GB" if value < 10 else f"{value:.1f} GB"
+
+
+def minutes(value):
+    return f"{value // 60:.0f} min {value % 60:.0f} s"

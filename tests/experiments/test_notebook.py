@@ -57,7 +57,7 @@ def rows():
 
 
 def test_the_picker_redraws_for_the_chosen_policies(rows):
-    from experiments.report.plots import policy_picker
+    from experiments.report.attention_plots import policy_picker
 
     picker = policy_picker(rows)
     assert isinstance(picker, ipywidgets.interactive)
@@ -67,14 +67,14 @@ def test_the_picker_redraws_for_the_chosen_policies(rows):
 
 
 def test_without_ipywidgets_the_picker_is_a_figure(rows, monkeypatch):
-    from experiments.report.plots import policy_picker
+    from experiments.report.attention_plots import policy_picker
 
     monkeypatch.setitem(sys.modules, "ipywidgets", None)  # import fails
     assert isinstance(policy_picker(rows), Figure)
 
 
 def test_a_figure_has_a_line_for_each_policy_asked_for(rows):
-    from experiments.report.plots import scaling_figure
+    from experiments.report.attention_plots import scaling_figure
 
     figure = scaling_figure(rows, "forward", ["plain", "recompute"])
     time, ratio, peak = figure.axes

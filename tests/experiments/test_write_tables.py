@@ -1,4 +1,4 @@
-"""README's tables come from results/*.csv: rewritten where stale, refused where they cannot be."""
+"""The pages' tables come from the CSVs: rewritten where stale, refused where they cannot be."""
 
 import subprocess
 import sys
@@ -6,14 +6,15 @@ import sys
 import pytest
 from conftest import ROOT
 
-from experiments.report import optimizer_tables, readme_pictures, readme_tables
-from experiments.report.table_tools import made_on
+from experiments.report import draw_pictures, optimizer_tables, write_tables
+from experiments.report.front_tables import fitting
+from experiments.report.optimizer_plots import LOOK, PANELS
+from experiments.report.table_tools import FIGURES, PUBLISHED, TABLES, label, made_on
 from experiments.shared import two_commands
-from experiments.shared.common import RESULTS, write_csv
+from experiments.shared.common import RESULTS, read_csv, write_csv
 from leangpt.optim import VARIANTS
 from leangpt.system.errors import UserError
 
-PAGES = ("README.md", "docs/RESULTS.md")
 ROW = {
     "seq": 2048,
     "policy": "plain",
@@ -30,12 +31,17 @@ ROW = {
     "commit": "abc",
 }
 README = """before
+
 <!-- table: attention_forward -->
 stale
+
 <!-- end table -->
+
 between
+
 <!-- table: attention_errors -->
 <!-- end table -->
+
 after
 """
 
@@ -59,8 +65,8 @@ def run(folder, *arguments):
         [
             sys.executable,
             "-m",
-            "experiments.report.readme_tables",
-            f"--readme={folder}/README.md",
+            "experiments.report.write_tables",
+            f"--pages={folder}/README.md",
             f"--results={folder}/results",
             *arguments,
         ],
@@ -96,14 +102,14 @@ def test_figures_in_a_sentence_follow_the_results(folder):
     assert run(folder).returncode == 0
     assert page.read_text() == "in <!-- figure: long_training_peak -->3.2 GB<!-- end --> at most\n"
     with pytest.raises(UserError, match="a figure 'nonsense'.*muonsn8_gain"):
-        readme_tables.rewrite("<!-- figure: nonsense --><!-- end -->", folder / "results")
+        write_tables.rewrite("by <!-- figure: nonsense --><!-- end -->", folder / "results")
 
 
 def test_every_registered_figure_is_in_a_page_and_says_a_number():
-    pages = "".join((ROOT / name).read_text() for name in PAGES)
-    for name, (_, files) in readme_tables.FIGURES.items():
-        text = f"<!-- figure: {name} --><!-- end -->"
-        made = readme_tables.rewrite(text, RESULTS)
+    pages = "".join((ROOT / name).read_text() for name in write_tables.PAGES)
+    for name, (_, files) in FIGURES.items():
+        text = f"by <!-- figure: {name} --><!-- end -->"
+        made = write_tables.rewrite(text, RESULTS)
         assert any(character.isdigit() for character in made[len(text) - 12 :]), (name, files)
         assert f"<!-- figure: {name} -->" in pages, name
 
@@ -165,9 +171,9 @@ def test_a_fresh_copy_has_what_git_tracks_and_nothing_else(tmp_path, repository,
 
 def test_unknown_tables_and_missing_results_are_named(folder):
     with pytest.raises(UserError, match="a table 'nonsense'.*attention_forward"):
-        readme_tables.rewrite("<!-- table: nonsense -->\n<!-- end table -->", folder / "results")
+        write_tables.rewrite("<!-- table: nonsense -->\n<!-- end table -->", folder / "results")
     with pytest.raises(UserError, match="attention_chunks.csv, which does not exist"):
-        readme_tables.rewrite(
+        write_tables.rewrite(
             "<!-- table: attention_chunks -->\n<!-- end table -->", folder / "results"
         )
     (folder / "README.md").unlink()
@@ -178,21 +184,21 @@ def test_unknown_tables_and_missing_results_are_named(folder):
     "block, file",
     [
         ("<!-- table: optimizers_grids -->\n<!-- end table -->", "optimizer_quality.csv"),
-        ("<!-- figure: muonsn8_gain -->0<!-- end -->", "optimizer_quality_summary.csv"),
-        ("<!-- figure: short_step -->0<!-- end -->", "attention_gpu.csv"),  # a median of nothing
+        ("by <!-- figure: muonsn8_gain -->0<!-- end -->", "optimizer_quality_summary.csv"),
+        ("by <!-- figure: short_step -->0<!-- end -->", "attention_gpu.csv"),  # a median of nothing
         ("<!-- table: gpu_prefill -->\n<!-- end table -->", "attention_gpu.csv"),
     ],
 )
 def test_results_without_the_rows_asked_for_are_one_clear_line(tmp_path, block, file):
     (tmp_path / file).write_text("setup,iterations,variant,seed,name\nseed,2000,adamsn,1,other\n")
     with pytest.raises(UserError, match=f"needs rows or columns that .*{file} lacks"):
-        readme_tables.rewrite(block, tmp_path)
+        write_tables.rewrite(block, tmp_path)
 
 
 def test_every_registered_table_can_be_made_from_the_committed_results():
-    for name, (_, files) in readme_tables.TABLES.items():
+    for name, (_, files) in TABLES.items():
         text = f"<!-- table: {name} -->\n<!-- end table -->"
-        made = readme_tables.rewrite(text, RESULTS)
+        made = write_tables.rewrite(text, RESULTS)
         # heading, rule, a row at least; or what a command printed
         assert made.count("\n|") >= 3 or made.count("\n```") >= 2, (name, files)
 
@@ -203,20 +209,47 @@ def test_every_commit_of_a_table_is_named():
     assert made_on(rows[:1]) == "\n\nm; torch 2.11; commit a1."
 
 
+def test_names_of_optimizers_can_be_broken_at_spaces():
+    assert label("muonsn8") == "`muonsn8`" and label(PUBLISHED) == "AdamSN as published"
+    named = label("adam:role_rates={'mlp_in':2.0,'mlp_out':0.125}+betas=(0.7,0.99)")
+    assert named == "`adam`, role_rates mlp_in 2.0 mlp_out 0.125, betas 0.7 0.99"
+    assert label("adamsn:role_rates={}") == "`adamsn`, role_rates none"
+
+
+def test_a_card_holds_a_peak_and_a_reserve():
+    assert fitting(3.9e9) == 4 and fitting(4.1e9) == 8 and fitting(79.6e9) == 80
+    with pytest.raises(LookupError):
+        fitting(86e9)
+
+
 def test_the_table_of_momenta_knows_the_default():
     default = VARIANTS["adamsn"].options
     assert optimizer_tables.DEFAULT_MOMENTUM == (default["betas"][0], default["nu1"])
 
 
 def test_the_pictures_agree_with_the_committed_results(tmp_path):
-    readme = (ROOT / "README.md").read_text()
-    for name, (file, _) in readme_pictures.PICTURES.items():
-        assert f"(docs/{name})" in readme and readme_pictures.is_fresh(ROOT / "docs" / name)
-        copy = tmp_path / name
-        copy.write_text((ROOT / "docs" / name).read_text().replace(file, "other.csv"))
-        assert not readme_pictures.is_fresh(copy)
-        readme_pictures.draw(copy)
-        assert readme_pictures.is_fresh(copy)
+    pages = "".join((ROOT / name).read_text() for name in write_tables.PAGES)
+    for name, (_, *files) in draw_pictures.PICTURES.items():
+        picture = ROOT / "docs" / "pictures" / name
+        assert f"pictures/{name})" in pages and draw_pictures.is_fresh(picture)
+        for file in files:
+            copy = tmp_path / name
+            copy.write_text(picture.read_text().replace(file, "other.csv"))
+            assert not draw_pictures.is_fresh(copy)
+        draw_pictures.draw(copy)
+        assert draw_pictures.is_fresh(copy)
+
+
+def test_no_optimizer_is_left_out_of_the_picture():
+    rows = read_csv(RESULTS / "optimizer_quality_summary.csv")
+    drawn = draw_pictures.PICTURES["optimizers.svg"][0](rows)
+    for axis, (setup, iterations, _) in zip(drawn.axes, PANELS):
+        compared = optimizer_tables.compared(rows, setup, iterations)
+        low, high = axis.get_ylim()
+        assert len(axis.containers) == len(compared) >= 15
+        assert all(low < row["val_loss"] < high for row in compared)
+    legend = {text.get_text() for text in drawn.legends[0].get_texts()}
+    assert len(legend) == len(LOOK) and {"muonsn8", "APOLLO-Mini", "torch Adafactor"} <= legend
 
 
 def test_pictures_are_drawn_whenever_asked_and_only_checked_with_check(tmp_path):
@@ -225,7 +258,7 @@ def test_pictures_are_drawn_whenever_asked_and_only_checked_with_check(tmp_path)
             [
                 sys.executable,
                 "-m",
-                "experiments.report.readme_pictures",
+                "experiments.report.draw_pictures",
                 f"--folder={tmp_path}",
                 *flags,
             ],
@@ -242,8 +275,8 @@ def test_pictures_are_drawn_whenever_asked_and_only_checked_with_check(tmp_path)
     assert script().returncode == 0 and picture.read_bytes() == drawn
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", write_tables.PAGES)
 def test_the_pages_agree_with_the_committed_results(name):
     text = (ROOT / name).read_text()
     assert "<!-- table:" in text
-    assert readme_tables.rewrite(text, RESULTS) == text
+    assert write_tables.rewrite(text, RESULTS) == text
