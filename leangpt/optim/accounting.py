@@ -1,16 +1,18 @@
 """How many bytes of state an optimizer keeps, and how it treats each parameter."""
 
 import torch
+from torch import nn
 
 from leangpt.optim.adafactor import Adafactor
 from leangpt.optim.adamsn import AdamSN
 from leangpt.optim.base import MemoryOptimizer
 from leangpt.optim.muonsn import MuonSN
+from leangpt.optim.roles import place_parameters
 from leangpt.optim.sharding import local
 
 
-def state_bytes(optimizer):
-    """Bytes of every tensor that `optimizer` keeps between steps, on this rank (int)."""
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of every tensor that `optimizer` keeps between steps, on this rank."""
     tensors = {}
     for state in optimizer.state.values():
         for value in state.values():
@@ -19,8 +21,8 @@ def state_bytes(optimizer):
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def planned_bytes(optimizer, p, group):
-    """Bytes of state that parameter `p` has, or will have after its first step."""
+def planned_bytes(optimizer: torch.optim.Optimizer, p: nn.Parameter, group: dict) -> int:
+    """Bytes of state that parameter `p` of `group` has, or will have after its first step."""
     if optimizer.state.get(p):
         values = optimizer.state[p].values()
         tensors = [local(v) for v in values if torch.is_tensor(v)]
@@ -31,69 +33,45 @@ def planned_bytes(optimizer, p, group):
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def method_of(optimizer, group):
-    """How a group is updated, in a few words."""
-    if isinstance(optimizer, MuonSN) and group["orthogonalize"]:
-        blocks = ", q k v apart" if group["row_blocks"] else ""
-        return f"orthogonalised, a second moment per row{blocks}"
-    if isinstance(optimizer, AdamSN):
-        if group["partition"] in ("element", 1):
-            return "Adam"
-        quasi = "" if group["nu1"] == 1 else ", quasi-hyperbolic"
-        partition = group["partition"]
-        subset = f"run of {partition}" if isinstance(partition, int) else partition
-        return f"AdamSN{quasi}, {group['norm']} over each {subset}"
-    if isinstance(optimizer, Adafactor):
-        return "Adafactor, " + ("rows and columns" if group["factored"] else "each element")
-    return type(optimizer).__name__
-
-
-def optimizer_table(model, optimizer):
+def optimizer_table(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     """Which parameters are updated how, with how many bytes of state: a table as text.
 
-    Asserts that every trainable parameter of `model` is in exactly one group. State that does not
-    exist yet is counted as it will be after the first step.
+    A line per group and role (optim/roles.py), with the learning rate as it is now. State that does
+    not exist yet is counted as it will be after the first step. Raises AssertionError unless every
+    trainable parameter of `model` is in exactly one group.
     """
+    placed = {id(p): placement for _, p, placement in place_parameters(model)}
     held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    wanted = {id(p) for p in model.parameters() if p.requires_grad}
-    assert len(held) == len(set(held)) and set(held) == wanted, "each parameter in just one group"
-    rows = [("group", "tensors", "parameters", "lr", "decay", "state bytes", "a param", "update")]
+    assert len(held) == len(set(held)) and set(held) == set(placed), (
+        "each parameter in just one group"
+    )
+    rows = [
+        ("role", "tensors", "parameters", "lr", "decay", "state bytes", "per parameter", "update")
+    ]
     numbers = total = 0
     for group in optimizer.param_groups:
-        count = sum(local(p).numel() for p in group["params"])
-        size = sum(planned_bytes(optimizer, p, group) for p in group["params"])
-        vectors = all(p.ndim < 2 for p in group["params"])
-        method = method_of(optimizer, group)
-        if vectors and isinstance(optimizer, AdamSN):
-            method = "Adam"
-        elif group.get("momentum_bits", 32) < 32 and group.get("momentum", 1) > 0:
-            method += f", {group['momentum_bits']}-bit momentum"
-        rate = f"{float(group['lr']):.3g}"
-        rows.append(
-            (
-                group.get("name", "-"),
-                str(len(group["params"])),
-                f"{count:,}",
-                rate,
-                f"{group['weight_decay']:g}",
-                f"{size:,}",
-                f"{size / max(1, count):.3f}",
-                method,
+        by_role = {}
+        for p in group["params"]:
+            by_role.setdefault(placed[id(p)].role, []).append(p)
+        for role, params in by_role.items():
+            count = sum(local(p).numel() for p in params)
+            size = sum(planned_bytes(optimizer, p, group) for p in params)
+            rows.append(
+                (
+                    role,
+                    str(len(params)),
+                    f"{count:,}",
+                    f"{float(group['lr']):.3g}",
+                    f"{group['weight_decay']:g}",
+                    f"{size:,}",
+                    f"{size / max(1, count):.3f}",
+                    method_of(optimizer, group, params),
+                )
             )
-        )
-        numbers, total = numbers + count, total + size
-    rows.append(
-        (
-            "total",
-            str(len(held)),
-            f"{numbers:,}",
-            "",
-            "",
-            f"{total:,}",
-            f"{total / max(1, numbers):.3f}",
-            f"{100 * total / max(1, 8 * numbers):.1f}% of Adam's",
-        )
-    )
+            numbers, total = numbers + count, total + size
+    share = f"{100 * total / max(1, 8 * numbers):.1f}% of Adam's"
+    each = f"{total / max(1, numbers):.3f}"
+    rows.append(("total", str(len(held)), f"{numbers:,}", "", "", f"{total:,}", each, share))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -101,3 +79,28 @@ def optimizer_table(model, optimizer):
         cells[0], cells[-1] = row[0].ljust(widths[0]), row[-1]
         lines.append("  ".join(cells))
     return "\n".join(lines)
+
+
+def method_of(optimizer, group, params):
+    """How these parameters of a group are updated, in a few words."""
+    momentum = ""
+    if group.get("momentum_bits", 32) < 32 and group.get("momentum", 1) > 0:
+        momentum = f", {group['momentum_bits']}-bit momentum"
+    if isinstance(optimizer, AdamSN):
+        if all(p.ndim < 2 for p in params):
+            return "Adam"
+        stored = ", stored (in, out)" if group["transposed"] else ""
+        if isinstance(optimizer, MuonSN) and group["orthogonalize"]:
+            blocks = f", {len(group['row_blocks'])} blocks apart" if group["row_blocks"] else ""
+            return f"orthogonalised, a second moment per row{blocks}{stored}{momentum}"
+        if group["partition"] in ("element", 1):
+            return f"Adam{momentum}"
+        quasi = "" if group["nu1"] == 1 else ", quasi-hyperbolic"
+        partition = group["partition"]
+        subset = f"run of {partition}" if isinstance(partition, int) else partition
+        return f"AdamSN{quasi}, {group['norm']} over each {subset}{stored}{momentum}"
+    if isinstance(optimizer, Adafactor):
+        whole = not group["factored"] or all(p.ndim < 2 for p in params)
+        how = "each element" if whole else "rows and columns"
+        return f"Adafactor, {how}{momentum}"
+    return type(optimizer).__name__

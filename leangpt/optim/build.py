@@ -14,10 +14,10 @@ from torch import nn
 
 from leangpt.optim.adafactor import Adafactor
 from leangpt.optim.adamsn import AdamSN
-from leangpt.optim.base import COMMON
+from leangpt.optim.base import COMMON, MemoryOptimizer, say_once
 from leangpt.optim.fused_backward import fuse_into_backward
 from leangpt.optim.muonsn import MuonSN
-from leangpt.optim.roles import LINEAR_ROLES, parameters_by_role
+from leangpt.optim.roles import LINEAR_ROLES, place_parameters
 from leangpt.optim.variants import VARIANTS
 from leangpt.system.errors import UserError
 
@@ -189,22 +189,42 @@ def check_roles(option, roles):
 
 def make_groups(model, recipe, weight_decay):
     """Parameter groups of a Recipe, those of linear roles that share all settings joined."""
+    placed, alike = place_parameters(model), {}
+    if not placed:
+        raise UserError("the model has no trainable parameters")
+    if recipe.cls is not torch.optim.AdamW:
+        say_what_is_unknown([name for name, _, placement in placed if not placement.known])
+    for _, p, placement in placed:
+        key = placement.role, placement.row_blocks, placement.transposed
+        alike.setdefault(key, []).append(p)
     groups = []
-    for role, params, layout in parameters_by_role(model):
+    for (role, row_blocks, transposed), params in alike.items():
         linear = role in LINEAR_ROLES
         rate = recipe.learning_rate if linear else recipe.embedding_lr
         rate = rate * recipe.role_rates[role] if recipe.role_rates.get(role, 1) != 1 else rate
         group = {"name": role, "params": params, "lr": rate}
         group["weight_decay"] = 0.0 if role == "vector" else weight_decay
+        if transposed and issubclass(recipe.cls, MemoryOptimizer):
+            group["transposed"] = True
         if issubclass(recipe.cls, AdamSN):
-            group |= layout
             group["partition"] = linear_partition(recipe.partition, role) if linear else "element"
+            if row_blocks:
+                group["row_blocks"] = row_blocks
         if recipe.cls is MuonSN:
             group["orthogonalize"] = linear
-        groups.append(group if linear else group | recipe.embedding_options)
-    if not groups:
-        raise UserError("the model has no trainable parameters")
+        if not linear:
+            group |= recipe.embedding_options
+        if role == "vector" and "partition" in group:
+            group["partition"] = "element"
+        groups.append(group)
     return merge_alike(groups)
+
+
+def say_what_is_unknown(names):
+    """Warn, once a process, of matrices that no rule places."""
+    if names:
+        listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
+        say_once(f"updated as embeddings are, for no known kind of layer has them: {listed}")
 
 
 def linear_partition(partition, role):

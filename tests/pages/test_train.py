@@ -58,7 +58,7 @@ def test_a_run_learns_and_leaves_its_files(tmp_path, capsys):
         "model      ",
         "attention  cache",
         "memory     parameters 0.03 MB, gradients 0.03 MB, optim",
-        "optimizer  group",
+        "optimizer  role",
         "           mlp_in ",
         "           total ",
         "batch      64 tokens per iteration: 1 x 4 sequences of 16",
