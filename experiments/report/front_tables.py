@@ -134,7 +134,7 @@ def which_knob(attention, memory, speeds, generation):
             "long sequences",
             "`attention_policy` recompute",
             trained("train plain", "train recompute"),
-            "below 24,576 tokens (CPU: 6,144) unless `q_chunk` is set",
+            "below 24,576 tokens (CPU: 12,288) unless `q_chunk` is set",
         ),
         (
             "many layers, large batches",
