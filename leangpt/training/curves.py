@@ -58,13 +58,13 @@ def curves_figure(runs: list[Run]):
     over_seconds.set(xlabel="seconds of training")
     legend = figure.legend(handles, labels, loc="outside lower left", frameon=False)
     for text in legend.get_texts():
-        text.set_parse_math(False)  # a folder may be named $x$
+        text.set_parse_math(False)  # a folder may have dollars in its name
     return figure
 
 
 def _label(run):
     """A run's line of the legend."""
-    # matplotlib leaves labels out that begin with _
+    # matplotlib before 3.10 leaves labels out that begin with _
     name = f"./{run.name}" if run.name.startswith("_") else run.name
     if run.evaluations:
         return f"{name}: {run.final:.4f} at iteration {run.evaluations[-1][0]:,}"

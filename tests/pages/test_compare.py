@@ -226,7 +226,7 @@ def test_a_folder_of_nanogpt(tmp_path, said):
 
 
 def test_the_legend_names_every_run(tmp_path):
-    names = ["plain", "_hidden", "$math$", "x" * 200] + [f"run{i}" for i in range(30)]
+    names = ["plain", "_hidden", "$\\frac$", "x" * 200] + [f"run{i}" for i in range(30)]
     runs = [read_run(write_run(tmp_path / name)) for name in names]
     runs.append(read_run(nanogpt_checkpoint(tmp_path / "theirs")))
     runs.append(read_run(write_run(tmp_path / "begun", losses={})))

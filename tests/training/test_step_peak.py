@@ -52,6 +52,15 @@ def test_it_tells_optimizers_apart():
     assert peaks["adam"] - peaks["adamsn8"] > 5 * parameters  # 8 bytes of state, little over 1
 
 
+def test_each_micro_batch_empties_the_meter(monkeypatch):
+    """The meter holds 2.5 KB an event until it is read: a long accumulation must not add up."""
+    read, tick = [], PeakMeter.tick
+    monkeypatch.setattr(PeakMeter, "tick", lambda meter: read.append(tick(meter)))
+    run = Steps("adam")
+    step_peak(run.step, run.model, run.optimizer)
+    assert len(read) == 2
+
+
 def test_a_measured_step_is_bitwise_the_same():
     plain, metered = Steps("adamsn"), Steps("adamsn")
     plain.step(), metered.step()
