@@ -70,7 +70,7 @@ def main(argv=None):
     runs = read_runs(settings.runs)
     print("\n".join(table(runs, shutil.get_terminal_size((120, 24)).columns) + notes(runs)))
     if settings.csv:
-        write_file("csv", settings.csv, csv_text(runs).encode())
+        write_file("csv", settings.csv, csv_text(runs).encode(errors="backslashreplace"))
         print(f"table in {settings.csv}")
     picture = io.BytesIO()
     curves_figure(runs).savefig(picture, format=kind, dpi=150)

@@ -1,5 +1,6 @@
 """What a user did wrong, said in one line. Everything else is a bug and keeps its traceback."""
 
+import io
 import os
 import sys
 
@@ -11,8 +12,11 @@ class UserError(ValueError):
 def exit_cleanly(main):
     """Run `main()`; on a UserError print `error: ...` on stderr and exit with status 2.
 
-    Ctrl-C ends with 130, and a reader that went away (`| head`) with 141, as in a shell.
+    Ctrl-C ends with 130, and a reader that went away (`| head`) with 141, as in a shell. What the
+    terminal cannot show, being ASCII or Latin-1, is written as an escape.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
         sys.stdout.flush()

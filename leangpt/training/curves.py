@@ -64,8 +64,10 @@ def curves_figure(runs: list[Run]):
 
 def _label(run):
     """A run's line of the legend."""
+    # a name is any bytes to a file system
+    name = run.name.encode("utf-8", "backslashreplace").decode()
     # matplotlib before 3.10 leaves labels out that begin with _
-    name = f"./{run.name}" if run.name.startswith("_") else run.name
+    name = f"./{name}" if name.startswith("_") else name
     if run.evaluations:
         return f"{name}: {run.final:.4f} at iteration {run.evaluations[-1][0]:,}"
     if run.best:

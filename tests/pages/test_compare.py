@@ -290,6 +290,24 @@ def test_no_display_is_needed(tmp_path):
     assert (tmp_path / "b.pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_any_name_on_any_terminal(tmp_path, encoding):
+    names = ["d\u00e9j\u00e0", "\u5bab", os.fsdecode(b"\xff\xfe")]
+    for name in names:
+        write_run(tmp_path / name)
+    environment = {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(
+        [sys.executable, ROOT / "compare.py", *names, "--csv=table.csv"],
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(b" 1.8000 ") == 3 and b"\\udcff\\udcfe" in done.stdout
+    assert os.path.exists(tmp_path / "compare.png")
+
+
 # ------------------------------------------------------------------ what is wrong with the input
 
 
