@@ -17,7 +17,7 @@ from leangpt.optim.kernels import step_cpu
 from leangpt.optim.momentum import dequantize, dither
 from leangpt.system import c_library
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 needs_kernels = pytest.mark.skipif(step_cpu.library() is None, reason="needs Linux and cc")
 SHAPES = [(24, 10), (1, 7), (1, 1), (33, 1), (5, 96), (300, 67), (4, 2, 3, 5), (1030, 260)]
 EXACT = [

@@ -1,7 +1,7 @@
 """The CUDA kernels of the optimizers against the plain loop in PyTorch.
 
-On a GPU: `pytest tests/test_optimizer_kernels.py`. Without one, where Triton is installed:
-`TRITON_INTERPRET=1 pytest tests/test_optimizer_kernels.py`.
+On a GPU: `pytest tests/optim/kernels`. Without one, where Triton is installed:
+`TRITON_INTERPRET=1 pytest tests/optim/kernels`.
 """
 
 import functools
