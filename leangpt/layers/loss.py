@@ -34,7 +34,7 @@ def chunked_cross_entropy(
 
     Raises UserError for targets of another shape or dtype, and for one outside the vocabulary. On
     CUDA, where asking would wait for the device, such a loss is NaN, its gradients are zero, and
-    the error is raised by the next call that finds the device done with it.
+    the error is raised by the first call, this or a later one, that finds the device done with it.
     """
     if targets.dtype != torch.int64 or targets.shape != hidden.shape[:-1]:
         raise UserError(
