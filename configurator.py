@@ -23,7 +23,6 @@ import dataclasses
 import difflib
 import inspect
 import io
-import json
 import math
 import os
 import runpy
@@ -35,7 +34,6 @@ import typing
 from pathlib import Path
 
 from leangpt.system.errors import UserError
-from leangpt.system.whole_files import written_whole
 
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
@@ -89,12 +87,6 @@ def describe_changes(config):
         if value != getattr(default, key)
     ]
     return ", ".join(changes) if changes else "all settings at their defaults"
-
-
-def save_config(config, path):
-    """Write the settings as JSON, whole or not at all. Raises UserError where that fails."""
-    with written_whole(path) as temporary:
-        temporary.write_text(json.dumps(config_dict(config), indent=2) + "\n", encoding="utf-8")
 
 
 def help_text(settings):

@@ -8,50 +8,55 @@ random choice is a function of (seed, iteration). Exit status: 0 done, 1 stopped
 (loss not finite, out of memory), 2 wrong input, 130 or 143 stopped by a signal after saving.
 """
 
-import math
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import closing
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import config_dict, parse_config, save_config
+from configurator import config_dict, describe_changes, parse_config
 from leangpt.memory.meter import is_out_of_memory
 from leangpt.optim import VARIANTS, updates_inside_backward
 from leangpt.system.errors import UserError
 from leangpt.system.processor import keep_freed_memory
 from leangpt.system.runtime import (
-    DATA_STREAM,
-    StopSignal,
+    DTYPES,
+    is_main_process,
     iteration_seed,
     run_script,
     setup_runtime,
 )
+from leangpt.system.stopping import Agreement, StopSignal
 from leangpt.text.dataset import load_dataset
-from leangpt.training.checkpoint import (
-    BEST,
-    LAST,
-    checkpoint_to_resume,
-    copy_checkpoint,
-    load_checkpoint,
-    load_optimizer,
-    model_args,
-    save_checkpoint,
-)
+from leangpt.training.batches import iteration_batches
+from leangpt.training.checkpoint import LAST, model_from_checkpoint
 from leangpt.training.evaluation import evaluate
-from leangpt.training.log import StepClock, TrainingLog, advise_oom, startup_summary
-from leangpt.training.start import adopt_model_args, build_model, check_dataset, resumed_settings
+from leangpt.training.losses import Losses, NotFinite
+from leangpt.training.record import RunRecord
+from leangpt.training.run_folder import RunFolder
+from leangpt.training.schedule import set_rates
+from leangpt.training.start import (
+    adopt_model_args,
+    check_dataset,
+    continue_optimizer,
+    resumed_settings,
+)
+from leangpt.training.summary import advise_oom, startup_summary
+from model import GPT, GPTConfig
 from optimizers import check_param_dtype, lr_factor, make_optimizer
+
+MOST = 2**31 - 1  # of anything that is counted, so that no product of two overflows
 
 
 @dataclass
 class Settings:
     # run
     out_dir: str = "out"  # where checkpoints, metrics.csv and config.json go
-    init_from: str = "scratch"  # scratch | resume | gpt2* | a hub id or folder of a model
+    overwrite: bool = False  # erase an earlier run in out_dir instead of moving it aside
+    init_from: str = "scratch"  # scratch | resume | auto: either | gpt2* | a hub id or folder
     seed: int = 1337  # of the initial weights, the data order and dropout
     max_iters: int = 600000  # iterations in all
     eval_interval: int = 2000  # iterations between evaluations, each followed by a save
@@ -105,15 +110,19 @@ class Settings:
     backend: str = "auto"  # of several processes: auto | nccl | gloo
 
     def __post_init__(self):
-        for name in (
-            "eval_interval",
-            "log_interval",
-            "gradient_accumulation_steps",
-            "batch_size",
-            "block_size",
-        ):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be positive, not {getattr(self, name)}")
+        positive = {
+            name: getattr(self, name)
+            for name in (
+                "eval_interval",
+                "log_interval",
+                "gradient_accumulation_steps",
+                "batch_size",
+                "block_size",
+            )
+        }
+        for name, value in positive.items():
+            if value <= 0:
+                raise UserError(f"{name} must be positive, not {value}")
         for name in (
             "seed",
             "max_iters",
@@ -125,6 +134,13 @@ class Settings:
         ):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"{name} must not be negative, but is {getattr(self, name)}")
+        sizes = {name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd")}
+        tokens = {"batch_size * block_size": self.batch_size * self.block_size}
+        for name, value in {**positive, **sizes, **tokens}.items():
+            if value > MOST:
+                raise UserError(f"{name} must be at most {MOST:,}, not {value:,}")
+        if self.overwrite and self.init_from == "resume":
+            raise UserError("overwrite=True erases what init_from=resume would go on from")
         check_param_dtype(self)
         if self.int4:
             raise UserError(
@@ -133,41 +149,68 @@ class Settings:
             )
 
 
-class TrainingStopped(RuntimeError):
-    """The run cannot go on, for a reason that is not the user's input. Exit status 1."""
-
-
 def main(argv=None):
     settings, given = parse_config(Settings, argv)
-    checkpoint = None
-    if settings.init_from == "resume":
-        checkpoint = load_checkpoint(checkpoint_to_resume(settings.out_dir))
-        settings = resumed_settings(settings, given, checkpoint)
-    dtype = settings.dtype if settings.param_dtype == "float32" else settings.param_dtype
-    runtime = setup_runtime(settings.device, dtype, settings.seed, settings.backend)
-    if runtime.device_type == "cpu":
-        keep_freed_memory()
-    trainer = None
-    try:
-        trainer = Trainer(settings, given, runtime, checkpoint)
-        checkpoint = None  # its memory is the run's from here on
-        trainer.run()
-    except TrainingStopped as reason:
-        if runtime.is_main:  # every process meets it
-            print(f"error: {reason}", file=sys.stderr)
-        sys.exit(1)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print(f"error: {advise_oom(settings, trainer)}", file=sys.stderr)
-        sys.exit(1)
-    finally:
-        trainer = None
-        runtime.close()
+    trainer = checkpoint = None
+    with RunFolder(settings.out_dir, is_main_process()) as folder:
+        if settings.init_from == "auto":
+            settings.init_from = "resume" if folder.resumable else "scratch"
+        if settings.init_from == "resume":
+            checkpoint = folder.resume(hold=not settings.eval_only)
+            settings = resumed_settings(settings, given, checkpoint)
+        dtype = settings.dtype if settings.param_dtype == "float32" else settings.param_dtype
+        runtime = setup_runtime(settings.device, dtype, settings.seed, settings.backend)
+        if runtime.device_type == "cpu":
+            keep_freed_memory()
+        try:
+            trainer = Trainer(settings, given, runtime, checkpoint)
+            checkpoint = None  # its memory is the run's from here on
+            trainer.run(folder)
+        except NotFinite as reason:
+            if runtime.is_main:  # every process meets it
+                print(
+                    f"error: {reason}; the last good checkpoint is {folder.path / LAST} "
+                    f"(iteration {trainer.record.saved_iteration}): try a lower learning_rate or a "
+                    "longer warmup_iters",
+                    file=sys.stderr,
+                )
+            sys.exit(1)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            built = (trainer.raw_model, trainer.optimizer) if trainer else ()
+            print(f"error: {advise_oom(settings, runtime, *built)}", file=sys.stderr)
+            sys.exit(1)
+        finally:
+            trainer = None
+            runtime.close()
+
+
+def build_model(settings, given, dataset, checkpoint=None):
+    """The model a run starts with, on the CPU, its weights of `param_dtype` -> GPT.
+
+    Weights are drawn or read in float32 and rounded last, so one seed starts every dtype alike.
+    Raises UserError where the settings contradict the weights they start from.
+    """
+    free = {name: getattr(settings, name) for name in GPTConfig.FREE}
+    if settings.init_from == "scratch":
+        dataset.check_block_size(settings.block_size)  # before anything of that size is allocated
+        names = (field.name for field in fields(GPTConfig) if hasattr(settings, field.name))
+        shape = {name: getattr(settings, name) for name in names}
+        # GPT-2's vocabulary is rounded up, as nanoGPT does, to a multiple of 64: faster products
+        vocab_size = 50304 if dataset.vocab_size == 50257 else dataset.vocab_size
+        model = GPT(GPTConfig(**shape, vocab_size=vocab_size))
+    elif settings.init_from == "resume":
+        model = model_from_checkpoint(GPT, checkpoint, **free)
+    else:
+        model = GPT.from_pretrained(settings.init_from, **free)
+    if "block_size" in given and settings.block_size < model.config.block_size:
+        model.crop_block_size(settings.block_size)
+    return model.to(DTYPES[settings.param_dtype])
 
 
 class Trainer:
-    """One run: what it needs, its loop, what it reports and saves."""
+    """One run: what it needs, and its loop."""
 
     def __init__(self, settings, given, runtime, checkpoint=None):
         """Build data set, model and optimizer. Raises UserError; writes nothing."""
@@ -183,300 +226,118 @@ class Trainer:
         check_dataset(self.dataset, self.raw_model, checkpoint)
         self.raw_model.to(runtime.device).train()
         self.optimizer = make_optimizer(settings, self.raw_model, runtime)
-        self.scaler = torch.amp.GradScaler(
-            runtime.device_type, enabled=runtime.dtype == torch.float16
-        )
-        self.iteration, self.best_val_loss, seconds = 0, math.inf, 0.0
-        self.notices = []
-        if checkpoint is not None:
-            self.iteration, self.best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
-            seconds = checkpoint.get("train_seconds", 0.0)
-            self._continue_optimizer(checkpoint)
-        self.compiled = (
-            runtime.device_type == "cuda" if settings.compile is None else settings.compile
-        )
+        half = runtime.dtype == torch.float16
+        self.scaler = torch.amp.GradScaler(runtime.device_type, enabled=half)
+        learned = (self.raw_model, self.optimizer, self.scaler)
+        self.iteration = checkpoint["iter_num"] if checkpoint else 0
+        self.notices = continue_optimizer(settings, *learned, checkpoint) if checkpoint else []
+        runtime.check_alike("the iteration to start from", self.iteration)
+        on_gpu = runtime.device_type == "cuda"
+        self.compiled = on_gpu if settings.compile is None else settings.compile
         self.model = self.raw_model
         if self.compiled:
             self.model = self.raw_model.compiled(settings.block_size, runtime.device_type)
-        self.parallel = self.model  # what a training step calls
-        if runtime.world_size > 1:
-            self.parallel = DistributedDataParallel(self.model)
-        self.clock = StepClock(runtime, seconds)
-        self.out_dir = Path(settings.out_dir)
-        self.tokens_per_iteration = (
-            settings.gradient_accumulation_steps * settings.batch_size * settings.block_size
-        )
-        self.agreed_to_stop = False
-        self.losses = []  # of the iterations since they were last read, still on the device
-        self.losses_from = 0  # the first of those iterations
+        several = runtime.world_size > 1
+        self.parallel = DistributedDataParallel(self.model) if several else self.model
+        self.losses = Losses(runtime)
         self.norm = None  # of the last gradients, before clipping
-        self.eval_seconds = 0.0
-
-    def _continue_optimizer(self, checkpoint):
-        """Load optimizer and scaler state if the optimizer is the one that was saved."""
-        saved = checkpoint.get("config", {})
-        before = f"{saved.get('optimizer_variant', 'adam')} {saved.get('optimizer_options', '')}"
-        now = f"{self.settings.optimizer_variant} {self.settings.optimizer_options}"
-        reason = f"it was saved by {before.strip()}, this run uses {now.strip()}"
-        if now == before:
-            reason = load_optimizer(self.optimizer, self.raw_model, checkpoint.get("optimizer"))
-        if reason:
-            self.notices.append(f"optimizer state starts fresh: {reason}")
-        if self.scaler.is_enabled() and checkpoint.get("scaler"):
-            self.scaler.load_state_dict(checkpoint["scaler"])
-
-    # ------------------------------------------------------------------ the loop
-
-    def run(self):
-        """Train to max_iters, or only evaluate. A signal ends the process with 128 + its number."""
-        with StopSignal() as self.stop_signal:
-            if self.settings.eval_only:
-                return self._evaluate_only()
-            self._open_out_dir()
-            try:
-                self._train()
-            finally:
-                self.log.close()  # whatever the end: no bar in its way, no file or tracker open
-
-    def _evaluate_only(self):
-        log = TrainingLog(self.runtime)
-        log.say(startup_summary(self))
-        if (losses := evaluate(self)) is None:
-            sys.exit(128 + self.stop_signal.received)
-        log.say(
-            f"step {self.iteration}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}"
+        self.stop = StopSignal()
+        self.stopping = Agreement(runtime, self.stop)
+        self.record = RunRecord(
+            settings, config_dict(settings), self.dataset, *learned, runtime, checkpoint
         )
 
-    def _train(self):
+    def run(self, folder):
+        """Train to max_iters in `folder`, or only evaluate. A signal ends the process with 128 +
+        its number."""
         settings = self.settings
-        self.clock.start()
-        while self.iteration < settings.max_iters and not self.stopping():
-            if self.iteration % settings.eval_interval == 0 and not self.evaluate_and_save():
-                break
-            self.set_learning_rate()
-            if not self.losses:
-                self.losses_from = self.iteration
-            self.losses.append(self.step())
-            if self.iteration % settings.log_interval == 0:
-                self.report()
-            self.iteration += 1
-            self.log.advance()
-        if not self.stopping():
-            self.evaluate_and_save()
-        if self.stopping():
-            self._save_and_exit()
-        best = f"best val loss {self.best_val_loss:.4f}, in {self.out_dir / BEST}"
-        self.log.close(
-            f"done: {self.iteration} iterations, {self.clock.total:.1f} s of training; "
-            + (best if math.isfinite(self.best_val_loss) else "nothing to keep")
-        )
+        with self.stop, closing(self.record):
+            if not settings.eval_only:
+                self.record.begin(folder)
+            summary = startup_summary(
+                settings,
+                self.dataset,
+                self.raw_model,
+                self.optimizer,
+                self.runtime,
+                compiled=self.compiled,
+                iteration=self.iteration,
+                changes=describe_changes(settings),
+            )
+            self.record.log.say("\n".join([summary, *(f"note: {n}" for n in self.notices)]))
+            if not (self.evaluate() if settings.eval_only else self.train()):
+                number = self.stop.received or signal.SIGTERM  # perhaps another process's
+                self.losses.read()
+                self.record.interrupt(self.iteration, signal.Signals(number).name)
+                sys.exit(128 + number)
 
-    def step(self):
-        """One iteration: gradients of its whole batch, clipped, and an update -> its loss."""
-        settings, runtime = self.settings, self.runtime
+    def train(self):
+        """The loop -> True, or False where a signal ended it early."""
+        settings = self.settings
+        self.record.clock.start()
+        while not self.stopping():
+            over = self.iteration >= settings.max_iters
+            if over or self.iteration % settings.eval_interval == 0:
+                if not self.evaluate():
+                    return False
+            if over:
+                self.record.finish(self.iteration)
+                return True
+            set_rates(self.optimizer, lr_factor(self.iteration, settings))
+            self.losses.add(self.iteration, self.record.peak.of(self.step))
+            if self.iteration % settings.log_interval == 0:
+                self.record.report(self.iteration, self.losses.read()[-1], self.norm)
+            self.iteration += 1
+            self.record.log.advance()
+        return False
+
+    def step(self, tick=lambda: None):
+        """One iteration: gradients of its whole batch, clipped, and an update -> its loss.
+
+        tick: called before each micro-batch.
+        """
+        settings, runtime, scaler = self.settings, self.runtime, self.scaler
         runtime.seed(iteration_seed(settings.seed, self.iteration, 1 + runtime.rank))
         count = settings.gradient_accumulation_steps // runtime.world_size
         total = 0.0
-        for index, (x, y) in enumerate(self.micro_batches()):
+        batches = iteration_batches(self.dataset, settings, runtime, self.iteration)
+        for index, (x, y) in enumerate(batches):
+            tick()
             if runtime.world_size > 1:  # gradients are averaged once, after the last one
                 self.parallel.require_backward_grad_sync = index == count - 1
             with runtime.autocast():
                 loss = self.parallel(x, y)[1] / count
-            self.scaler.scale(loss).backward()
+            scaler.scale(loss).backward()
             total = total + loss.detach()
         inside = updates_inside_backward(self.optimizer)  # there gradients are gone by now
         if settings.grad_clip > 0 and not inside:
-            self.scaler.unscale_(self.optimizer)
-            self.norm = torch.nn.utils.clip_grad_norm_(
-                self.raw_model.parameters(), settings.grad_clip
-            )
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+            scaler.unscale_(self.optimizer)
+            parameters = self.raw_model.parameters()
+            self.norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
+        scaler.step(self.optimizer)
+        scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if inside:
             self.norm = self.optimizer.strategy.norm
         return total
 
-    def micro_batches(self):
-        """This process's share of the iteration's batch: pairs of x, y (B, T) int64.
-
-        Every process draws all of it, in order, from a generator seeded for the iteration, and
-        keeps each world_size-th: neither a resume nor the number of processes changes the data.
-        """
-        settings, runtime = self.settings, self.runtime
-        generator = torch.Generator().manual_seed(
-            iteration_seed(settings.seed, self.iteration, DATA_STREAM)
-        )
-        for index in range(settings.gradient_accumulation_steps):
-            mine = index % runtime.world_size == runtime.rank
-            batch = self.dataset.batch(
-                "train",
-                settings.batch_size,
-                settings.block_size,
-                generator,
-                runtime.device if mine else "cpu",
-            )
-            if mine:
-                yield batch
-
-    def set_learning_rate(self):
-        """Every group's `lr` for this iteration: its `initial_lr` times the schedule's factor."""
-        factor = lr_factor(self.iteration, self.settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-
-    def learning_rate(self):
-        """The present rate of linear weights: the one `learning_rate` sets."""
-        groups = self.optimizer.param_groups
-        linear = [g for g in groups if g["name"] not in ("embedding", "vector")]
-        return (linear or groups)[0]["lr"]
-
-    def stopping(self):
-        """Has a signal asked to end? Several processes must agree, which they do in read_losses."""
-        if self.runtime.world_size > 1:
-            return self.agreed_to_stop
-        return self.stop_signal.received is not None
-
-    # ------------------------------------------------------------------ evaluation and saving
-
-    def evaluate_and_save(self):
-        """Evaluate, report, keep the best and the last checkpoint. False if a signal came first."""
-        self.clock.stop()
-        self.read_losses()
+    def evaluate(self):
+        """Losses of both splits, reported; then a checkpoint. False if a signal came first."""
+        self.record.clock.stop()
+        self.losses.read()
         began = time.perf_counter()
-        if (losses := evaluate(self)) is None:
-            return False
-        if not math.isfinite(losses["val"]):
-            raise self._not_finite("the validation loss", self.iteration)
-        better = self.iteration > 0 and losses["val"] < self.best_val_loss
-        if better:
-            self.best_val_loss = losses["val"]
-        self.eval_seconds = time.perf_counter() - began
-        self.log.evaluation(
-            self.eval_seconds,
-            better,
-            **self._progress(),
-            train_loss=losses["train"],
-            val_loss=losses["val"],
+        losses = evaluate(
+            self.raw_model,
+            self.dataset,
+            self.settings,
+            self.runtime,
+            self.stopping.again(),
+            self.model if self.compiled else None,
         )
-        if better or (self.iteration > 0 and self.settings.always_save_checkpoint):
-            self.save(BEST, LAST)
-        elif self.iteration != self.saved_iteration:
-            self.save(LAST)
-        self.clock.start()
-        return True
-
-    def save(self, *names):
-        """Write the present state to out_dir/name for each name, in that order.
-
-        The best comes before the last: killed between the two, the run goes on from the older
-        last one, meets the same best again and writes it again.
-        """
-        if not all(bool(p.isfinite().all()) for p in self.raw_model.parameters()):
-            raise self._not_finite("a weight", self.iteration)
-        self.saved_iteration = self.iteration
-        if not self.runtime.is_main:
-            return
-        self.log.metrics.sync()
-        first, *others = [self.out_dir / name for name in names]
-        save_checkpoint(
-            first,
-            {
-                "model": self.raw_model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "model_args": model_args(self.raw_model),
-                "iter_num": self.iteration,
-                "best_val_loss": self.best_val_loss,
-                "train_seconds": self.clock.total,
-                "config": config_dict(self.settings),
-                "dataset": {"name": self.dataset.name, **self.dataset.meta},
-            },
-        )
-        for other in others:
-            copy_checkpoint(first, other)
-
-    def _open_out_dir(self):
-        """Make out_dir, its log and config.json; a fresh run's state 0 replaces an older run's."""
-        self.log = TrainingLog(self.runtime, self.settings, self.iteration)
-        self.log.say(startup_summary(self))
-        if self.runtime.is_main:
-            save_config(self.settings, self.out_dir / "config.json")
-        self.saved_iteration = self.iteration
-        if self.iteration == 0:
-            self.save(LAST)
-        self.reported = self.iteration, self.clock.total
-
-    def _save_and_exit(self):
-        """A signal asked for the end: save, say so, leave with the shell's status for it."""
-        self.clock.stop()
-        self.read_losses()
-        self.save(LAST)
-        number = self.stop_signal.received or signal.SIGTERM
-        self.log.close(
-            f"stopped by {signal.Signals(number).name} before iteration "
-            f"{self.iteration}; {self.out_dir / LAST} is saved, continue with "
-            "--init_from=resume"
-        )
-        sys.exit(128 + number)
-
-    # ------------------------------------------------------------------ reporting
-
-    def read_losses(self):
-        """Losses since the last call, of all processes together -> list of floats.
-
-        The one place that waits for the device between evaluations. Raises TrainingStopped on a
-        loss that is not finite; the processes agree here on whether a signal asks to stop.
-        """
-        losses = torch.stack(self.losses).tolist() if self.losses else []
-        self.losses.clear()
-        signalled = float(self.stop_signal.received is not None)
-        *losses, signalled = self.runtime.mean([*losses, signalled])
-        self.agreed_to_stop = signalled > 0
-        for iteration, loss in enumerate(losses, self.losses_from):
-            if not math.isfinite(loss):
-                raise self._not_finite("the loss", iteration)
-        return losses
-
-    def _not_finite(self, what, iteration):
-        return TrainingStopped(
-            f"{what} is not finite at iteration {iteration}; the last good checkpoint is "
-            f"{self.out_dir / LAST} (iteration {self.saved_iteration}): try a lower learning_rate "
-            "or a longer warmup_iters"
-        )
-
-    def report(self):
-        """The log line and metrics row of this iteration; times are means since the last one."""
-        settings = self.settings
-        loss = self.read_losses()[-1]
-        seconds = self.clock.read()
-        iteration_then, seconds_then = self.reported
-        self.reported = self.iteration + 1, seconds
-        each = (seconds - seconds_then) / (self.iteration + 1 - iteration_then)
-        remaining = settings.max_iters - self.iteration - 1
-        evaluations = (
-            settings.max_iters // settings.eval_interval - self.iteration // settings.eval_interval
-        )
-        peak, peak_of = self.runtime.peak_memory()
-        self.log.iteration(
-            remaining * each + evaluations * self.eval_seconds,
-            peak_of,
-            **self._progress(),
-            loss=loss,
-            lr=self.learning_rate(),
-            grad_norm=None if self.norm is None else self.norm.item(),
-            tokens_per_s=self.tokens_per_iteration / each,
-            ms=1000 * each,
-            peak_mb=peak / 1e6,
-        )
-
-    def _progress(self):
-        """Cells of metrics.csv that every row has."""
-        return {
-            "iter": self.iteration,
-            "tokens": self.iteration * self.tokens_per_iteration,
-            "seconds": round(self.clock.total, 6),
-        }
+        if losses is not None:
+            self.record.evaluation(self.iteration, losses, time.perf_counter() - began)
+            self.record.clock.start()
+        return losses is not None
 
 
 if __name__ == "__main__":

@@ -37,7 +37,10 @@ def is_out_of_memory(error):
     """Is this exception one of CUDA's, Python's or the CPU allocator's for exhausted memory?"""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError)
-        and any(sign in str(error) for sign in ("DefaultCPUAllocator", "bad_alloc"))
+        and any(
+            sign in str(error)
+            for sign in ("DefaultCPUAllocator", "bad_alloc", "Storage size calculation overflowed")
+        )
     )
 
 

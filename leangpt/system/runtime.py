@@ -7,10 +7,7 @@ WORLD_SIZE. Everything random in training is a function of (seed, iteration, pro
 
 import gc
 import os
-import resource
-import signal
 import sys
-import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -71,12 +68,14 @@ class Runtime:
         dist.all_reduce(tensor)
         return (tensor / self.world_size).tolist()
 
-    def peak_memory(self):
-        """(bytes, what): the device's allocator peak on CUDA, the process's resident set else."""
-        if self.device_type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device), "cuda"
-        unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "rss"
+    def check_alike(self, what, number):
+        """Raise UserError where the processes have different numbers, called `what`."""
+        mean = self.mean([float(number)])[0]
+        if mean != number:
+            raise UserError(
+                f"{what} is {number} here and {mean:g} on the average of {self.world_size} "
+                "processes: out_dir must be one folder that all of them see"
+            )
 
     def describe(self):
         """One line: device and why, dtype, threads or processes."""
@@ -93,6 +92,14 @@ class Runtime:
         if dist.is_initialized():
             gc.collect()  # what still holds the group (DDP's buckets) goes first
             dist.destroy_process_group()
+
+
+def is_main_process():
+    """Is this the process that writes files: the only one, or the first that torchrun started?
+
+    For what happens before `setup_runtime`; then it is `Runtime.is_main`.
+    """
+    return os.environ.get("RANK", "0") == "0"
 
 
 def run_script(main):
@@ -145,35 +152,6 @@ def setup_runtime(device="auto", dtype="auto", seed=1337, backend="auto"):
         dist.init_process_group(backend)
     torch.manual_seed(seed)
     return Runtime(chosen, reason, chosen_dtype, rank, world_size)
-
-
-class StopSignal:
-    """`with StopSignal() as stop:` remembers a SIGINT or SIGTERM, so a loop can end where it likes.
-
-    Its number is in `stop.received`, None before. Another one has its usual effect, unless it comes
-    within `patience` seconds: a Ctrl-C reaches the processes of torchrun twice.
-    """
-
-    patience = 1.0
-
-    def __enter__(self):
-        self.received = None
-        self.usual = {
-            number: signal.signal(number, self._receive)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def _receive(self, number, frame):
-        if self.received is None:
-            self.received, self.since = number, time.monotonic()
-        elif time.monotonic() - self.since >= self.patience:
-            self.__exit__()
-            os.kill(os.getpid(), number)
-
-    def __exit__(self, *exception):
-        for number, handler in self.usual.items():
-            signal.signal(number, handler)
 
 
 def iteration_seed(seed, iteration, stream):

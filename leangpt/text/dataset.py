@@ -73,6 +73,11 @@ class Dataset:
             starts = np.arange(first, min(first + batch_size, blocks))[:, None] * block_size
             yield _to_device(tokens[starts + np.arange(block_size + 1)], device)
 
+    def check_block_size(self, block_size):
+        """Raise UserError where a split has no block of T tokens and the one after them."""
+        for split in ("train", "val"):
+            self._long_enough(split, block_size)
+
     def tokenizer(self):
         """The tokenizer this dataset was prepared with."""
         return load_tokenizer(self)

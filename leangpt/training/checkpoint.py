@@ -35,6 +35,28 @@ def save_checkpoint(path, checkpoint):
             raise cause if isinstance(cause, OSError) else OSError(str(error)) from error
 
 
+def save_run(paths, model, optimizer, scaler, dataset, config, **progress):
+    """Write a run's state to each of `paths`, in that order: see `save_checkpoint`.
+
+    config: its settings as a dict. progress: iter_num, best_val_loss, train_seconds.
+    """
+    first, *others = paths
+    save_checkpoint(
+        first,
+        {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "model_args": model_args(model),
+            "config": config,
+            "dataset": {"name": dataset.name, **dataset.meta},
+            **progress,
+        },
+    )
+    for other in others:
+        copy_checkpoint(first, other)
+
+
 def copy_checkpoint(source, path):
     """Make `path` the same checkpoint as `source`, as atomically; costs no second copy of the
     bytes where the file system has hard links."""

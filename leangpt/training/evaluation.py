@@ -11,34 +11,35 @@ TRAIN_SAMPLE = 50  # batches that estimate the training loss where eval_iters=0
 
 
 @torch.no_grad()
-def evaluate(trainer):
-    """Mean loss of both splits -> {"train": float, "val": float}, or None if a signal came first.
+def evaluate(model, dataset, settings, runtime, stopping, compiled=None):
+    """Mean loss of both splits -> {"train": float, "val": float}, or None if `stopping()` said so.
 
     Over the whole validation split (eval_iters=0), or a fixed sample. Every token weighs the same,
-    whatever the size of its batch.
+    whatever the size of its batch. model: a GPT in training mode, which it is left in; compiled:
+    the same compiled for whole batches, used for those. settings: batch_size, block_size and
+    eval_iters count.
     """
-    settings, runtime = trainer.settings, trainer.runtime
     shape = (settings.batch_size, settings.block_size)
-    trainer.raw_model.eval()
+    model.eval()
     losses = {}
     for split in ("train", "val"):
         sums, tokens = [torch.zeros((), device=runtime.device)], 0
-        batches = evaluation_batches(trainer.dataset, split, settings, runtime.device)
+        batches = evaluation_batches(dataset, split, settings, runtime.device)
         for index, (x, y) in enumerate(batches):
-            if runtime.world_size == 1 and trainer.stopping():
-                trainer.raw_model.train()
+            if index % runtime.world_size == 0 and stopping():
+                model.train()
                 return None
             if index % runtime.world_size != runtime.rank:
                 continue
             # a compiled model would be compiled again for the last, smaller batch
-            model = trainer.model if x.shape == shape else trainer.raw_model
+            forward = compiled if compiled is not None and x.shape == shape else model
             with runtime.autocast():
-                sums.append(model(x, y)[1] * y.numel())
+                sums.append(forward(x, y)[1] * y.numel())
             tokens += y.numel()
         total = math.fsum(torch.stack(sums).tolist())
         total, count = runtime.mean([total, float(tokens)])
         losses[split] = total / count
-    trainer.raw_model.train()
+    model.train()
     return losses
 
 

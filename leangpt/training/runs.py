@@ -59,8 +59,13 @@ def run_facts(model: torch.nn.Module, state_bytes: int, dataset, runtime) -> dic
 
 def write_facts(folder: str | Path, facts: dict[str, Any]) -> None:
     """Write folder/run.json, whole or not at all. Raises UserError where that fails."""
-    with written_whole(Path(folder) / FACTS) as temporary:
-        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    write_json(Path(folder) / FACTS, facts)
+
+
+def write_json(path: str | Path, values: dict[str, Any]) -> None:
+    """Write a dict of plain values, whole or not at all. Raises UserError where that fails."""
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 # ---- read by anyone ------------------------------------------------------------------------------

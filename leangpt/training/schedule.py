@@ -1,4 +1,4 @@
-"""How the learning rate goes over a run."""
+"""How learning rates go over a run."""
 
 import math
 
@@ -15,3 +15,16 @@ def warmup_cosine(iteration: int, warmup_iters: int, decay_iters: int, floor: fl
         return floor
     progress = (iteration - warmup_iters) / (decay_iters - warmup_iters)
     return floor + 0.5 * (1.0 + math.cos(math.pi * progress)) * (1.0 - floor)
+
+
+def set_rates(optimizer, factor: float):
+    """Every group's `lr`: its `initial_lr` times the schedule's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+def linear_rate(optimizer) -> float:
+    """The present rate of linear weights, the one that `learning_rate` sets."""
+    groups = optimizer.param_groups
+    linear = [g for g in groups if g["name"] not in ("embedding", "vector")]
+    return (linear or groups)[0]["lr"]

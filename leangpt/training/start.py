@@ -1,20 +1,25 @@
-"""What a training run starts from: fresh weights, its own checkpoint, nanoGPT's, published ones.
+"""What a training run goes on from, and which settings the command line still owns then.
 
-`init_from` decides which settings the command line still owns: shapes come with the weights,
-everything else may be changed. A resumed run takes over the settings it was saved with; only what
-this command gives is changed.
+Shapes come with the weights, everything else may be changed. A resumed run takes over the settings
+it was saved with; only what this command gives is changed.
 """
 
 from dataclasses import asdict, fields, replace
 
 from leangpt.system.errors import UserError
-from leangpt.system.runtime import DTYPES
-from leangpt.training.checkpoint import model_from_checkpoint
-from model import GPT, GPTConfig
+from leangpt.training.checkpoint import load_optimizer
 
 # A resumed run is this machine's and this command's in these, whatever was saved.
-PER_COMMAND = ("out_dir", "init_from", "data_dir", "device", "backend", "compile", "eval_only")
-GPT2_VOCABULARY, GPT2_PADDED = 50257, 50304  # the latter is a multiple of 64: faster products
+PER_COMMAND = (
+    "out_dir",
+    "overwrite",
+    "init_from",
+    "data_dir",
+    "device",
+    "backend",
+    "compile",
+    "eval_only",
+)
 
 
 def resumed_settings(settings, given, checkpoint):
@@ -28,36 +33,6 @@ def resumed_settings(settings, given, checkpoint):
         return settings
     known = {field.name for field in fields(settings)} - set(PER_COMMAND) - set(given)
     return replace(settings, **{name: value for name, value in saved.items() if name in known})
-
-
-def build_model(settings, given, dataset, checkpoint=None):
-    """The model a run starts with, on the CPU, its weights of `param_dtype` -> GPT.
-
-    Weights are drawn or read in float32 and rounded last, so one seed starts every dtype alike.
-    Raises UserError where the settings contradict the weights they start from.
-    """
-    free = {name: getattr(settings, name) for name in GPTConfig.FREE}
-    if settings.init_from == "scratch":
-        shape = {
-            field.name: getattr(settings, field.name)
-            for field in fields(GPTConfig)
-            if hasattr(settings, field.name)
-        }
-        model = GPT(GPTConfig(**shape, vocab_size=padded_vocabulary(dataset.vocab_size)))
-    elif settings.init_from == "resume":
-        model = model_from_checkpoint(GPT, checkpoint, **free)
-    else:
-        from leangpt.weights.load import load_pretrained  # a large file, for this alone
-
-        model = load_pretrained(settings.init_from, **free)
-    if "block_size" in given and settings.block_size < model.config.block_size:
-        model.crop_block_size(settings.block_size)
-    return model.to(DTYPES[settings.param_dtype])
-
-
-def padded_vocabulary(vocab_size):
-    """GPT-2's vocabulary rounded up as nanoGPT does, any other as it is."""
-    return GPT2_PADDED if vocab_size == GPT2_VOCABULARY else vocab_size
 
 
 def adopt_model_args(settings, given, model):
@@ -92,5 +67,20 @@ def check_dataset(dataset, model, checkpoint=None):
             f"the data set has {need} different tokens, the model {have}: they do not "
             "share a tokenizer; prepare the data with the model's"
         )
-    for split in ("train", "val"):  # its first block, to be told if there is none
-        next(dataset.full_split_batches(split, model.config.block_size, 1))
+    dataset.check_block_size(model.config.block_size)
+
+
+def continue_optimizer(settings, model, optimizer, scaler, checkpoint):
+    """Load the states of optimizer and scaler if they are those that were saved -> what to note.
+
+    A list of lines: empty, or why the optimizer's state starts fresh.
+    """
+    saved = checkpoint.get("config", {})
+    before = f"{saved.get('optimizer_variant', 'adam')} {saved.get('optimizer_options', '')}"
+    now = f"{settings.optimizer_variant} {settings.optimizer_options}"
+    reason = f"it was saved by {before.strip()}, this run uses {now.strip()}"
+    if now == before:
+        reason = load_optimizer(optimizer, model, checkpoint.get("optimizer"))
+    if scaler.is_enabled() and checkpoint.get("scaler"):
+        scaler.load_state_dict(checkpoint["scaler"])
+    return [f"optimizer state starts fresh: {reason}"] if reason else []

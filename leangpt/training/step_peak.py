@@ -1,4 +1,4 @@
-"""The exact peak of a training step on a CPU, where no allocator counts by itself.
+"""The exact peak of a training step, also on a CPU, where no allocator counts by itself.
 
 Resident memory hardly tells optimizers apart: it holds the libraries, and a free list that grew at
 start-up hides what a step allocates later. What a step needs is the same from step to step once
@@ -35,3 +35,29 @@ def step_peak(
     with PeakMeter("cpu") as meter:
         result = step(meter.tick)
     return result, standing + meter.peak
+
+
+class StepPeak:
+    """The peak of a run's steps as far as it is known: `bytes`, or None before and elsewhere.
+
+    CUDA's allocator counts all the time; on a CPU one early step is measured.
+    """
+
+    def __init__(self, runtime, model: torch.nn.Module, optimizer: torch.optim.Optimizer):
+        self.runtime, self.model, self.optimizer = runtime, model, optimizer
+        self.done = 0  # steps of this process
+        self.measured = None
+
+    @property
+    def bytes(self) -> int | None:
+        if self.runtime.device_type == "cuda":
+            return torch.cuda.max_memory_allocated(self.runtime.device)
+        return self.measured
+
+    def of(self, step: Callable[..., Any]) -> Any:
+        """Run step(), or step(tick) when it is to be measured -> what it returned."""
+        self.done += 1
+        if self.runtime.device_type != "cpu" or self.done != MEASURED + 1:
+            return step()
+        result, self.measured = step_peak(step, self.model, self.optimizer)
+        return result

@@ -46,7 +46,7 @@ def test_a_run_learns_and_leaves_its_files(tmp_path, capsys):
     )
     out = capsys.readouterr().out
     run = tmp_path / "run"
-    assert sorted(os.listdir(run)) == [BEST, LAST, "config.json", "metrics.csv"]
+    assert sorted(os.listdir(run)) == [BEST, LAST, "config.json", "metrics.csv", "run.json"]
     evaluations = [float(loss) for loss in column(run, 4)]
     assert len(evaluations) == 3 and evaluations[-1] < evaluations[0] - 0.5
     assert [row[0] for row in determined(run)] == ["0", "0", "10", "20", "20", "30", "40"]
@@ -97,7 +97,6 @@ def test_the_summary_counts_the_optimizer_state_it_will_have(tmp_path, capsys):
         train.Settings, arguments(tmp_path, "run", "--optimizer_variant=adamsn")
     )
     trainer = train.Trainer(config, given, setup_runtime("cpu"))
-    trainer.set_learning_rate()
     trainer.step()
     assert float(said) == round(state_bytes(trainer.optimizer) / 1e6, 2) > 0
 
@@ -125,9 +124,9 @@ def test_seconds_of_training_exclude_the_rest(tmp_path, monkeypatch):
     """The clock stands still while evaluating: here an evaluation takes a tenth of a second."""
     evaluate = train.evaluate
 
-    def slowly(trainer):
+    def slowly(*what):
         time.sleep(0.1)
-        return evaluate(trainer)
+        return evaluate(*what)
 
     monkeypatch.setattr(train, "evaluate", slowly)
     began = time.perf_counter()
@@ -449,10 +448,10 @@ MISTAKES = [
     ("--backend=mpi", "unknown backend 'mpi'"),
     ("--dataset=nothing", "prepare_text.py --input FILE --name nothing"),
     ("--block_size=100000", "too few for block_size=100000"),
-    ("--init_from=resume", "no checkpoint at"),
+    ("--init_from=resume", "no checkpoint yet; start the run with --init_from=scratch"),
     ("--n_layers=2", "did you mean n_layer"),
     ("--max_iters=many", "expected int"),
-    ("--out_dir=/dev/null/run", "cannot write to out_dir"),
+    ("--out_dir=/dev/null/run", "cannot write to /dev/null/run"),
 ]
 
 

@@ -1,11 +1,8 @@
-import os
-import signal
-
 import pytest
 import torch
 
 from leangpt.system.errors import UserError
-from leangpt.system.runtime import DATA_STREAM, StopSignal, iteration_seed, setup_runtime
+from leangpt.system.runtime import DATA_STREAM, iteration_seed, setup_runtime
 
 
 def test_auto_on_this_machine():
@@ -97,30 +94,3 @@ def test_nccl_needs_cuda(monkeypatch):
 
 def test_mean_of_one_process_is_the_value():
     assert setup_runtime("cpu").mean([1.5, -2.0]) == [1.5, -2.0]
-
-
-def test_peak_memory_is_at_least_what_is_held():
-    held = torch.ones(30_000_000 // 4)
-    peak, what = setup_runtime("cpu").peak_memory()
-    assert what == "rss" and peak > held.numel() * 4
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_is_remembered(number):
-    before = signal.getsignal(number)
-    with StopSignal() as stop:
-        assert stop.received is None
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)  # at once, as torchrun passes it on
-        assert stop.received == number
-    assert signal.getsignal(number) == before
-
-
-def test_a_later_signal_acts():
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        with StopSignal() as stop:
-            stop.patience = 0.0
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGINT)
-    assert stop.received == signal.SIGTERM and signal.getsignal(signal.SIGINT) == before

@@ -7,15 +7,14 @@ import resource
 import pytest
 import torch
 
-from configurator import save_config
 from experiments.shared.common import write_csv
 from leangpt.system.errors import UserError
 from leangpt.system.whole_files import write_whole, written_whole
 from leangpt.text.tokens import write_dataset
-from leangpt.training.log import MetricsFile
+from leangpt.training.metrics import MetricsFile
+from leangpt.training.runs import write_json
 from leangpt.weights.export import export_pretrained
 from model import GPT, GPTConfig
-from train import Settings
 
 
 @contextlib.contextmanager
@@ -36,7 +35,7 @@ def tiny_gpt():
 
 WRITERS = {
     "csv": lambda folder: write_csv(folder / "a.csv", [{"a": "x" * 100}]),
-    "settings": lambda folder: save_config(Settings(), folder / "config.json"),
+    "settings": lambda folder: write_json(folder / "config.json", {"a": "x" * 100}),
     "bytes": lambda folder: write_whole(folder / "a.bin", b"x" * 100),
     "dataset": lambda folder: write_dataset(
         folder, [0] * 99, [0] * 99, {"tokenizer": "gpt2", "vocab_size": 50257}

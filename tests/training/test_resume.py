@@ -36,10 +36,10 @@ def stop_at(monkeypatch, iteration, number):
     """Send this process a signal while that iteration's step runs."""
     step = train.Trainer.step
 
-    def step_and_signal(trainer):
+    def step_and_signal(trainer, *tick):
         if trainer.iteration == iteration:
             os.kill(os.getpid(), number)
-        return step(trainer)
+        return step(trainer, *tick)
 
     monkeypatch.setattr(train.Trainer, "step", step_and_signal)
 

@@ -1,0 +1,110 @@
+"""What a run says of itself before it starts, and where its memory does not suffice."""
+
+import torch
+
+from leangpt.memory import plan
+from leangpt.memory.meter import tensor_bytes
+from leangpt.optim import optimizer_table, planned_bytes, updates_inside_backward
+from leangpt.text.dataset import describe
+
+
+def startup_summary(settings, dataset, model, optimizer, runtime, *, compiled, iteration, changes):
+    """What is about to run, as lines of text.
+
+    iteration: the first one; changes: the settings that are not at their defaults, as text.
+    """
+    weights = tensor_bytes(model.parameters())
+    gradients = "freed one by one" if updates_inside_backward(optimizer) else megabytes(weights)
+    sequences = settings.gradient_accumulation_steps * settings.batch_size
+    lines = {
+        "device": runtime.describe()
+        + (", compiled (the first step takes a while)" if compiled else ""),
+        "data": describe(dataset),
+        "model": f"{model.num_params(non_embedding=False):,} parameters: {settings.n_layer} "
+        f"layers, {settings.n_head} heads ({model.config.kv_heads} for keys and "
+        f"values), {settings.n_embd} wide, block {settings.block_size}",
+        "attention": f"{settings.attention_policy}, q_chunk {settings.q_chunk}, "
+        f"k_chunk {settings.k_chunk}",
+        "memory": f"parameters {megabytes(weights)}, gradients {gradients}, optimizer state "
+        f"{megabytes(optimizer_bytes(optimizer))} ({settings.optimizer_variant})",
+        "optimizer": optimizer_table(model, optimizer).replace("\n", "\n" + " " * 11),
+        "batch": f"{sequences * settings.block_size:,} tokens per iteration: "
+        f"{settings.gradient_accumulation_steps} x {settings.batch_size} sequences "
+        f"of {settings.block_size}",
+        "changed": changes,
+    }
+    if iteration:
+        lines["resuming"] = f"from iteration {iteration} of {settings.out_dir}"
+    return "\n".join(f"{name:<10} {line}" for name, line in lines.items())
+
+
+def optimizer_bytes(optimizer):
+    """Bytes of state the optimizer has, or will have after its first step."""
+    return sum(
+        planned_bytes(optimizer, p, group)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
+
+
+def advise_oom(settings, runtime=None, model=None, optimizer=None):
+    """One line: what did not fit, and what would.
+
+    By the planner's formulas where the GPU's free memory and the model are known, else the settings
+    that lower it and are not used yet. runtime, model and optimizer: as far as they exist.
+    """
+    if optimizer is not None and runtime.device_type == "cuda":
+        # what others left free, and what this process holds already, its allocator's cache included
+        room = (
+            torch.cuda.mem_get_info(runtime.device)[0]
+            + torch.cuda.memory_reserved(runtime.device)
+            - tensor_bytes(model)
+            - optimizer_bytes(optimizer)
+        )
+        advice = plan.advise_oom(
+            model.config,
+            settings.batch_size,
+            settings.block_size,
+            room,
+            4 if runtime.dtype == torch.float32 else 2,
+            "cuda",
+            gradient_size=next(model.parameters()).element_size(),
+            fused_backward=updates_inside_backward(optimizer),
+        )
+        return f"out of memory: {advice}{low_byte_advice(settings)}"
+    advice = []
+    if settings.attention_policy != "recompute":
+        advice.append("--attention_policy=recompute")
+    if not settings.checkpoint_layers:
+        advice.append("--checkpoint_layers=True")
+    if settings.batch_size > 1:
+        advice.append(
+            f"--batch_size={settings.batch_size // 2} --gradient_accumulation_steps="
+            f"{settings.gradient_accumulation_steps * 2}"
+        )
+    if settings.optimizer_variant == "adam":
+        advice.append("--optimizer_variant=adamsn8")
+    return (
+        f"out of memory with attention_policy={settings.attention_policy!r} "
+        f"(q_chunk={settings.q_chunk}, k_chunk={settings.k_chunk}) and {settings.batch_size} x "
+        f"{settings.block_size} tokens a micro-batch; try "
+        f"{' or '.join(advice) or 'a smaller model or a smaller q_chunk'}"
+        + low_byte_advice(settings)
+    )
+
+
+def low_byte_advice(settings):
+    """What shrinks weights, gradients and state, where they are not small already."""
+    if settings.param_dtype != "float32" or settings.optimizer_options:
+        return ""
+    several = settings.gradient_accumulation_steps > 1
+    return (
+        "; weights, gradients and optimizer state shrink by --param_dtype=bfloat16 "
+        "--optimizer_variant=muonsn8"
+        + ("" if several else ", further by --optimizer_options=fused_backward=True")
+    )
+
+
+def megabytes(count):
+    """Bytes as text in MB (10^6 bytes)."""
+    return f"{count / 1e6:,.2f} MB"
