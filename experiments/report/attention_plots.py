@@ -9,6 +9,15 @@ import math
 
 import matplotlib.pyplot as plt
 
+try:
+    from IPython.display import display
+except ImportError:  # no notebook, no picker
+    display = None
+try:
+    import ipywidgets
+except ImportError:
+    ipywidgets = None
+
 STYLE = {  # policy -> colour (Okabe and Ito's palette), marker
     "plain": ("#555555", "s"),
     "cache": ("#0072B2", "o"),
@@ -65,8 +74,7 @@ def scaling_figure(rows, mode, policies=None):
         if axis is not ratio_axis:
             plain_numbers(axis.yaxis)
         axis.grid(alpha=0.3, which="both", linewidth=0.5)
-    ratio_axis.margins(y=0.1)
-    ratio_axis.set_ylim(bottom=0)
+    ratio_axis.set_ylim(0, 1.15 * ratio_axis.get_ylim()[1])
     if peak_axis.lines:
         figure.legend(loc="outside lower center", ncols=len(peak_axis.lines), frameon=False)
     if rows:
@@ -145,25 +153,37 @@ def chunk_figure(rows):
 
 
 def policy_picker(rows):
-    """A live picker of mode and policies around scaling_figure; what to display in a notebook.
+    """Controls of mode and policies, and scaling_figure below, drawn anew when they change.
 
-    Where ipywidgets is not installed, the figure with every policy.
+    The picture is an ordinary output of a notebook's cell, so one that was stored shows it where
+    nothing runs. Where ipywidgets is not installed, it is all there is. Returns a function of
+    (mode, policies) that draws it anew, and the controls, None without ipywidgets.
     """
     modes = list(dict.fromkeys(row["mode"] for row in rows))
     policies = list(dict.fromkeys(row["policy"] for row in rows))
-    try:
-        import ipywidgets
-    except ImportError:
-        return scaling_figure(rows, modes[0])
-    chosen = ipywidgets.SelectMultiple(
-        options=policies, value=policies, description="policies", rows=len(policies)
-    )
+    controls = None
+    if ipywidgets is not None:
+        mode = ipywidgets.Dropdown(options=modes)
+        chosen = ipywidgets.SelectMultiple(
+            options=policies, value=policies, description="policies", rows=len(policies)
+        )
+        controls = ipywidgets.HBox([mode, chosen])
+        display(controls)
+    shown = display(_closed(scaling_figure(rows, modes[0], policies)), display_id=True)
 
-    def draw(mode, chosen):
-        scaling_figure(rows, mode, chosen)
-        plt.show()
+    def draw(mode, policies):
+        shown.update(_closed(scaling_figure(rows, mode, policies)))
 
-    return ipywidgets.interactive(draw, mode=ipywidgets.Dropdown(options=modes), chosen=chosen)
+    if controls is not None:
+        for control in (mode, chosen):
+            control.observe(lambda _: draw(mode.value, chosen.value), "value")
+    return draw, controls
+
+
+def _closed(figure):
+    """The same figure, which the notebook will not show by itself a second time."""
+    plt.close(figure)
+    return figure
 
 
 def _setup(row):

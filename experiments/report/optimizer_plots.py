@@ -1,4 +1,4 @@
-"""Loss against bytes of state, every optimizer compared: for williams.ipynb and the pages."""
+"""How optimizers train: loss against bytes of state, and along a run."""
 
 import matplotlib.pyplot as plt
 
@@ -86,4 +86,29 @@ def optimizer_figure(rows):
         fontsize=10,
         title="ours in colour, other packages' hollow; lower left is better",
     )
+    return figure
+
+
+CURVES = {"adam": "torch_adamw"}  # train.py's variants that the other CSVs call otherwise
+
+
+def learning_curves_figure(rows):
+    """Validation loss along a run, one line per optimizer; rows: of learning_curves.csv."""
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        mine = [row for row in rows if row["variant"] == variant and row["iteration"]]
+        colour, marker, *_ = LOOK[CURVES.get(variant, variant)]
+        axis.plot(
+            [row["iteration"] for row in mine],
+            [row["val_loss"] for row in mine],
+            color=colour,
+            marker=marker,
+            markersize=5,
+            label=f"{variant}, ends at {mine[-1]['val_loss']:.3f}",
+        )
+    axis.set(yscale="log", xlabel="iterations", ylabel="validation loss")
+    plain_numbers(axis.yaxis, "123456789")
+    axis.grid(alpha=0.3, which="both", linewidth=0.5)
+    axis.legend(frameon=False)
+    figure.suptitle("0.8M parameters, characters of tiny Shakespeare, one seed")
     return figure

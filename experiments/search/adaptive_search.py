@@ -1,5 +1,7 @@
 """A bench for ideas about AdamSN and Adafactor: many recipes side by side, on one GPU.
 
+Frozen: eb9867c made its CSV; see the folder's docstring.
+
     python -m experiments.search.adaptive_search --recipes=4 --seeds=16 --first_seed=41
 
 All are one update with switches: a momentum of the gradient (Adam) or of the update (Adafactor)

@@ -1,5 +1,7 @@
 """A bench for ideas about MuonSN: many recipes side by side at the seed setup, on one GPU.
 
+Frozen: 6ad1d91, 6865f9d, bc699d8 and 57632a3 made its CSV; see the folder's docstring.
+
     python -m experiments.search.muonsn_search --recipes=all
 
 Here an optimizer is a few lines over stacked replicas, with switches for everything that might
