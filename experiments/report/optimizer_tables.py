@@ -270,6 +270,13 @@ def muonsn8_gain_51m(rows):
     return f"{-row['to_adamw']:.2f} nats"
 
 
+@figure("muonsn8_state_51m", "optimizer_quality_summary.csv")
+def muonsn8_state_51m(rows):
+    """Of AdamW's bytes, in the same model."""
+    row = row_with(rows, setup="bpe51m", iterations=1000, variant="muonsn8")
+    return f"{row['state_percent']:.0f}%"
+
+
 @figure("muonsn8_gain", "optimizer_quality_summary.csv")
 def muonsn8_gain(rows):
     """Nats below tuned AdamW."""

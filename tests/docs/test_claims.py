@@ -11,6 +11,7 @@ from conftest import ROOT
 import bench
 import sample
 import train
+from experiments.report.front_tables import USABLE
 from leangpt.attention.block_tiles import tile_sizes
 from leangpt.optim import VARIANTS
 from model import GPTConfig
@@ -70,6 +71,10 @@ def test_optimizers_are_variants():
     table = README.partition("<!-- table: front_optimizers")[2].partition("<!-- end")[0]
     named = re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
     assert len(named) == 6 and set(named) <= set(VARIANTS)
+
+
+def test_what_stays_free_of_a_card():
+    assert f"({1 - USABLE:.0%} of it stays free)" in README
 
 
 def test_below_which_length_tiles_do_nothing():
