@@ -15,6 +15,7 @@ caller says; `relative_step=True` multiplies it by the paper's max(eps2, RMS(p))
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -30,24 +31,26 @@ class Adafactor(MemoryOptimizer):
     __doc__ = f"""Adafactor, a drop-in `torch.optim.Optimizer`.
 
     params         parameters or groups. Matrices are factored (more dimensions are flattened to
-                   (n, -1)); vectors keep a second moment an element, as in the paper
-    factored       False: matrices keep a second moment an element too
+                   (n, -1)); vectors keep one per element, as in the paper
+    factored       False: matrices keep a second moment per element too
     lr             explicit learning rate (float or 0-dim tensor); a factor under relative_step
     beta2, decay   second-moment decay min(beta2, 1 - t^-decay)
     eps            (eps1, eps2): added to g²; the least RMS(p) that relative_step scales by
     clip           largest root mean square of U (the paper's d); None: no clipping
     weight_decay   decoupled
     momentum       beta1; 0 (the default) stores nothing
-    momentum_bits  32, 16, 8 or 4 bits a number for it (see optim/momentum.py)
+    momentum_bits  32, 16, 8 or 4 bits per number for it (see optim/momentum.py)
     relative_step  the paper's own step size
     {COMMON_HELP}
+    State of a matrix (n, m): row_mean_square (n, 1) and column_mean_square (1, m), float32, and the
+    momentum if there is one; of a vector: mean_square.
     Raises UserError for hyperparameters without meaning and for sparse gradients.
     """
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
+        params: Iterable,
+        lr: float | torch.Tensor = 1e-3,
         beta2=0.999,
         eps=(1e-30, 1e-3),
         weight_decay=0.0,
@@ -142,7 +145,7 @@ def is_factored(item):
 
 
 def factored_update(grad, state, fresh, eps1, clip, shards=None):
-    """U = g / sqrt(R Cᵀ / mean(R)), clipped, as (g scaled by columns, a scale a row).
+    """U = g / sqrt(R Cᵀ / mean(R)), clipped, as (g scaled by columns, a scale per row).
 
     grad (N, n, m) -> (N, n, m), (N, n, 1).
     """

@@ -11,10 +11,11 @@ g the gradient and S the subset of element i,
 With the mean, v_S has the size of Adam's v, so AdamW's learning rate carries over; with the sum,
 lr must grow by the square root of the subset's size. nu1 = 1 is Adam's momentum, less the
 quasi-hyperbolic one of QHAdam (Ma & Yarats, arXiv 1810.06801, equation 15), which costs no state.
-One element a subset with nu1 = 1 is AdamW itself.
+One element per subset with nu1 = 1 is AdamW itself.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -44,18 +45,20 @@ class AdamSN(MemoryOptimizer):
                          an int k  runs of k numbers, n * m / k numbers
                          "element" plain Adam. Vectors are always plain Adam.
     norm                 "mean" or "sum" (the paper's)
-    momentum_bits        32, 16, 8 or 4 bits a number for a matrix's m (see optim/momentum.py);
+    momentum_bits        32, 16, 8 or 4 bits per number for a matrix's m (see optim/momentum.py);
                          vectors keep 32
     row_blocks           of groups: how many rows each of the matrices stacked in one weight has,
                          as (rows of q, of k, of v); None: it is one matrix
     {COMMON_HELP}
+    State: momentum in the parameter's shape, or codes and scales; second_moment, float32, with as
+    many numbers as subsets.
     Raises UserError for hyperparameters without meaning and for sparse gradients.
     """
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
+        params: Iterable,
+        lr: float | torch.Tensor = 1e-3,
         betas=(0.9, 0.95),
         eps=1e-8,
         weight_decay=0.0,

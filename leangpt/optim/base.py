@@ -52,7 +52,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
         """The update of a Batch, before lr, in two factors: (update, scale).
 
         update: N tensors' numbers as (N, *view), not to be written to by the caller; scale: None or
-        broadcasting against it, such as one number a row. The product is never formed if it need
+        broadcasting against it, such as one number per row. The product is never formed if it need
         not be.
         """
         raise NotImplementedError
@@ -247,6 +247,9 @@ ADDED_LATER = dict(factored=True, column_norm=False, nu1=1.0, transposed=False, 
 # options that older states have: did they change what the state means?
 GONE = dict(compile=False, head_dim=False, skip_nonfinite=False, per_head=True)
 COMMON_HELP = """
+    Parameters have any shape and real dtype, gradients are dense. Statistics and arithmetic are
+    float32 (float64 for float64). lr and weight_decay may be tensors of one element.
+
     maximize             ascend instead
     foreach              stack small tensors of one shape and use multi-tensor kernels;
                          False is the plain loop, with the same result up to rounding

@@ -2,7 +2,7 @@
 the backward pass is still running.
 
 bfloat16 weights (2 bytes, rounded stochastically), an 8-bit momentum (1.06 bytes) and a second
-moment a row leave gradients as the largest transient. `fuse_into_backward` removes it: a hook on
+moment per row leave gradients as the largest transient. `fuse_into_backward` removes it: a hook on
 each parameter runs as soon as its gradient is complete (LOMO, arXiv 2306.09782, does so for SGD).
 No gradient ever meets another, so the norm of them all is known when the last has been used: each
 is scaled by what the norm of the step before asks for (`max_norm`), or each tensor's update is

@@ -1,23 +1,35 @@
 """MuonSN: Subset-Norm on an orthogonalised momentum. The flagship of the family.
 
-For a matrix gradient G (n, m), rows counted as i:
+For a matrix gradient G (n, m), rows counted as i, columns as j:
 
     M <- mu M + (1 - mu) G                      momentum
-    X  = (1 - nu) G + nu M                      quasi-hyperbolic (Ma & Yarats, 1810.06801); nu = mu
-                                                is Nesterov's look-ahead, nu = 1 plain momentum
+    X  = (1 - nu) G + nu M                      look-ahead
     X_j = X_j / |X_j|                           every input's column made as long as the others
-    O  = U Vᵀ of X = U S Vᵀ                     five Newton-Schulz iterations: Muon (Jordan et al.
-                                                2024, kellerjordan.github.io/posts/muon)
-    v_i <- b v_i + (1 - b) mean_j O_ij²         one second moment per output row: Subset-Norm
-                                                (arXiv 2411.07120); as NorMuon (2510.05491)
+    O  = U Vᵀ of X = U S Vᵀ                     five Newton-Schulz iterations
+    v_i <- b v_i + (1 - b) mean_j O_ij²         one second moment per output row
     O_i <- O_i / (sqrt(v_i / (1 - b^t)) + eps)
-    W  <- (1 - lr wd) W - lr * 0.2 O / RMS(O)   the RMS of AdamW's update, so that its learning
-                                                rates carry over: Moonlight (2502.16982, 2.2)
+    W  <- (1 - lr wd) W - lr * 0.2 O / RMS(O)   the size of AdamW's update
 
-q, k and v, stacked in one weight, are orthogonalised apart.
-What is not a matrix of a linear layer belongs in a group with orthogonalize=False, where AdamSN
-(optim/adamsn.py) moves it. State: M in 32, 16, 8 or 4 bits, or none (momentum = 0); and v.
+What is whose:
+
+    Muon       Jordan et al. 2024, kellerjordan.github.io/posts/muon: the momentum orthogonalised,
+               the quintic iteration; embeddings, heads and vectors left to Adam; a convolution as
+               the matrix out x (in * kernel)
+    NorMuon    Li et al. 2025, arXiv 2510.05491: v, Subset-Norm (arXiv 2411.07120) with rows as the
+               subsets, after orthogonalising; what Muon alone lacks is that rows move evenly
+    Moonlight  Liu et al. 2025, arXiv 2502.16982, 2.2: the factor 0.2, so that AdamW's learning
+               rates and weight decay carry over
+    QHM        Ma & Yarats, arXiv 1810.06801: nu apart from mu. nu = mu is Nesterov's look-ahead (in
+               Muon), nu = 1 plain momentum
+    here       columns of equal length before the iteration (column_norm), so that inputs with small
+               gradients are learnt as fast as others; M in 8 or 4 bits (optim/momentum.py), or none
+               at all; q, k and v, stacked in one weight, orthogonalised apart (row_blocks)
+
+State: M in 32, 16, 8 or 4 bits, or none (momentum = 0); and v, n numbers. What is not a matrix of a
+linear layer belongs in a group with orthogonalize=False, where AdamSN (optim/adamsn.py) moves it.
 """
+
+from collections.abc import Iterable
 
 import torch
 
@@ -52,13 +64,14 @@ class MuonSN(AdamSN):
     momentum_bits, betas, eps, weight_decay, nu1, partition, norm: as AdamSN's. Vectors are always
                    plain Adam.
     {COMMON_HELP}
+    State of a matrix (n, m): momentum, as AdamSN's, and row_mean_square (n, 1) float32.
     Raises UserError for hyperparameters without meaning and for sparse gradients.
     """
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
+        params: Iterable,
+        lr: float | torch.Tensor = 1e-3,
         betas=(0.9, 0.95),
         eps=1e-8,
         weight_decay=0.0,

@@ -74,7 +74,7 @@ QUANTIZED = ("momentum", "momentum_scale")
 def shard_state(name, value, param, replicated):
     """A new local state tensor as a DTensor beside `param`, so that checkpoints can reshard it.
 
-    Codes and scales of a quantised momentum, (blocks, width), become (rows, blocks a row, width);
+    Codes and scales of a quantised momentum, (blocks, width), become (rows, blocks per row, width);
     where a block spans rows they stay as they are, and MemoryOptimizer.state_dict refuses them.
     """
     if name == "momentum_scale" or not value.is_floating_point():

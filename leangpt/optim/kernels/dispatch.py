@@ -95,20 +95,17 @@ def fingerprint(items):
         )
         for key, group in groups.items()
     ]
-    tensors = [
+    of_items = [
         (
             id(i),
             i.step - items[0].step,
+            i.param.shape,
+            i.param.is_contiguous(),
             i.grad.data_ptr() % 16,
             i.grad.dtype,
             i.grad.is_contiguous(),
-            *[place(t) for t in (i.param, *i.state.values())],
         )
         for i in items
     ]
-    return settings, tensors
-
-
-def place(tensor):
-    """Where a tensor lies and how."""
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    kept = [t for i in items for t in (i.param, *i.state.values())]
+    return settings, of_items, [t.data_ptr() for t in kept], [t.nbytes for t in kept]

@@ -189,7 +189,7 @@ INLINE void share(int64_t n, int64_t *first, int64_t *last) {
     *last = n * (id + 1) / all;
 }
 
-/* ---- AdamSN, one second moment a row: adamsn.py ----
+/* ---- AdamSN, one second moment per row: adamsn.py ----
  *
  * v <- v + fresh2 (N - v), N the sum of g^2 over a row, or their mean
  * p <- decay p - rate (m + share (g - m)) / (sqrt(v / correction2) + eps)

@@ -124,7 +124,7 @@ class MatrixTable:
         return ctypes.addressof(self.table), len(self.items), ctypes.addressof(self.now)
 
     def adamsn(self, share, weight, correction2):
-        """One step of AdamSN with a second moment a row or run; the numbers of its schedule."""
+        """One step of AdamSN with a second moment per row or run; the numbers of its schedule."""
         (beta1, beta2), group = self.group["betas"], self.group
         library().adamsn(
             *self.begin(beta1, float(group["lr"]) * weight, share),

@@ -1,8 +1,9 @@
 """Which tensors the CUDA kernels of step_triton.py take, and how they are launched.
 
-A `Stack` is a run of equally shaped tensors of one group: one launch a kernel. What does not change
-between steps (which stacks there are, every address but the gradients') is kept, as dispatch.py
-says for how long; the address table goes to the device again only when a gradient has moved.
+A `Stack` is a run of equally shaped tensors of one group: one launch per kernel. What does not
+change between steps (which stacks there are, every address but the gradients') is kept, as
+dispatch.py says for how long; the address table goes to the device again only when a gradient has
+moved.
 """
 
 import math
@@ -153,7 +154,7 @@ class Stack:
 
 
 def adamsn(stack, share, weight, correction2):
-    """One step of AdamSN with a second moment a row, or a block of 32; the numbers of
+    """One step of AdamSN with a second moment per row, or block of 32; the numbers of
     AdamSN.schedule."""
     (beta1, beta2), group = stack.group["betas"], stack.group
     decay, rate = stack.decay_and_rate()
