@@ -16,8 +16,9 @@ sys.path.insert(0, str(ROOT))
 
 from configurator import parse_config  # noqa: E402
 from leangpt.system.errors import UserError, exit_cleanly  # noqa: E402
+from leangpt.text.folder import MARK, one_at_a_time, write_dataset  # noqa: E402
 from leangpt.text.sources import CACHE, read_text, shakespeare_text  # noqa: E402
-from leangpt.text.tokens import CharTokenizer, GPT2Tokenizer, write_dataset  # noqa: E402
+from leangpt.text.tokens import CharTokenizer, GPT2Tokenizer  # noqa: E402
 
 TRAIN_PART = 0.9
 
@@ -42,8 +43,9 @@ def main():
     if (directory / "prepare.py").is_file():
         raise UserError(f"{directory} has a prepare.py of its own: choose another --name")
     text = read_text(config.input, "--input names it")
-    if not report_if_prepared(directory, config.tokenizer, text.sha256):
-        prepare(text, directory, config.tokenizer)
+    with one_at_a_time(directory):
+        if not report_if_prepared(directory, config.tokenizer, text.sha256):
+            prepare(text, directory, config.tokenizer)
 
 
 @dataclass
@@ -65,9 +67,9 @@ def prepare_shakespeare(input_file, directory, tokenizer, cache=CACHE):
     own = Path(input_file) if input_file is not None else Path(directory) / "input.txt"
     if input_file is not None or own.is_file():
         wanted = read_text(own, "").sha256
-    if report_if_prepared(directory, tokenizer, wanted):
-        return
-    prepare(shakespeare_text(input_file, directory, cache), directory, tokenizer)
+    with one_at_a_time(directory):
+        if not report_if_prepared(directory, tokenizer, wanted):
+            prepare(shakespeare_text(input_file, directory, cache), directory, tokenizer)
 
 
 def prepare(text, directory, tokenizer):
@@ -103,7 +105,8 @@ def report_if_prepared(directory, tokenizer, sha256=None):
     try:
         meta = json.loads((Path(directory) / "meta.json").read_text(encoding="utf-8"))
         whole = (
-            meta["tokenizer"] == tokenizer
+            not (Path(directory) / MARK).exists()
+            and meta["tokenizer"] == tokenizer
             and sha256 in (None, meta["sha256"])
             and all(
                 (Path(directory) / f"{split}.bin").stat().st_size == 2 * meta[f"{split}_tokens"]

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from leangpt.text.dataset import write_dataset
+from leangpt.text.folder import write_dataset
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPE = [

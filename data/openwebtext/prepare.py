@@ -9,7 +9,6 @@ Progress is saved after every chunk: kill it at any moment and run it again, and
 there to the same bytes. Every document ends with <|endoftext|>; one in `val_every` is validation.
 """
 
-import hashlib
 import itertools
 import json
 import os
@@ -26,9 +25,9 @@ from configurator import parse_config  # noqa: E402
 from data.prepare_text import report_if_prepared  # noqa: E402
 from leangpt.system.errors import UserError, exit_cleanly  # noqa: E402
 from leangpt.system.whole_files import write_whole  # noqa: E402
+from leangpt.text.folder import SPLITS, changing, one_at_a_time, write_meta  # noqa: E402
 from leangpt.text.sources import gpt2_encoding  # noqa: E402
 
-SPLITS = ("train", "val")
 HUB_NAME = "Skylion007/openwebtext"
 
 
@@ -50,11 +49,15 @@ class Settings:
 def main(argv=None):
     config, _ = parse_config(Settings, argv)
     directory = Path(config.out_dir)
-    if report_if_prepared(directory, "gpt2"):
-        return
+    with one_at_a_time(directory):
+        if not report_if_prepared(directory, "gpt2"):
+            prepare(config, directory)
+
+
+def prepare(config, directory):
+    """Tokenize the documents into `directory`, from where an earlier run got to."""
     documents = local_documents(config.input) if config.input else hub_documents()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         progress = read_progress(directory, config)
         if not progress["complete"]:
             tokenize(documents, directory, config, progress)
@@ -172,23 +175,18 @@ def finish(directory, config, progress):
             )
     progress["complete"] = True
     record(directory, progress)
-    for split in SPLITS:
-        if (directory / f"{split}.part").exists():
-            os.replace(directory / f"{split}.part", directory / f"{split}.bin")
-    with open(directory / "train.bin", "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     meta = {
         "tokenizer": "gpt2",
         "vocab_size": 50257,
         "source": Path(config.input).name if config.input else HUB_NAME,
         "source_reason": "--input names it" if config.input else "it is OpenWebText",
-        "sha256": digest,
-        "sha256_of": "train.bin",
         "documents": progress["documents"],
-        "train_tokens": progress["train_tokens"],
-        "val_tokens": progress["val_tokens"],
     }
-    write_whole(directory / "meta.json", (json.dumps(meta, indent=2) + "\n").encode())
+    with changing(directory):
+        for split in SPLITS:
+            if (directory / f"{split}.part").exists():
+                os.replace(directory / f"{split}.part", directory / f"{split}.bin")
+        meta = write_meta(directory, meta)
     (directory / "progress.json").unlink()
     print(
         f"wrote {directory}: {meta['train_tokens']:,} train and {meta['val_tokens']:,} val "

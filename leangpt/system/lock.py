@@ -20,10 +20,10 @@ class FolderLock:
     killed process leaves behind is in anybody's way. A file system without locks holds nobody off.
     """
 
-    def __init__(self, folder):
-        """Make `folder` and lock it. Raises UserError where another process holds it, or where it
-        cannot be written to."""
-        self.folder = Path(folder)
+    def __init__(self, folder, wait=None):
+        """Make `folder` and lock it. Raises UserError where it cannot be written to, and where
+        another process holds it; with `wait`, which is told so in a line, this waits instead."""
+        self.folder, self.wait = Path(folder), wait
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = self._locked_file()
@@ -39,6 +39,11 @@ class FolderLock:
             except BlockingIOError:
                 file.seek(0)
                 holder = file.read().strip() or "another"
+                if self.wait is not None:
+                    self.wait(f"{self.folder} is in use by process {holder}: waiting for its end")
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    file.close()  # its holder has removed it: lock the folder's next one
+                    continue
                 file.close()
                 raise UserError(
                     f"{self.folder} is in use by process {holder}: wait for its end, or give "

@@ -1,6 +1,6 @@
 """Opening a prepared dataset and making batches of it; all that train.py knows about data.
 
-data/tokens.py describes the folder's files. nanoGPT's own folders load too: with its meta.pkl
+folder.py describes the folder's files. nanoGPT's own folders load too: with its meta.pkl
 (characters), or with neither meta file (GPT-2 BPE).
 """
 
@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from leangpt.system.errors import UserError
-from leangpt.text.tokens import load_tokenizer, prepare_hint, read_meta, write_dataset
-
-__all__ = ["Dataset", "describe", "load_dataset", "load_tokenizer", "write_dataset"]
+from leangpt.text.folder import SPLITS, check_whole, prepare_hint, read_meta
+from leangpt.text.integrity import TokenFileCheck
+from leangpt.text.tokens import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Dataset:
     train: np.ndarray
     val: np.ndarray
     meta: dict
+    checks: tuple[TokenFileCheck, ...] = ()  # of its files, perhaps still under way
 
     @property
     def vocab_size(self):
@@ -83,6 +84,8 @@ class Dataset:
         return load_tokenizer(self)
 
     def _long_enough(self, split, block_size):
+        for check in self.checks:
+            check.raise_if_wrong()
         tokens = self.split(split)
         if len(tokens) <= block_size:
             raise UserError(
@@ -96,26 +99,25 @@ def load_dataset(name, data_dir="data"):
     """Open the dataset in `data_dir/name`.
 
     Raises UserError where it is not prepared (naming the command that prepares it), where its
-    files disagree with one another, or where a token id lies outside the vocabulary.
+    files disagree with one another or with what was written, or where a token id lies outside the
+    vocabulary. A large file is read to its end beside the run, and a batch then raises.
     """
     directory = Path(data_dir) / name
-    splits = [_open_tokens(directory, split) for split in ("train", "val")]
+    check_whole(directory)
+    splits = [_open_tokens(directory, split) for split in SPLITS]
     meta = read_meta(directory)
-    vocab_size = meta["vocab_size"]
-    for split, tokens in zip(("train", "val"), splits):
+    hint = prepare_hint(directory)
+    checks = []
+    for split, tokens in zip(SPLITS, splits):
+        path = directory / f"{split}.bin"
         expected = meta.get(f"{split}_tokens", len(tokens))
         if len(tokens) != expected:
             raise UserError(
-                f"{directory / split}.bin holds {len(tokens)} tokens but meta.json says {expected}:"
-                f" {prepare_hint(directory)}"
+                f"{path} holds {len(tokens)} tokens but meta.json says {expected}: {hint}"
             )
-        largest = int(tokens[:1_000_000].max(initial=0))  # a look, not a scan of gigabytes
-        if largest >= vocab_size:
-            raise UserError(
-                f"{directory / split}.bin holds token {largest} but the vocabulary has "
-                f"{vocab_size}: {prepare_hint(directory)}"
-            )
-    return Dataset(name, directory, *splits, meta)
+        digest = meta.get("files", {}).get(path.name, {}).get("sha256")
+        checks.append(TokenFileCheck(path, meta["vocab_size"], digest, hint))
+    return Dataset(name, directory, *splits, meta, tuple(checks))
 
 
 def read_uint16(path):

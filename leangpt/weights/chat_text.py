@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from leangpt.system.errors import UserError
-from leangpt.text.dataset import load_tokenizer
+from leangpt.text.tokens import load_tokenizer
 from leangpt.weights.gguf import GGUFWeights, write_text_files
 from leangpt.weights.load import find_pretrained, open_weights, read_json
 

@@ -118,7 +118,7 @@ def test_four_bits_saved_and_loaded(capsys, out_dir, tmp_path):
 
 
 def test_a_checkpoint_of_nanogpt_finds_its_data_set(capsys, tmp_path):
-    from leangpt.text.dataset import write_dataset
+    from leangpt.text.folder import write_dataset
 
     meta = {
         "tokenizer": "char",

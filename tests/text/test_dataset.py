@@ -2,14 +2,17 @@
 
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from leangpt.system.errors import UserError
-from leangpt.text.dataset import Dataset, describe, load_dataset, load_tokenizer, write_dataset
-from leangpt.text.tokens import check_vocab_size
+from leangpt.text import folder as folder_module
+from leangpt.text.dataset import Dataset, describe, load_dataset
+from leangpt.text.folder import check_vocab_size, write_dataset
+from leangpt.text.tokens import load_tokenizer
 
 CHARACTERS = "\nabcde"
 
@@ -104,6 +107,42 @@ def spoil_ids(folder):
     (folder / "val.bin").write_bytes(np.full(23, 6, np.uint16).tobytes())
 
 
+def edit_meta(folder, **changes):
+    meta = json.loads((folder / "meta.json").read_text()) | changes
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def spoil_unhashed_ids(folder):
+    spoil_ids(folder)
+    edit_meta(folder, files={})
+
+
+def spoil_last_id(folder):
+    """Beyond the first million, where a look at the beginning would not see it."""
+    many = np.zeros(1_500_000, np.uint16)
+    many[-1] = 65535
+    (folder / "train.bin").write_bytes(many.tobytes())
+    edit_meta(folder, files={}, train_tokens=len(many))
+
+
+def spoil_one_bit(folder):
+    damaged = bytearray((folder / "train.bin").read_bytes())
+    damaged[60] ^= 1
+    (folder / "train.bin").write_bytes(damaged)
+
+
+def spoil_types(folder):
+    edit_meta(folder, train_tokens="many")
+
+
+def spoil_files(folder):
+    edit_meta(folder, files={"val.bin": 7})
+
+
+def spoil_mark(folder):
+    (folder / "INCOMPLETE").touch()
+
+
 def spoil_json(folder):
     (folder / "meta.json").write_text("{")
 
@@ -137,7 +176,13 @@ def spoil_pickle_with_code(folder):
         (spoil_missing, ["val.bin is missing", "prepare_text.py", "--name count"]),
         (spoil_truncated, ["25 tokens", "meta.json says 100"]),
         (spoil_odd, ["odd number of bytes"]),
-        (spoil_ids, ["token 6", "vocabulary has 6"]),
+        (spoil_ids, ["val.bin is not what was prepared", "sha256"]),
+        (spoil_unhashed_ids, ["token 6", "vocabulary has 6"]),
+        (spoil_last_id, ["token 65535", "vocabulary has 6"]),
+        (spoil_one_bit, ["train.bin is not what was prepared"]),
+        (spoil_types, ["train_tokens is 'many'"]),
+        (spoil_files, ["the entry of val.bin"]),
+        (spoil_mark, ["is being prepared", "interrupted"]),
         (spoil_json, ["not JSON"]),
         (spoil_fields, ["lacks vocab_size"]),
         (spoil_vocabulary, ["70000", "uint16"]),
@@ -246,3 +291,73 @@ def test_file_tokenizer(tmp_path):
 def test_bad_tokenizers_are_named(meta, words):
     with pytest.raises(UserError, match=words):
         load_tokenizer(meta)
+
+
+class Killed(BaseException):
+    """Ends a prepare where it stands, as SIGKILL would: nothing is tidied up."""
+
+
+def test_wherever_a_prepare_is_killed_no_mixed_data_is_read(prepared, monkeypatch):
+    """Before each of its writes and removals in turn: what is read then is old and whole, new and
+    whole, or refused."""
+    folder = prepared / "count"
+    old = [(folder / f"{split}.bin").read_bytes() for split in ("train", "val")]
+    meta = {"tokenizer": "char", "vocab_size": 6, "characters": CHARACTERS, "source": "again"}
+    real = {"write_whole": folder_module.write_whole, "unlink": Path.unlink}
+    new, outcomes = None, []
+    for killed_at in range(40):
+        calls = [0]
+
+        def counted(name, calls=calls, killed_at=killed_at):
+            def call(*args, **kwargs):
+                calls[0] += 1
+                if calls[0] > killed_at:
+                    raise Killed
+                return real[name](*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(folder_module, "write_whole", counted("write_whole"))
+            patch.setattr(Path, "unlink", counted("unlink"))
+            try:
+                write_dataset(folder, np.arange(120) % 5, np.arange(30) % 5, meta)
+                new = True
+            except Killed:
+                pass
+        try:
+            found = load_dataset("count", prepared)
+            outcomes.append("new" if len(found.train) == 120 and len(found.val) == 30 else "old")
+            if outcomes[-1] == "old":
+                assert [found.train.tobytes(), found.val.tobytes()] == old
+        except UserError as error:
+            assert "interrupted" in str(error)
+            outcomes.append("refused")
+        if new:
+            break
+    assert outcomes == sorted(outcomes, key=["old", "refused", "new"].index)
+    assert {"old", "new"} < set(outcomes) and outcomes.count("refused") > 5
+
+
+def test_a_large_file_is_checked_beside_the_run(prepared, monkeypatch):
+    monkeypatch.setattr("leangpt.text.integrity.AT_ONCE", 0)
+    spoil_one_bit(prepared / "count")
+    dataset = load_dataset("count", prepared)  # goes on
+    with pytest.raises(UserError, match="train.bin is not what was prepared"):
+        for check in dataset.checks:
+            check.wait()
+    with pytest.raises(UserError, match="train.bin is not what was prepared"):
+        dataset.batch("train", 1, 8)
+
+
+def test_a_vocabulary_of_words_decodes_by_its_own_table(prepared):
+    folder = prepared / "count"
+    (folder / "meta.json").unlink()
+    words = ["the ", "cat ", "sat ", "on ", "a ", "mat"]
+    pickled = {"vocab_size": 6, "itos": dict(enumerate(words))}
+    (folder / "meta.pkl").write_bytes(pickle.dumps(pickled))
+    tokenizer = load_tokenizer(load_dataset("count", prepared))
+    assert tokenizer.decode([0, 1, 2, 9]) == "the cat sat \ufffd"
+    assert tokenizer.encode("the cat sat on a mat") == [0, 1, 2, 3, 4, 5]
+    with pytest.raises(UserError, match="begins 'dog'"):
+        tokenizer.encode("the dog")

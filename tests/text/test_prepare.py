@@ -23,7 +23,8 @@ import pytest
 from data import prepare_text
 from leangpt.system.errors import UserError
 from leangpt.text import sources
-from leangpt.text.dataset import load_dataset, load_tokenizer
+from leangpt.text.dataset import load_dataset
+from leangpt.text.tokens import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "First Citizen:\nSpeak, speak.\n\nAll:\nResolved. resolved! 0123456789 é\n\n" * 20
@@ -172,16 +173,13 @@ def test_the_plays_read_like_tiny_shakespeare():
 @pytest.fixture
 def clone(tmp_path):
     """The files that preparing needs, as in a fresh clone."""
+    for folder in ("leangpt/system", "leangpt/text"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
     for path in (
-        "leangpt/system/errors.py",
-        "leangpt/system/whole_files.py",
         "configurator.py",
-        "data/__init__.py",
         "leangpt/__init__.py",
-        "leangpt/system/__init__.py",
-        "leangpt/text/__init__.py",
-        "leangpt/text/sources.py",
-        "leangpt/text/tokens.py",
+        "data/__init__.py",
         "data/prepare_text.py",
         "data/shakespeare_char/prepare.py",
     ):
@@ -274,6 +272,19 @@ def test_interrupted_preparation_is_done_again(tmp_path, tiny):
     assert not prepare_text.report_if_prepared(folder, "char")
     prepare_text.prepare_shakespeare(None, folder, "char", tmp_path / "cache")
     assert (folder / "val.bin").read_bytes() == whole
+
+
+def test_of_three_prepares_at_once_one_works_and_two_wait(clone):
+    command = [sys.executable, "data/prepare_text.py", "--input", "book.txt", "--name", "mine"]
+    running = [
+        subprocess.Popen(command, cwd=clone, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for _ in range(3)
+    ]
+    said = [process.communicate(timeout=60)[0].decode() for process in running]
+    assert [process.returncode for process in running] == [0, 0, 0], said
+    assert sorted("already prepared" in text for text in said) == [False, True, True]
+    names = sorted(path.name for path in (clone / "data/mine").iterdir())
+    assert names == ["meta.json", "meta.pkl", "train.bin", "val.bin"]
 
 
 def test_line_ends_and_byte_order_mark(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from tiny_run import determined
 
 import train
-from leangpt.text.dataset import write_dataset
+from leangpt.text.folder import write_dataset
 
 # Shakespeare, Sonnets 18 and 116 (public domain).
 SONNETS = """Shall I compare thee to a summer's day?
