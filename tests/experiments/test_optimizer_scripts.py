@@ -5,10 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from tiny_run import arguments
 
+from experiments.optimizers import learning_curves
 from experiments.optimizers.optimizer_memory import run_case
 from experiments.optimizers.time_to_loss import evaluations, median, reached
+from experiments.report.optimizer_plots import learning_curves_figure
 from experiments.shared.common import read_csv
+from leangpt.system.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,3 +79,26 @@ def test_time_is_read_off_the_metrics(tmp_path):
     assert [row["iter"] for row in rows] == ["0", "20", "40"]
     assert reached(rows, 1.8857)["seconds"] == "4" and reached(rows, 1.0) is None
     assert median([3.0, 1.0, 2.0]) == 2.0
+
+
+@pytest.mark.slow
+def test_a_curve_is_what_train_py_evaluated(tmp_path):
+    tiny = arguments(tmp_path, "unused", "--max_iters=4", "--lr_decay_iters=4")
+    settings = learning_curves.Settings(options=" ".join(tiny), eval_interval=2, threads=1)
+    rows = learning_curves.curve(settings, "adamsn8")
+    assert [row["iteration"] for row in rows] == [0, 2, 4]
+    assert all(row["variant"] == "adamsn8" and 1 < row["val_loss"] < 5 for row in rows)
+    settings.options = "--nonsense=1"
+    with pytest.raises(UserError, match="status 2.*nonsense"):
+        learning_curves.curve(settings, "adamsn8")
+
+
+def test_a_line_is_drawn_for_each_curve():
+    rows = [
+        dict(variant=variant, iteration=iteration, val_loss=4 - iteration / 100)
+        for variant in ("adam", "muonsn8")
+        for iteration in (0, 100, 200)
+    ]
+    (axis,) = learning_curves_figure(rows).axes
+    assert [len(line.get_xdata()) for line in axis.lines] == [2, 2]  # not the untrained model's
+    assert axis.lines[0].get_label() == "adam, ends at 2.000"
