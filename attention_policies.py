@@ -1,156 +1,131 @@
-"""Where keys and values live while a block runs: the attention policies.
+"""Attention policies: where keys and values live while a block runs, and what decoding keeps.
 
-  cache      K and V of all T rows, H heads, computed once and kept while the block runs
-  grouped    the same with G < H heads (grouped-query attention, arXiv 2305.13245)
-  recompute  K and V of k_chunk rows at a time, computed from x when needed, dropped at once
+  policy     keys and values of       while a block runs            a token costs a cache layer
+  cache      all H heads              kept for all T rows           2 C numbers
+  grouped    G < H heads              kept for all T rows           2 C G/H
+  recompute  H heads, or G            k_chunk rows at a time        C: its input, for K and V anew
 
-Every policy has the same parameters and gives the same numbers. A policy is a *KV source*: it
-hands out (k, v) for rows [start, stop). `attend_rows` runs a tile of queries over a source:
-the causal diagonal tile, then what lies to its left, merged by logsumexp. Nothing above the
-diagonal is ever computed.
+Every policy has the same parameters and gives the same numbers, so weights trained under one run
+under another. (`grouped` is grouped-query attention, arXiv 2305.13245: its key/value heads are
+fewer, so it needs weights trained for that.)
 
-For KV caches while decoding, see leangpt/attention/kv_cache.py.
+To add a policy, add one entry to POLICIES: a KV source (leangpt/attention/kv_source.py) and a
+cache layer (leangpt/attention/kv_cache.py), its own or another's. Nothing else compares names.
+
+A block runs plain, K and V of all rows at once, or tile by tile (leangpt/attention/block_tiles.py)
+where `tile_sizes` has tiles for it: always under `recompute`, but for short sequences in training,
+and otherwise where q_chunk is given or checkpoint_layers asks for them. The three functions below
+are the three ways through a block: all rows, a prompt that also fills a cache, one new token.
 """
 
-from functools import partial
+from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 
-from leangpt.attention.tile_kernels import merge_, tile_forward
+from leangpt.attention.block_tiles import fill_cache, run_tiles
+from leangpt.attention.kv_cache import KeysValues, StoredInputs
+from leangpt.attention.kv_source import RecomputedRows, StoredRows, attend, row_positions
+from leangpt.attention.tile_sizes import tile_sizes
+from leangpt.system.errors import UserError
+
+
+@dataclass(frozen=True)
+class Policy:
+    name: str  # as in --attention_policy
+    description: str
+    source: type  # of keys and values while a block runs by tiles
+    cache_layer: type  # what decoding remembers of the past
+    grouped: bool = False  # fewer key/value heads than heads: a quarter unless n_kv_head is given
+    leaner: str | None = None  # the policy to turn to where this one's memory does not suffice
+
+    @property
+    def recomputes(self) -> bool:
+        """Are K and V made again from x whenever they are wanted, not kept?"""
+        return self.source.recomputes
+
 
 POLICIES = {
-    "cache": "K and V of all rows kept while a block runs",
-    "grouped": "the same with n_kv_head < n_head key/value heads",
-    "recompute": "K and V recomputed from x, k_chunk rows at a time",
-}
-ROWS = 1024  # of queries whose attention over one tile of keys the CPU merges at a time
-
-
-def attend(q, k, v, dropout=0.0):
-    """Causal attention over whole sequences, one fused kernel: (B, H, T, D) -> (B, H, T, D)."""
-    causal = partial(
-        F.scaled_dot_product_attention,
-        dropout_p=dropout,
-        is_causal=True,
-        enable_gqa=q.size(1) != k.size(1),
+    policy.name: policy
+    for policy in (
+        Policy(
+            "cache",
+            "K and V of all rows kept while a block runs",
+            source=StoredRows,
+            cache_layer=KeysValues,
+            leaner="recompute",
+        ),
+        Policy(
+            "grouped",
+            "the same with n_kv_head < n_head key/value heads",
+            source=StoredRows,
+            cache_layer=KeysValues,
+            grouped=True,
+            leaner="recompute",
+        ),
+        Policy(
+            "recompute",
+            "K and V recomputed from x, k_chunk rows at a time",
+            source=RecomputedRows,
+            cache_layer=StoredInputs,
+        ),
     )
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
-        with torch.autocast("cpu", enabled=False):
-            return causal(q.float(), k.float(), v.float()).to(q.dtype)
-    return causal(q, k, v)
+}
 
 
-class RecomputedRows:
-    """`recompute`: nothing is kept; rows of x (B, T, C) are projected when asked for.
-
-    project(x, start) -> (k, v) of those rows, (B, G, t, D) each; or, in backward, (q,).
-    """
-
-    def __init__(self, project, x, k_chunk):
-        self.project, self.x, self.k_chunk = project, x, k_chunk
-
-    def rows(self, start, stop):
-        return self.project(self.x[:, start:stop], start)
-
-
-class StoredRows(RecomputedRows):
-    """`cache` and `grouped`: the same of all rows, in buffers (B, G, T, D).
-
-    They are filled chunk by chunk, so that the projection's own temporaries stay small.
-    """
-
-    def __init__(self, project, x, k_chunk):
-        super().__init__(project, x, k_chunk)
-        for start in range(0, x.size(1), k_chunk):
-            parts = project(x[:, start : start + k_chunk], start)
-            if start == 0:
-                self.parts = [self._buffer(part, x.size(1)) for part in parts]
-            for whole, part in zip(self.parts, parts):
-                whole[:, :, start : start + k_chunk] = part
-            del parts, part  # before the next chunk's are made
-
-    def rows(self, start, stop):
-        return tuple(whole[:, :, start:stop] for whole in self.parts)
-
-    @staticmethod
-    def _buffer(like, T):
-        """Uninitialised (B, G, T, D): on CUDA with heads inside rows, as projections have them."""
-        B, G, _, D = like.shape
-        if like.device.type == "cpu":
-            return like.new_empty(B, G, T, D)
-        return like.new_empty(B, T, G, D).transpose(1, 2)
-
-
-def row_source(policy, project, x, k_chunk):
-    """The source of a policy over x (B, T, C): of keys and values, or of queries in backward."""
-    return (RecomputedRows if policy == "recompute" else StoredRows)(project, x, k_chunk)
-
-
-def key_tiles(start, stop, k_chunk):
-    """Row ranges that cover [start, stop), k_chunk rows each, the last one ragged if need be."""
-    return [(a, min(a + k_chunk, stop)) for a in range(start, stop, k_chunk)]
-
-
-def head_rows(source, start, stop):
-    """k, v (B, G, t, D) of a source; on the CPU a head's rows lie one after the other, as its fused
-    kernel reads them 5% faster than with the other heads between."""
-    k, v = source.rows(start, stop)
-    if k.device.type != "cpu" or k.stride(2) == k.size(3):
-        return k, v
-    return k.contiguous(), v.contiguous()
-
-
-def attend_rows(q, source, start, stop, fixed_shapes):
-    """Causal attention of rows [start, stop) over all rows up to each: q (B, H, t, D).
-
-    Returns out (B, H, t, D) in q's dtype, and lse (B, H, t). No more than k_chunk rows of K and
-    V are asked for at once, on the diagonal neither.
-    """
-    diagonal = key_tiles(start, stop, source.k_chunk)
-    if len(diagonal) == 1:
-        out, lse = tile_forward(q, *head_rows(source, start, stop), True, fixed_shapes)
-        if start == 0:
-            return out, lse
-        merged = out.to(torch.promote_types(out.dtype, torch.float32))
-        lse = lse.clone(memory_format=torch.contiguous_format)
-        del out
-    else:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        merged = torch.zeros_like(q, dtype=wide)  # nothing seen yet: a weight of exp(-inf)
-        lse = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
-        for a, b in diagonal:
-            k, v = head_rows(source, a, b)
-            here, below = slice(a - start, b - start), slice(b - start, None)
-            merge_(
-                merged[:, :, here],
-                lse[:, :, here],
-                *tile_forward(q[:, :, here], k, v, True, fixed_shapes),
-            )
-            if b < stop:
-                merge_keys_(
-                    merged[:, :, below], lse[:, :, below], q[:, :, below], k, v, fixed_shapes
-                )
-            del k, v
-    for a, b in key_tiles(0, start, source.k_chunk):
-        merge_keys_(merged, lse, q, *head_rows(source, a, b), fixed_shapes)
-    return merged.to(q.dtype), lse
-
-
-def merge_keys_(merged, lse, q, k, v, fixed_shapes):
-    """Merge attention of q (B, H, t, D) over keys that all its rows may see into (merged, lse).
-
-    On the CPU ROWS of them at a time (more where there are many threads), so that what waits to be
-    merged is never as long as a tile: larger tiles then fit the same memory.
-    """
-    B, H, t, _ = q.shape
-    step = t
-    if q.device.type == "cpu":
-        step = max(ROWS, -(-ROWS * torch.get_num_threads() // (B * H)))
-    for a in range(0, t, step):
-        part = slice(a, a + step)
-        merge_(
-            merged[:, :, part],
-            lse[:, :, part],
-            *tile_forward(q[:, :, part], k, v, False, fixed_shapes),
+def apply_rules(config) -> None:
+    """Fill in and check what a policy asks of a GPTConfig. Raises UserError."""
+    policy = config.policy
+    if policy.grouped and config.n_kv_head is None:
+        config.n_kv_head = max(1, config.n_head // 4)
+    if config.n_head % config.kv_heads:
+        raise UserError(f"n_kv_head={config.n_kv_head} does not divide n_head={config.n_head}")
+    if policy.grouped and config.kv_heads == config.n_head > 1:
+        raise UserError(
+            f"attention_policy={policy.name!r} needs n_kv_head smaller than n_head="
+            f"{config.n_head}; use 'cache' for one key/value head per head"
         )
+    if config.k_chunk is not None and not policy.recomputes and not config.q_chunk:
+        raise UserError(
+            f"k_chunk={config.k_chunk} does nothing under attention_policy={policy.name!r} "
+            "without q_chunk; set q_chunk too"
+        )
+
+
+def run_block(block, x: torch.Tensor, inplace: bool = False) -> torch.Tensor:
+    """A block over all rows of x (B, T, C) -> (B, T, C), with or without gradients.
+
+    inplace: where there are tiles and no gradient is recorded, write over x, so that a stack of
+    layers needs one residual stream in all. Raises UserError for attention dropout under tiles.
+    """
+    sizes = tile_sizes(block.config, x.size(1), x.device.type)
+    if sizes is None:
+        return (block.compiled or block).plain(x)
+    return run_tiles(block, x, sizes, inplace)
+
+
+def prefill_block(block, x, step, layer):
+    """run_block over a prompt x (B, T, C), overwritten where tiled, filling a cache's layer too.
+
+    step: of the cache (leangpt/attention/kv_steps.py), T tokens long. No gradients.
+    """
+    sizes = tile_sizes(block.config, x.size(1), x.device.type)
+    if sizes is not None:
+        fill_cache(block, x, sizes, step, layer)
+        return run_tiles(block, x, sizes, inplace=True)
+    x_norm = block.ln_1(x)
+    q, k, v = block.attn.project(x_norm, row_positions(0, x.size(1), x.device))
+    layer.store(step, x_norm, k, v)
+    y = attend(q, k, v)
+    del q, k, v, x_norm  # before the MLP runs
+    return block.finish(x, y)
+
+
+def decode_block(block, x, step, positions, layer):
+    """One new token a sequence: x (B, 1, C); the past in a cache's layer -> (B, 1, C).
+
+    positions: the step's, (1,) or (B, 1), or attn.rotation of them.
+    """
+    x_norm = block.ln_1(x)
+    new = block.attn.project(x_norm, positions, layer.parts)
+    y = layer.attend_new(step, x_norm, block.attn, *new)
+    return block.finish(x, y)

@@ -29,7 +29,7 @@ import torch
 from tqdm import tqdm
 
 from configurator import parse_config
-from leangpt.attention.block_tiles import tile_sizes
+from leangpt.attention.tile_sizes import tile_sizes
 from leangpt.memory.meter import tensor_bytes
 from leangpt.memory.plan import predict_block_peak
 from leangpt.system.errors import UserError, exit_cleanly

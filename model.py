@@ -2,28 +2,136 @@
 
 GPT-2's architecture by default; with norm="rmsnorm", mlp="swiglu", position="rope" it is Llama's.
 Parameter names are nanoGPT's, so its checkpoints load as they are. Where keys and values live
-while a block runs is the attention policy's business (attention_policies.py,
-leangpt/attention/block_tiles.py); every policy has the same parameters, so weights trained under
-one run under another.
+while a block runs is the attention policy's business (attention_policies.py); every policy has the
+same parameters, so weights trained under one run under another.
 
 Shapes: B batch, T tokens, C n_embd, H n_head, G key/value heads, D head dim, L layers, V vocab.
 """
 
 import math
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from attention_policies import attend
-from gpt_config import GPTConfig
-from leangpt.attention.block_tiles import fill_cache, run_block, tile_sizes
+from attention_policies import POLICIES, Policy, apply_rules, decode_block, prefill_block, run_block
+from leangpt.attention.kv_source import attend, row_positions
+from leangpt.attention.offload import HostStack
+from leangpt.attention.protocol import RowParts
+from leangpt.attention.tile_sizes import tile_sizes
 from leangpt.layers import mlp_triton
 from leangpt.layers.loss import chunked_cross_entropy
 from leangpt.layers.rope import apply_rope, rope_table
 from leangpt.system.errors import UserError
 
 __all__ = ["GPT", "Block", "GPTConfig"]
+
+POSITIONS = ("learned", "rope", "none")
+NORMS = ("layernorm", "rmsnorm")
+MLPS = ("gelu", "gelu_tanh", "swiglu")
+
+
+@dataclass
+class GPTConfig:
+    # what a run may change freely: no parameter's shape or meaning depends on it
+    FREE: ClassVar[tuple[str, ...]] = (
+        "dropout",
+        "attention_dropout",
+        "attention_policy",
+        "q_chunk",
+        "k_chunk",
+        "checkpoint_layers",
+        "offload",
+    )
+
+    block_size: int = 1024  # longest context
+    vocab_size: int = 50304  # GPT-2's 50257 rounded up to a multiple of 64
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0  # on embeddings, attention weights and both residual branches
+    attention_dropout: float | None = None  # on attention weights; None: as dropout
+    bias: bool = False  # in linear and norm layers
+    n_kv_head: int | None = None  # key/value heads (GQA); None: n_head, or n_head/4 for `grouped`
+    attention_policy: str = "cache"  # cache | grouped | recompute
+    q_chunk: int | None = None  # rows a tile; None: the plain block (recompute: chosen)
+    k_chunk: int | None = None  # key/value rows a tile; None: chosen
+    position: str = "learned"  # learned | rope | none
+    norm: str = "layernorm"  # layernorm | rmsnorm
+    norm_eps: float = 1e-5
+    mlp: str = "gelu"  # gelu | gelu_tanh | swiglu
+    n_inner: int | None = None  # width inside the MLP; None: 4 n_embd
+    rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # as in a Hugging Face config.json
+    tie_embeddings: bool = True  # lm_head shares wte
+    checkpoint_layers: bool = False  # training saves each layer's input only
+    offload: bool = False  # ... and keeps those inputs in pinned host memory (CUDA)
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} must be positive, not {getattr(self, name)}")
+        for name in ("n_kv_head", "q_chunk", "k_chunk", "n_inner"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError(f"{name} must be positive, not {getattr(self, name)}")
+        for name, known in (
+            ("attention_policy", POLICIES),
+            ("position", POSITIONS),
+            ("norm", NORMS),
+            ("mlp", MLPS),
+        ):
+            if getattr(self, name) not in known:
+                raise UserError(
+                    f"unknown {name} {getattr(self, name)!r}; choose one of: {', '.join(known)}"
+                )
+        if self.n_embd % self.n_head:
+            raise UserError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
+        apply_rules(self)
+        if self.position == "rope" and self.head_dim % 2:
+            raise UserError(f"position='rope' needs an even head size, not {self.head_dim}")
+        for name in ("dropout", "attention_dropout"):
+            if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
+                raise UserError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
+        if self.offload and not self.checkpoint_layers:
+            raise UserError(
+                "offload=True moves checkpointed layers to the host: "
+                "set checkpoint_layers=True as well"
+            )
+
+    @classmethod
+    def from_dict(cls, model_args):
+        """GPTConfig from a checkpoint's `model_args` (nanoGPT's or ours). Raises UserError."""
+        unknown = sorted(set(model_args) - {field.name for field in fields(cls)})
+        if unknown:
+            raise UserError(f"the checkpoint's model_args have keys this model lacks: {unknown}")
+        return cls(**model_args)
+
+    @property
+    def policy(self) -> Policy:
+        """What attention_policy names."""
+        return POLICIES[self.attention_policy]
+
+    @property
+    def source(self):
+        """Where keys and values come from while a block runs by tiles."""
+        return self.policy.source
+
+    @property
+    def kv_heads(self):
+        """G, the number of key/value heads."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_dim(self):
+        """D, the width of one head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def inner(self):
+        """Width inside the MLP."""
+        return self.n_inner or 4 * self.n_embd
 
 
 class Norm(nn.Module):
@@ -49,49 +157,41 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.config = config
         C, kv_width = config.n_embd, config.kv_heads * config.head_dim
-        self.c_attn = nn.Linear(C, C + 2 * kv_width, bias=config.bias)  # rows: q, k, v
-        self.c_attn.row_blocks = (C, kv_width, kv_width)  # optimizers may treat them apart
+        self.row_blocks = (C, kv_width, kv_width)  # of c_attn: q, k, v
+        self.c_attn = nn.Linear(C, C + 2 * kv_width, bias=config.bias)
+        self.c_attn.row_blocks = self.row_blocks  # optimizers may treat them apart
         self.c_attn.head_dim = config.head_dim
         self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def project_qkv(self, x, positions, heads=None):
-        """Queries, keys and values of some rows.
+    def project(self, x, positions, parts="qkv", heads=None):
+        """Queries, keys and values of some rows, or those that `parts` ("qkv", "q", "kv") names.
 
         x: (B, t, C), already normed; positions: (t,) or (B, t) int64, for rope, or what rotation()
         made of them; heads: a range (first, stop) of key/value heads, for those and their queries
-        alone.
-        Returns q (B, H, t, D), k (B, G, t, D), v (B, G, t, D), rope applied.
+        alone. Returns a tuple: q (B, H, t, D), k and v (B, G, t, D), rope applied.
         """
+        first = "qkv".index(parts)
+        sizes = self.row_blocks[first : first + len(parts)]
         if heads:
-            q, k, v = self._some_heads(x, heads, 0, 3)
+            sizes = [size // self.config.kv_heads * (heads[1] - heads[0]) for size in sizes]
+            y = self._some_heads(x, heads, first, first + len(parts))
+        elif parts == "qkv":
+            y = self.c_attn(x)
         else:
-            q, k, v = self.c_attn(x).split(self.c_attn.row_blocks, dim=-1)
-        q, k, v = (self._heads(part) for part in (q, k, v))
+            start = sum(self.row_blocks[:first])
+            y = self._some_rows(x, start, start + sum(sizes))
         table = self.rotation(positions)
-        return self._rotate(q, table), self._rotate(k, table), v
-
-    def project_q(self, x, positions, heads=None):
-        """Queries alone: x (B, t, C) -> (B, H, t, D)."""
-        q = self._some_heads(x, heads, 0, 1)[0] if heads else self._rows(x, 0, self.config.n_embd)
-        return self._rotate(self._heads(q), self.rotation(positions))
-
-    def project_kv(self, x, positions, heads=None):
-        """Keys and values alone: x (B, t, C) -> two of (B, G, t, D)."""
-        C, kv_width, _ = self.c_attn.row_blocks
-        if heads:
-            k, v = self._some_heads(x, heads, 1, 3)
-        else:
-            k, v = self._rows(x, C, C + 2 * kv_width).split(kv_width, dim=-1)
-        return self._rotate(self._heads(k), self.rotation(positions)), self._heads(v)
+        found = zip(parts, map(self._heads, y.split(sizes, dim=-1)))
+        return tuple(y if part == "v" else self._rotate(y, table) for part, y in found)
 
     def _some_heads(self, x, heads, first, stop):
         """Row blocks [first, stop) of c_attn (q, k, v), of each the rows of some key/value heads.
 
         One product of gathered weights: its backward makes one gradient of x, not one a block.
         """
-        blocks = self.c_attn.row_blocks
-        sizes = [block // self.config.kv_heads for block in blocks]  # rows a key/value head
+        blocks = self.row_blocks
+        sizes = [block // self.config.kv_heads for block in blocks]  # rows of a key/value head
         rows = torch.cat(
             [
                 sum(blocks[:n]) + torch.arange(heads[0] * sizes[n], heads[1] * sizes[n])
@@ -99,11 +199,10 @@ class CausalSelfAttention(nn.Module):
             ]
         ).to(x.device)
         weight, bias = self.c_attn.weight.index_select(0, rows), self.c_attn.bias
-        x = F.linear(x, weight, None if bias is None else bias.index_select(0, rows))
-        return x.split([(heads[1] - heads[0]) * size for size in sizes[first:stop]], dim=-1)
+        return F.linear(x, weight, None if bias is None else bias.index_select(0, rows))
 
-    def _rows(self, x, start, stop):
-        """Outputs [start, stop) of c_attn, at the cost of those rows alone where it can be."""
+    def _some_rows(self, x, start, stop):
+        """Outputs [start, stop) of c_attn, at the cost of those rows alone."""
         if not isinstance(self.c_attn, nn.Linear):  # packed weights have their own way
             return self.c_attn.forward_rows(x, start, stop)
         bias = self.c_attn.bias
@@ -138,12 +237,6 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
 
-def stream_dtype(x):
-    """dtype of the products of x under autocast, or else its own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -154,15 +247,9 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):  # (B, t, C) -> (B, t, C)
-        dtype = stream_dtype(x)
-        if (
-            self.kind != "swiglu"
-            and torch.is_grad_enabled()
-            and mlp_triton.fits(x, dtype, self.c_fc, self.c_proj)
-        ):
-            w_fc, w_proj = self.c_fc.weight.to(dtype), self.c_proj.weight.to(dtype)
-            y = mlp_triton.gelu_mlp(x.to(dtype), w_fc, w_proj, self.kind == "gelu_tanh")
-            return self.dropout(y)
+        fused = mlp_triton.fused_mlp(x, self.c_fc, self.c_proj, self.kind)
+        if fused is not None:
+            return self.dropout(fused)
         x = self.c_fc(x)
         if self.kind == "swiglu":
             gate, up = x.chunk(2, dim=-1)
@@ -173,70 +260,43 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """norm, attention, residual, norm, MLP, residual: plain, or row tile by row tile."""
+    """norm, attention, residual, norm, MLP, residual.
 
-    def __init__(self, config):
+    attention_policies.py runs it, plain or row tile by row tile; what that asks of a block is in
+    leangpt/attention/protocol.py.
+    """
+
+    compiled = None  # RowParts, once GPT.compile_rows has made them
+
+    def __init__(self, config, offload=None):
+        """offload: the HostStack that all the model's blocks share, where config.offload."""
         super().__init__()
         self.config = config
+        self.offload = offload or (HostStack() if config.offload else None)
         self.ln_1 = Norm(config)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = Norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x, inplace=False):
-        """x (B, T, C) -> (B, T, C).
-
-        inplace=True lets a tiled policy overwrite x while no gradient is recorded, so that a
-        stack of layers needs one residual stream in all.
-        """
-        if not self.tiled(x):
-            return self.plain(x)
+        """x (B, T, C) -> (B, T, C); inplace: see attention_policies.run_block."""
         return run_block(self, x, inplace)
 
-    def tiled(self, x):
-        """Does the block go tile by tile over x (B, T, C), as things are now?"""
-        return tile_sizes(self.config, x.size(1), x.device.type) is not None
+    def project(self, x, positions, parts="qkv", heads=None):
+        """What precedes attention, rows independent: x (B, t, C) -> as CausalSelfAttention's."""
+        return self.attn.project(self.ln_1(x), positions, parts, heads)
+
+    def finish(self, x, y):
+        """What follows attention, rows independent: x (B, t, C), y (B, H, t, D) -> (B, t, C)."""
+        x = x + self.attn.output(y)
+        del y
+        return x + self.mlp(self.ln_2(x))
 
     def plain(self, x):
-        """The untiled block: K and V of all rows at once, whatever the policy."""
-        positions = torch.arange(x.size(1), device=x.device)
+        """The block untiled: K and V of all rows at once, whatever the policy."""
+        positions = row_positions(0, x.size(1), x.device)
         # q, k and v end with this line: they are not held while the MLP runs
-        return self.finish(x, attend(*self.norm_qkv(x, positions), self.attention_dropout))
-
-    def norm_qkv(self, x, positions, heads=None):
-        """What precedes attention, rows independent: x (B, t, C) -> q, k, v as project_qkv."""
-        return self.attn.project_qkv(self.ln_1(x), positions, heads)
-
-    def norm_q(self, x, positions, heads=None):
-        return self.attn.project_q(self.ln_1(x), positions, heads)
-
-    def norm_kv(self, x, positions, heads=None):
-        return self.attn.project_kv(self.ln_1(x), positions, heads)
-
-    def prefill(self, x, layer):
-        """forward over a prompt x (B, T, C), overwritten if tiled, that also fills a cache's
-        layer (leangpt/attention/kv_cache.py)."""
-        if self.tiled(x):
-            fill_cache(self, x, layer)
-            return run_block(self, x, inplace=True)
-        positions = torch.arange(x.size(1), device=x.device)
-        x_norm = self.ln_1(x)
-        q, k, v = self.attn.project_qkv(x_norm, positions)
-        layer.append(k, v, x_norm)
-        y = attend(q, k, v)
-        del q, k, v, x_norm
-        return self.finish(x, y)
-
-    def decode(self, x, positions, layer):
-        """One token a row: x (B, 1, C) at positions (1,) or (B, 1), or their rotation; the past
-        in a cache's layer."""
-        x_norm = self.ln_1(x)
-        if layer.needs == "x":
-            q, k, v = self.attn.project_q(x_norm, positions), None, None
-        else:
-            q, k, v = self.attn.project_qkv(x_norm, positions)
-        layer.append(k, v, x_norm)
-        return self.finish(x, layer.attend(q, self.attn))
+        return self.finish(x, attend(*self.project(x, positions), self.attention_dropout))
 
     @property
     def attention_dropout(self):
@@ -245,11 +305,10 @@ class Block(nn.Module):
         rate = self.config.dropout if rate is None else rate
         return rate if self.training else 0.0
 
-    def finish(self, x, y):
-        """What follows attention, rows independent: x (B, t, C), y (B, H, t, D) -> (B, t, C)."""
-        x = x + self.attn.output(y)
-        del y
-        return x + self.mlp(self.ln_2(x))
+    @property
+    def residual_dropout(self):
+        """Likewise."""
+        return self.config.dropout if self.training else 0.0
 
 
 class GPT(nn.Module):
@@ -262,7 +321,8 @@ class GPT(nn.Module):
         if config.position == "learned":
             modules["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         modules["drop"] = nn.Dropout(config.dropout)
-        modules["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        offload = HostStack() if config.offload else None
+        modules["h"] = nn.ModuleList(Block(config, offload) for _ in range(config.n_layer))
         modules["ln_f"] = Norm(config)
         self.transformer = nn.ModuleDict(modules)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -334,11 +394,14 @@ class GPT(nn.Module):
         self.compile_rows()
         return self
 
-    def compile_rows(self):
+    def compile_rows(self, backend="inductor"):
         """Compile the parts of the blocks that tiles call, one graph for all layers."""
+        # project alone is asked for "qkv", "q", "kv", some heads, ragged tiles, with gradients and
+        # without: a graph each, and past the limit torch would quietly compile no more
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
         for block in self.transformer.h:
-            for name in ("norm_qkv", "norm_q", "norm_kv", "finish", "plain"):
-                setattr(block, name, torch.compile(getattr(block, name)))
+            parts = (block.project, block.finish, block.plain)
+            block.compiled = RowParts(*(torch.compile(part, backend=backend) for part in parts))
 
     def last_logits(self, idx):
         """idx (B, T) -> logits (B, V) of the last position, the T others' never computed."""
@@ -351,9 +414,10 @@ class GPT(nn.Module):
         as in training: tiled, in place, one residual stream in all. No gradients.
         """
         T = idx.size(1)
-        x = self.embed(idx, cache.begin(T))
+        step = cache.begin(T)
+        x = self.embed(idx, step.positions)
         for block, layer in zip(self.transformer.h, cache.layers):
-            x = block.prefill(x, layer)
+            x = prefill_block(block, x, step, layer)
         cache.advance(T)
         if lengths is None:
             last = x[:, -1]
@@ -364,12 +428,13 @@ class GPT(nn.Module):
 
     def decode_one_token(self, idx, cache):
         """One more token a row, idx (B, 1), after the cache's others -> logits (B, V)."""
-        positions = cache.begin(1)
+        step = cache.begin(1)
+        positions = step.positions
         x = self.embed(idx, positions)
         if self.config.position == "rope":  # one table for all layers
             positions = self.transformer.h[0].attn.rotation(positions)
         for block, layer in zip(self.transformer.h, cache.layers):
-            x = block.decode(x, positions, layer)
+            x = decode_block(block, x, step, positions, layer)
         cache.advance(1)
         return self.lm_head(self.transformer.ln_f(x[:, -1]))
 

@@ -22,7 +22,7 @@ import torch
 
 from configurator import parse_config
 from experiments.shared.common import RESULTS, interleaved, provenance, write_csv
-from leangpt.attention.block_tiles import tile_sizes
+from leangpt.attention.tile_sizes import tile_sizes
 from leangpt.memory.plan import predict_block_peak
 from leangpt.system.errors import UserError, exit_cleanly
 from leangpt.system.timing import (

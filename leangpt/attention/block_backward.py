@@ -7,7 +7,7 @@ the caller holds: the gradient of x, the gradient of attention's output, and dq 
    residual goes to grad_x. What arrives at attention's output goes where that output was: all
    that attention's backward wants of `out` is its product with its gradient, row by row and head
    by head, and the multiple (grad.out / grad.grad) of the gradient has the same product.
-2. Attention, a few heads at a time where that is no slower (tiled.heads_at_once). Key/value
+2. Attention, a few heads at a time where that is no slower (tile_sizes.heads_at_once). Key/value
    tiles are taken first to last, each against its own rows (the causal diagonal) and all rows
    below. Then dk and dv of the tile are complete, and so is dq of its rows: every key they see has
    been visited. Only dq is kept for all rows, of those heads, and their queries where those are
@@ -17,9 +17,11 @@ The other order, query tiles outside, keeps dk and dv of all rows and recomputes
 a pair of tiles, not one.
 """
 
+from functools import partial
+
 import torch
 
-from attention_policies import attend_rows, key_tiles, row_source
+from leangpt.attention.kv_source import StoredRows, attend_rows, key_tiles, row_positions
 from leangpt.attention.tile_kernels import tile_backward
 
 
@@ -66,12 +68,14 @@ def backward_tiles(tiles, x, lse, out, out_dtype, grad, weights):
     output's gradient. `out` is overwritten; where it is None, attention is recomputed.
     """
     grad_x = torch.empty_like(x)
+    width = tiles.config.n_head * tiles.config.head_dim
     for batch in tiles.batches():
-        spent = torch.empty_like(x[batch], dtype=out_dtype) if out is None else out[batch]
+        xb = x[batch]
+        spent = xb.new_empty(*xb.shape[:2], width, dtype=out_dtype) if out is None else out[batch]
         multiple = torch.empty_like(lse[batch])
         after_attention(
             tiles,
-            x[batch],
+            xb,
             out is None,
             spent,
             multiple,
@@ -81,23 +85,21 @@ def backward_tiles(tiles, x, lse, out, out_dtype, grad, weights):
             batch.start,
         )
         for heads in tiles.head_slices():
-            attention(tiles, x[batch], lse[batch], spent, multiple, grad_x[batch], weights, heads)
+            attention_backward(
+                tiles, xb, lse[batch], spent, multiple, grad_x[batch], weights, heads
+            )
     return grad_x
 
 
 def after_attention(tiles, x, recompute, out, multiple, grad, grad_x, weights, batch_start):
     """Phase 1: out becomes its own gradient, multiple (b, H, T) what it must be multiplied by."""
-    config = tiles.block.config
-    source = None
-    if recompute:
-        source = row_source(config.attention_policy, tiles.kv, x, tiles.k_chunk)
+    source = tiles.source(x) if recompute else None
     for start, stop in tiles.row_tiles():
         if recompute:
-            tile_out, _ = attend_rows(
-                tiles.q(x[:, start:stop], start), source, start, stop, tiles.fixed_shapes
-            )
+            q = tiles.queries(x, start, stop)
+            tile_out, _ = attend_rows(q, source, start, stop, tiles.fixed_shapes)
             out[:, start:stop] = tile_out.transpose(1, 2).flatten(2)
-            del tile_out
+            del q, tile_out
         for a, b in tiles.mlp_tiles(start, stop, len(x)):
             xm = x[:, a:b].detach().requires_grad_()
             om = tiles.by_head(out[:, a:b]).detach().requires_grad_()
@@ -124,9 +126,9 @@ def same_product(grad, out):
     return (product / grad.square().sum(-1, keepdim=True).clamp_min_(0.5) / largest)[..., 0]
 
 
-def attention(tiles, x, lse, grad_out, multiple, grad_x, weights, heads):
+def attention_backward(tiles, x, lse, grad_out, multiple, grad_x, weights, heads):
     """Phase 2 for key/value heads [first, stop), or all, and their queries: adds to grad_x."""
-    config = tiles.block.config
+    config = tiles.config
     g = config.n_head // config.kv_heads
     mine = slice(*(n * g for n in heads or (0, config.kv_heads)))  # their queries' heads
     grad_out = tiles.by_head(grad_out)[:, mine]  # (b, h, T, D)
@@ -134,12 +136,8 @@ def attention(tiles, x, lse, grad_out, multiple, grad_x, weights, heads):
     wide = torch.promote_types(x.dtype, torch.float32)
     b, h, T, D = grad_out.shape
     # queries of a few heads are few numbers: kept, whatever the policy
-    queries = row_source(
-        "cache" if heads else config.attention_policy,
-        lambda rows, start: (tiles.q(rows, start, heads),),
-        x,
-        tiles.k_chunk,
-    )
+    query_source = StoredRows if heads else config.source
+    queries = query_source(partial(tiles.project, parts="q", heads=heads), x, tiles.k_chunk)
     dq = torch.zeros(b, T, h, D, dtype=wide, device=x.device).transpose(1, 2)
 
     def pair_backward(start, stop, q, k, v, causal):
@@ -159,7 +157,7 @@ def attention(tiles, x, lse, grad_out, multiple, grad_x, weights, heads):
     for start, stop in reversed(tiles.row_tiles()):
         xt = x[:, start:stop].detach().requires_grad_()
         with torch.enable_grad():
-            projected = tiles.qkv(xt, start, heads)
+            projected = tiles.project(xt, row_positions(start, stop, x.device), "qkv", heads)
         q, k, v = (part.detach() for part in projected)
         dk, dv = (part.to(wide) for part in pair_backward(start, stop, q, k, v, True))
         for below in key_tiles(stop, T, tiles.k_chunk):

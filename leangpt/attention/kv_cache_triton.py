@@ -1,32 +1,23 @@
 """Decoding kernel for CUDA, in Triton: store one token's K and V, and attend from it.
 
 Every index comes from the device tensor `positions`, so one captured CUDA graph serves every
-context length, and quantised rows (kv_cache.QuantizedRows) are read as they are: codes go straight
-into the tensor cores, scales and zeros are applied to the products, for each half of a head
+context length, and quantised rows are read as they are (kv_rows_triton.py), for each half of a head
 
     q . k = scale (q . codes) + zero sum(q)        p . v = (p scale) . codes + sum(p zero).
-
-A code of 4 bits becomes a float by setting it as the last bits of a power of two, 128 in bfloat16
-and 1024 in float16: one instruction; the power is taken off in the zeros.
 
 The stored context is split over many programs; one more takes what is new: it stores the token's
 rows, and attends to them and to the exact ring of recent ones. The last of a head's programs to
 finish merges their results by logsumexp ("Flash-Decoding", Dao, Haziza, Massa, Sizov 2023).
-Where `fits` says no, attention/kv_cache.py does the same in plain PyTorch. TRITON_INTERPRET=1 runs
-the kernel on a CPU, slowly, for tests.
+Where `supports` says no, kv_cache.py does the same in plain PyTorch. TRITON_INTERPRET=1 runs the
+kernel on a CPU, slowly, for tests.
 """
-
-import os
 
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None
-AVAILABLE = triton is not None and (INTERPRETED or torch.cuda.is_available())
+from leangpt.system.triton import AVAILABLE, INTERPRETED, tl, triton
+
+if triton is not None:
+    from leangpt.attention.kv_rows_triton import load_halves, load_meta, store_row, turn
 
 LEAST = 128  # slots at least in a split, so that its fixed costs do not show ...
 SHORT = 64  # ... but where there would be fewer than 132 programs
@@ -36,7 +27,7 @@ LOG2_E = 1.4426950408889634  # the kernel's exponentials are powers of two
 LAUNCH = {16: (64, 2, 3, 528), 8: (32, 1, 3, 2112), 4: (64, 1, 3, 2112)}
 
 
-def fits(device, width, dtype):
+def supports(device, width, dtype):
     """Whether rows of `width` numbers and queries of `dtype` on a device suit the kernel."""
     half = width // 2
     here = AVAILABLE and (device.type == "cuda" or INTERPRETED)
@@ -48,132 +39,7 @@ def fits(device, width, dtype):
     )
 
 
-# Four bytes -> eight floats, the low and the high halves of the bytes: 8 instructions.
-CODES_TO_FLOATS = """{
-.reg .b32 a, b;
-prmt.b32 a, $4, 0, 0x4140;
-prmt.b32 b, $4, 0, 0x4342;
-lop3.b32 $0, a, 0x000f000f, POWER, 0xea;
-lop3.b32 $1, b, 0x000f000f, POWER, 0xea;
-shr.u32 a, a, 4;
-shr.u32 b, b, 4;
-lop3.b32 $2, a, 0x000f000f, POWER, 0xea;
-lop3.b32 $3, b, 0x000f000f, POWER, 0xea;
-}"""
-
 if triton is not None:
-    INTERPRETED_ = tl.constexpr(INTERPRETED)
-    ASM_BFLOAT16 = tl.constexpr(CODES_TO_FLOATS.replace("POWER", "0x43004300"))
-    ASM_FLOAT16 = tl.constexpr(CODES_TO_FLOATS.replace("POWER", "0x64006400"))
-
-    @triton.jit
-    def turn(low, high, cos, sin):
-        """rope.apply_rope on the two halves of rows: in float32, then rounded."""
-        first, second = low.to(tl.float32), high.to(tl.float32)
-        turned = first * cos - second * sin
-        return turned.to(low.dtype), (second * cos + first * sin).to(high.dtype)
-
-    @triton.jit
-    def quantize_half(x, BITS: tl.constexpr):
-        """Half a row x (HALF,) -> its codes, scale and zero, the latter float16."""
-        zero = tl.min(x, 0).to(tl.float16)
-        scale = tl.maximum((tl.max(x, 0) - zero.to(tl.float32)) / (2**BITS - 1), 1e-7)
-        scale = scale.to(tl.float16)
-        code = tl.floor((x - zero.to(tl.float32)) / scale.to(tl.float32) + 0.5)
-        return tl.minimum(tl.maximum(code, 0.0), 2**BITS - 1).to(tl.uint8), scale, zero
-
-    @triton.jit
-    def store_row(
-        low,
-        high,
-        rows,
-        meta,
-        recent,
-        row,
-        slot,
-        S,
-        columns,
-        HALF: tl.constexpr,
-        BITS: tl.constexpr,
-        R: tl.constexpr,
-    ):
-        """Write one row's halves (HALF,) to its slot, in every form that the cache keeps."""
-        at = row * S + slot
-        if BITS == 16:
-            tl.store(rows + at * (2 * HALF) + columns, low)
-            tl.store(rows + at * (2 * HALF) + HALF + columns, high)
-        else:
-            into = recent + (row * R + slot % R) * (2 * HALF) + columns
-            tl.store(into, low)
-            tl.store(into + HALF, high)
-            low_codes, low_scale, low_zero = quantize_half(low.to(tl.float32), BITS)
-            high_codes, high_scale, high_zero = quantize_half(high.to(tl.float32), BITS)
-            tl.store(meta + at * 4, low_scale)
-            tl.store(meta + at * 4 + 1, low_zero)
-            tl.store(meta + at * 4 + 2, high_scale)
-            tl.store(meta + at * 4 + 3, high_zero)
-            if BITS == 4:
-                tl.store(rows + at * HALF + columns, low_codes | (high_codes << 4))
-            else:
-                tl.store(rows + at * (2 * HALF) + columns, low_codes)
-                tl.store(rows + at * (2 * HALF) + HALF + columns, high_codes)
-
-    @triton.jit
-    def floats_of_codes(packed, dtype: tl.constexpr):
-        """uint8 -> its low and its high 4 bits as floats, each plus the power of two."""
-        if INTERPRETED_:
-            power: tl.constexpr = 0x4300 if dtype == tl.bfloat16 else 0x6400
-            packed = packed.to(tl.int16)
-            return (
-                ((packed & 15) | power).to(dtype, bitcast=True),
-                ((packed >> 4) | power).to(dtype, bitcast=True),
-            )
-        elif dtype == tl.bfloat16:
-            return tl.inline_asm_elementwise(
-                ASM_BFLOAT16,
-                "=r,=r,=r,=r,r",
-                [packed],
-                (tl.bfloat16, tl.bfloat16),
-                is_pure=True,
-                pack=4,
-            )
-        else:
-            return tl.inline_asm_elementwise(
-                ASM_FLOAT16,
-                "=r,=r,=r,=r,r",
-                [packed],
-                (tl.float16, tl.float16),
-                is_pure=True,
-                pack=4,
-            )
-
-    @triton.jit
-    def load_halves(
-        rows, at, mask, columns, HALF: tl.constexpr, BITS: tl.constexpr, dtype: tl.constexpr
-    ):
-        """Two tiles of rows or codes as dtype; 4-bit codes come with a power of two.
-
-        at, mask (N, 1) and columns (1, HALF), or (1, N) and (HALF, 1) for tiles (HALF, N): loaded
-        like that, and not transposed afterwards, they pass through shared memory asynchronously.
-        """
-        if BITS == 4:
-            packed = tl.load(rows + at * HALF + columns, mask, 0)
-            low, high = floats_of_codes(packed, dtype)
-        else:
-            at = rows + at * (2 * HALF) + columns
-            low, high = tl.load(at, mask, 0).to(dtype), tl.load(at + HALF, mask, 0).to(dtype)
-        return low, high
-
-    @triton.jit
-    def load_meta(words, at, mask):
-        """Scale and zero of both halves, (N,) float32 each, in one load a row."""
-        word = tl.load(words + at, mask, 0)
-        low, high = word.to(tl.int32), (word >> 32).to(tl.int32)
-        low_scale = low.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        low_zero = (low >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        high_scale = high.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        high_zero = (high >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        return low_scale, low_zero, high_scale, high_zero
 
     @triton.jit
     def attend_kernel(
@@ -407,13 +273,6 @@ if triton is not None:
         tl.store(out + head * D + columns, (merged / total).to(out.dtype.element_ty))
 
 
-def buffers(rows):
-    """rows' own tensors as the kernel wants them: rows or codes, scale_zero, recent, bits."""
-    if hasattr(rows, "data"):
-        return rows.data, rows.data, rows.data, 16
-    return rows.codes, rows.scale_zero, rows.recent, rows.bits
-
-
 def split_count(rows, slots, programs):
     """How many of `programs` share the `slots` of each of `rows` key heads of sequences."""
     wanted = triton.cdiv(programs, rows)
@@ -421,63 +280,73 @@ def split_count(rows, slots, programs):
     return max(1, min(wanted, triton.cdiv(slots, least)))
 
 
-def attend_token(q, k, v, keys, values, cache, turn=None):
-    """Store one token a sequence and attend from it: q (B, H, 1, D), k, v (B, G, 1, D).
+class TokenKernel:
+    """A cache's kernel: stores one token a sequence and attends from it.
 
-    -> (B, H, 1, D). keys, values: a layer's stored rows. turn: cos and sin (B, D/2) float32 of
-    the rope that q and k still want, or None.
+    rows: key/value heads of all sequences, B G. It counts for itself which of a head's programs
+    have arrived, in a buffer that is zeros between calls.
     """
-    B, H, _, D = q.shape
-    G = k.size(1)
-    rows_k, meta_k, recent_k, bits = buffers(keys)
-    rows_v, meta_v, recent_v, _ = buffers(values)
-    words_k, words_v = cache.positions, cache.positions  # int64, not read
-    if bits != 16:
-        words_k, words_v = meta_k.view(torch.int64), meta_v.view(torch.int64)
-    cos, sin = (q, q) if turn is None else turn  # not read
-    S, group = rows_k.size(2), H // G
-    block, warps, stages, programs = LAUNCH[bits]
-    count = split_count(B * G, S, programs) + 1
-    partial = torch.empty(B * H, count, D, dtype=torch.float32, device=q.device)
-    top_total = torch.empty(B * H, count, 2, dtype=torch.float32, device=q.device)
-    out = torch.empty(B, H, 1, D, dtype=q.dtype, device=q.device)
-    attend_kernel[(B * G, count)](
-        q,
-        k,
-        v,
-        cos,
-        sin,
-        rows_k,
-        rows_v,
-        meta_k,
-        meta_v,
-        words_k,
-        words_v,
-        recent_k,
-        recent_v,
-        cache.positions,
-        partial,
-        top_total,
-        cache.arrived,
-        out,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        v.stride(0),
-        v.stride(1),
-        S,
-        cache.max_length,
-        D**-0.5 * LOG2_E,
-        G,
-        group,
-        max(8, triton.next_power_of_2(group)),
-        D // 2,
-        bits,
-        1 if bits == 16 else recent_k.size(2),
-        turn is not None,
-        block,
-        num_warps=warps,
-        num_stages=stages,
-    )
-    return out
+
+    def __init__(self, rows, device):
+        self.arrived = torch.zeros(rows, dtype=torch.int32, device=device)
+
+    def __call__(self, q, k, v, keys, values, cache, turn=None):
+        """q (B, H, 1, D), k, v (B, G, 1, D) -> (B, H, 1, D).
+
+        keys, values: a layer's stored rows (kv_rows.py). turn: cos and sin (B, D/2) float32 of the
+        rope that q and k still want, or None.
+        """
+        B, H, _, D = q.shape
+        G = k.size(1)
+        rows_k, meta_k, recent_k, bits = keys.kernel_buffers()
+        rows_v, meta_v, recent_v, _ = values.kernel_buffers()
+        words_k, words_v = cache.positions, cache.positions  # int64, not read
+        if bits != 16:
+            words_k, words_v = meta_k.view(torch.int64), meta_v.view(torch.int64)
+        cos, sin = (q, q) if turn is None else turn  # not read
+        S, group = rows_k.size(2), H // G
+        block, warps, stages, programs = LAUNCH[bits]
+        count = split_count(B * G, S, programs) + 1
+        partial = torch.empty(B * H, count, D, dtype=torch.float32, device=q.device)
+        top_total = torch.empty(B * H, count, 2, dtype=torch.float32, device=q.device)
+        out = torch.empty(B, H, 1, D, dtype=q.dtype, device=q.device)
+        attend_kernel[(B * G, count)](
+            q,
+            k,
+            v,
+            cos,
+            sin,
+            rows_k,
+            rows_v,
+            meta_k,
+            meta_v,
+            words_k,
+            words_v,
+            recent_k,
+            recent_v,
+            cache.positions,
+            partial,
+            top_total,
+            self.arrived,
+            out,
+            q.stride(0),
+            q.stride(1),
+            k.stride(0),
+            k.stride(1),
+            v.stride(0),
+            v.stride(1),
+            S,
+            cache.max_length,
+            D**-0.5 * LOG2_E,
+            G,
+            group,
+            max(8, triton.next_power_of_2(group)),
+            D // 2,
+            bits,
+            1 if bits == 16 else recent_k.size(2),
+            turn is not None,
+            block,
+            num_warps=warps,
+            num_stages=stages,
+        )
+        return out

@@ -30,11 +30,11 @@ def _merge_kernel(
     sm_t,
     D: tl.constexpr,
     DP: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     b = (tl.program_id(1) // H).to(tl.int64)
     h = (tl.program_id(1) % H).to(tl.int64)
-    t = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     d = tl.arange(0, DP)
     inside = t < T
     lse += b * sl_b + h * sl_h + t * sl_t
@@ -53,13 +53,13 @@ def _merge_kernel(
 
 
 def merge_(out, lse, tile_out, tile_lse):
-    """attention_kernels.merge_ for out (B, H, t, D) and lse (B, H, t) float32 on CUDA.
+    """tile_kernels.merge_ for out (B, H, t, D) and lse (B, H, t) float32 on CUDA.
 
     tile_out like out in any float dtype, its last dimension dense; tile_lse like lse.
     """
     B, H, T, D = out.shape
-    rows = 64
-    _merge_kernel[(triton.cdiv(T, rows), B * H)](
+    block_t = 64
+    _merge_kernel[(triton.cdiv(T, block_t), B * H)](
         out,
         lse,
         tile_out,
@@ -72,5 +72,5 @@ def merge_(out, lse, tile_out, tile_lse):
         *tile_lse.stride(),
         D,
         triton.next_power_of_2(D),
-        rows,
+        block_t,
     )

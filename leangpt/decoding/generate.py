@@ -73,7 +73,7 @@ def generate(
                 model.config, B, min(T + max_new_tokens, block_size), device, dtype, kv_bits
             )
             if max_new_tokens * max(1, cache.slot_count / 4096) < KERNELS_FROM:
-                cache.suits_kernels = False  # PyTorch's own do as well, and are there
+                cache.kernel = None  # PyTorch's own do as well, and are there
             choice = Choice(temperature, top_k, top_p, generator, vocab_size)
             text = Text(idx, lengths, max_new_tokens, stop_tokens)
             steps = Steps(model, cache, choice, text, compile)

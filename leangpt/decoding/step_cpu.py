@@ -14,7 +14,8 @@ import ctypes
 import torch
 from torch import nn
 
-from leangpt.attention.kv_cache import KeysValues, Rows
+from leangpt.attention.kv_cache import KeysValues
+from leangpt.attention.kv_rows import ExactRows
 from leangpt.layers import int4_linear, linear_cpu
 from leangpt.layers.int4_linear import Int4Linear
 from leangpt.layers.linear_cpu import HALF, LinearArguments
@@ -94,7 +95,7 @@ class Step:
         """One more token a row, idx (B, 1), after the cache's others -> logits (B, V) float32."""
         assert cache is self.cache
         config = self.model.config
-        positions = cache.begin(1)
+        positions = cache.begin(1).positions
         x = self.model.embed(idx, positions).contiguous()
         positions = positions.flatten()  # (B,) or (1,)
         cos = sin = None
@@ -150,7 +151,7 @@ def suits(model, cache):
         and all(suits_linear(layer) for layer in linears)
         and all(
             isinstance(layer, KeysValues)
-            and isinstance(layer.keys, Rows)
+            and isinstance(layer.keys, ExactRows)
             and layer.keys.data.dtype == weight.dtype
             for layer in cache.layers
         )

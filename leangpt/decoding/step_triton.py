@@ -21,12 +21,11 @@ import functools
 import torch
 from torch import nn
 
-from leangpt.attention import kv_cache_triton
-from leangpt.attention.kv_cache_triton import tl, triton
 from leangpt.layers.int4_linear import Int4Linear
 from leangpt.layers.rope import rope_table
+from leangpt.system.triton import tl, triton
 
-ROWS = 4  # sequences at most; more are better served by matrix products
+MOST_SEQUENCES = 4  # at once; more are better served by matrix products
 TILE = 12288  # weights a program holds
 LEAST_PROGRAMS = 128  # about one for each of an H100's 132 processors
 WARPS = 4
@@ -278,7 +277,7 @@ if triton is not None:
 
 
 def linear(x, layer, norm=None, activation=None, residual=None):
-    """residual + activation(layer(norm(x))) of x (B, K), B <= ROWS: (B, N) in x's dtype."""
+    """residual + activation(layer(norm(x))) of x (B, K), B <= MOST_SEQUENCES: (B, N), x's dtype."""
     K, N = layer.in_features, layer.out_features // (2 if activation == "swiglu" else 1)
     wide = 32 if N >= 16384 and isinstance(layer, Int4Linear) else 16
     block_n = max(1, min(wide, 2 * TILE // K if wide == 32 else TILE // K))
@@ -324,7 +323,7 @@ def linear(x, layer, norm=None, activation=None, residual=None):
 def decode_one_token(model, idx, cache):
     """As model.decode_one_token: one more token a row, idx (B, 1) -> logits (B, V)."""
     config = model.config
-    positions = cache.begin(1)  # (B, 1)
+    positions = cache.begin(1).positions  # (B, 1)
     x = model.embed(idx, positions).squeeze(1)  # (B, C)
     B, D, turn = len(x), config.head_dim, None
     if config.position == "rope":
@@ -332,7 +331,7 @@ def decode_one_token(model, idx, cache):
     for block, layer in zip(model.transformer.h, cache.layers):
         qkv = linear(x, block.attn.c_attn, block.ln_1)
         q, k, v = (part.view(B, -1, 1, D) for part in qkv.split(block.attn.c_attn.row_blocks, -1))
-        y = kv_cache_triton.attend_token(q, k, v, layer.keys, layer.values, cache, turn)
+        y = cache.kernel(q, k, v, layer.keys, layer.values, cache, turn)
         x = linear(y.view(B, -1), block.attn.c_proj, residual=x)
         h = linear(x, block.mlp.c_fc, block.ln_2, activation=config.mlp)
         x = linear(h, block.mlp.c_proj, residual=x)
@@ -350,8 +349,8 @@ def suits(model, cache):
     ]
     dtype = model.transformer.wte.weight.dtype
     return (
-        cache.suits_kernels
-        and cache.batch_size <= ROWS
+        cache.kernel is not None
+        and cache.batch_size <= MOST_SEQUENCES
         and dtype in (torch.bfloat16, torch.float16)
         and not torch.is_autocast_enabled(model.transformer.wte.weight.device.type)
         and all(suits_linear(m, dtype) for m in [*linears, model.lm_head])

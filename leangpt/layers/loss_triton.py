@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 
 EACH = 4  # neighbouring logits a lane takes at once
+LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials are powers of two here
+LN_2 = tl.constexpr(0.6931471805599453)
 MOST_IN_REGISTERS = 65536  # logits a row, 16 bits each: half of a processor's registers
 
 
@@ -81,19 +83,19 @@ def _whole_row_kernel(
     highest = tiles[0]
     for i in tl.static_range(1, TILES):
         highest = tl.maximum(highest, tiles[i])
-    peak = tl.max(tl.max(highest, 1), 0).to(tl.float32) * 1.4426950408889634  # log2 e: exp2 below
+    peak = tl.max(tl.max(highest, 1), 0).to(tl.float32) * LOG2_E
     total = tl.zeros((LANES, EACH), tl.float32)
     for i in tl.static_range(TILES):
-        total += tl.exp2(tiles[i].to(tl.float32) * 1.4426950408889634 - peak)
+        total += tl.exp2(tiles[i].to(tl.float32) * LOG2_E - peak)
     lse = peak + tl.log2(tl.sum(tl.sum(total, 1), 0))
-    picked = picked * 1.4426950408889634 - lse
-    tl.store(losses + row, picked * -0.6931471805599453 * scale)
+    picked = picked * LOG2_E - lse
+    tl.store(losses + row, picked * -LN_2 * scale)
 
     tl.debug_barrier()  # every lane has read `picked` before any overwrites it
     shift = tl.log2(scale) - lse
     for i in tl.static_range(TILES):
         at = i * LANES * EACH + columns
-        gradient = tl.exp2(tiles[i].to(tl.float32) * 1.4426950408889634 + shift)
+        gradient = tl.exp2(tiles[i].to(tl.float32) * LOG2_E + shift)
         if (i + 1) * LANES * EACH <= V:
             tl.store(logits + at, gradient)
         else:

@@ -13,19 +13,9 @@ Phi, the normal distribution function in gelu(h) = h Phi(h), is one exp2 of a po
 2e-4 exact relative to Phi(-z) for z < 5: a tenth of what rounding to bfloat16 costs.
 """
 
-import os
-
 import torch
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-try:
-    import triton
-    import triton.language as tl
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    AVAILABLE = INTERPRETED or torch.cuda.is_available()
-except ImportError:
-    AVAILABLE = False
+from leangpt.system.triton import AVAILABLE, INTERPRETED, TensorDescriptor, tl, triton
 
 # tile of the output, step along the inner dimension, parts of the epilogue: the fastest on an H100
 FORWARD = dict(BM=256, BN=128, BK=64, PARTS=4, num_stages=4, num_warps=8)
@@ -33,7 +23,7 @@ BACKWARD = dict(BM=128, BN=256, BK=64, PARTS=2, num_stages=3, num_warps=8)
 LEAST_ROWS = 4096  # fewer do not fill the GPU, and cuBLAS chooses better
 
 
-def fits(x, dtype, c_fc, c_proj):
+def supports(x, dtype, c_fc, c_proj):
     """Do rows x (..., C), taken as dtype, and the two linear layers suit the kernels?"""
     if not AVAILABLE or dtype != torch.bfloat16 or not x.is_cuda:
         return False
@@ -242,9 +232,25 @@ mlp_op.register_autograd(_backward, setup_context=_save)
 
 
 def gelu_mlp(x, w_fc, w_proj, tanh=False):
-    """gelu(x w_fcᵀ) w_projᵀ for bfloat16 x (..., C), w_fc (N, C), w_proj (C, N), where `fits`.
+    """gelu(x w_fcᵀ) w_projᵀ for bfloat16 x (..., C), w_fc (N, C), w_proj (C, N), where `supports`.
 
     tanh: torch's approximate="tanh". Keeps x, gelu and its slope for the backward pass.
     """
     y, *_ = mlp_op(x.flatten(0, -2), w_fc, w_proj, tanh)
     return y.view(*x.shape[:-1], len(w_proj))
+
+
+def fused_mlp(x, c_fc, c_proj, kind):
+    """c_proj(gelu(c_fc(x))) of x (B, t, C) by these kernels, under autocast in its dtype.
+
+    kind: "gelu" or "gelu_tanh". None where the kernels do not support it, or no gradient is wanted.
+    """
+    if kind not in ("gelu", "gelu_tanh") or not torch.is_grad_enabled():
+        return None
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+    if not supports(x, dtype, c_fc, c_proj):
+        return None
+    weights = c_fc.weight.to(dtype), c_proj.weight.to(dtype)
+    return gelu_mlp(x.to(dtype), *weights, tanh=kind == "gelu_tanh")

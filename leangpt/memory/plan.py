@@ -18,8 +18,8 @@ from dataclasses import replace
 
 import torch
 
-from attention_policies import ROWS
-from leangpt.attention.block_tiles import default_chunk, heads_at_once, mlp_rows, tile_sizes
+from leangpt.attention.kv_source import MERGED_QUERIES
+from leangpt.attention.tile_sizes import default_chunk, heads_at_once, mlp_rows, tile_sizes
 from leangpt.layers.loss import chunk_rows
 
 RESERVE = 0.1  # of the memory at hand, left free in advice
@@ -40,7 +40,7 @@ def predict_forward_peak(config, B, T, element_size=4, device_type="cpu"):
     b, q, k = sizes
     row = config.n_embd * element_size
     rows = B * T + b * _forward_scratch(config, T, q, k, device_type, False, b * row)
-    if config.attention_policy != "recompute":
+    if not config.policy.recomputes:
         rows += 2 / g * T * b
     return int(rows * row)
 
@@ -126,7 +126,8 @@ def _cheapest_first(config, T, device_type):
     tile = default_chunk(config, device_type)
     rows = [tile] + [n for n in (4096, 1024, 512) if n < tile]
     found = [replace(whole, q_chunk=tile, k_chunk=None)]
-    recompute = replace(whole, attention_policy="recompute", k_chunk=None)
+    leaner = config.policy.leaner or config.attention_policy
+    recompute = replace(whole, attention_policy=leaner, k_chunk=None)
     found += [replace(recompute, q_chunk=n) for n in rows]
     found += [replace(recompute, q_chunk=n, checkpoint_layers=True) for n in rows]
     if device_type == "cuda":
@@ -179,17 +180,17 @@ def _forward_scratch(config, T, q, k, device_type, training, unit=0):
     if k >= q:  # a first tile has nothing to merge, and there may be few rows after it
         streams = max(q, 2 * min(q, T - q))
     merging = q if T > q else q - k  # rows of attention yet to be merged
-    merging = max(min(k, q), min(merging, ROWS) if device_type == "cpu" else merging)
+    merging = max(min(k, q), min(merging, MERGED_QUERIES) if device_type == "cpu" else merging)
     kernel = _workspace(config, merging, device_type) / unit if unit else 0
     making = keys = 0
-    if config.attention_policy == "recompute":
+    if config.policy.recomputes:
         keys = 2 / g * k
         making = (1 + 2 / g) * k  # the normed rows, and K and V
         if device_type == "cpu":
             making = max(making, 2 * keys)  # or K and V, and them head by head
     attending = streams + max(making, merging + keys + kernel)
     inside_mlp = q + (2.4 + 2 * r) * mlp_rows(q, device_type, training)
-    filling = (1 + 2 / g) * k if config.attention_policy != "recompute" else 0
+    filling = 0 if config.policy.recomputes else (1 + 2 / g) * k
     return max(attending, inside_mlp, filling)
 
 
@@ -198,7 +199,7 @@ def _backward_peak(config, T, b, q, k, element_size, device_type):
     g, r = _ratios(config)
     row = config.n_embd * element_size
     wide = 4 / element_size  # float32 beside numbers of the stream
-    kept = 0 if config.attention_policy == "recompute" else 2 / g * T
+    kept = 0 if config.policy.recomputes else 2 / g * T
     attending = 0
     if config.checkpoint_layers:
         attending = kept + _forward_scratch(config, T, q, k, device_type, training=True)
@@ -206,7 +207,7 @@ def _backward_peak(config, T, b, q, k, element_size, device_type):
     inside_mlp = kept * config.checkpoint_layers + (3 + 3 * r) * at_once
     heads = heads_at_once(config, T, q, b, device_type)
     share = heads / config.kv_heads
-    stored = config.attention_policy != "recompute" or share < 1
+    stored = not config.policy.recomputes or share < 1
     attention = share * (wide + stored) * T  # dq and the queries of some heads
     attention += q + share * ((1 + (4 + 2 * wide) / g) * q + 4 * k)
     return max(attending, inside_mlp, attention) * row

@@ -4,8 +4,9 @@ import pytest
 import torch
 from reference import plain_block, relative_error, softmax_attention
 
-from leangpt.attention import block_tiles
+from leangpt.attention import block_tiles, tile_sizes
 from leangpt.attention.block_backward import same_product
+from leangpt.attention.protocol import RowParts
 from leangpt.attention.tile_kernels import KERNELS, merge_, tile_kernel
 from leangpt.memory.meter import measure_peak
 from leangpt.system.errors import UserError
@@ -154,14 +155,14 @@ def test_heads_taken_at_once(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     config = GPTConfig(n_head=8, n_embd=64)
     assert [
-        block_tiles.heads_at_once(config, T, 1024, 1, "cpu") for T in (1024, 2048, 4096, 16384)
+        tile_sizes.heads_at_once(config, T, 1024, 1, "cpu") for T in (1024, 2048, 4096, 16384)
     ] == [8, 4, 2, 2]
-    assert block_tiles.heads_at_once(config, 16384, 1024, 2, "cpu") == 1  # two sequences
-    assert block_tiles.heads_at_once(config, 16384, 1024, 1, "cuda") == 8
+    assert tile_sizes.heads_at_once(config, 16384, 1024, 2, "cpu") == 1  # two sequences
+    assert tile_sizes.heads_at_once(config, 16384, 1024, 1, "cuda") == 8
     grouped = GPTConfig(n_head=8, n_embd=64, n_kv_head=2)
-    assert block_tiles.heads_at_once(grouped, 16384, 1024, 1, "cpu") == 2  # one would idle a thread
+    assert tile_sizes.heads_at_once(grouped, 16384, 1024, 1, "cpu") == 2  # one would idle a thread
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
-    assert block_tiles.heads_at_once(config, 16384, 1024, 1, "cpu") == 8
+    assert tile_sizes.heads_at_once(config, 16384, 1024, 1, "cpu") == 8
 
 
 @pytest.mark.parametrize("scale", (1.0, 1e-30, 1e30))
@@ -344,7 +345,8 @@ def test_checkpointed_whole_sequences(monkeypatch, compiled):
         attention_dropout=0.0,
     )
     if compiled:
-        block.plain = torch.compile(block.plain, backend="aot_eager")
+        plain = torch.compile(block.plain, backend="aot_eager")
+        block.compiled = RowParts(block.project, block.finish, plain)
     x = torch.randn(5, 9, 32, dtype=torch.float64, requires_grad=True)  # 2 + 2 + 1 sequences
     block.train()
     torch.manual_seed(1)
@@ -375,10 +377,10 @@ def test_short_sequences_train_on_the_plain_block():
         (64, "cuda", 1024, 1536),
     ):
         config = GPTConfig(n_head=8, n_embd=width, attention_policy="recompute")
-        assert block_tiles.default_chunk(config, device_type) == chunk
-        assert block_tiles.tile_sizes(config, longest, device_type, training=True) is None
-        assert block_tiles.tile_sizes(config, longest + 1, device_type, training=True) == (
+        assert tile_sizes.default_chunk(config, device_type) == chunk
+        assert tile_sizes.tile_sizes(config, longest, device_type, training=True) is None
+        assert tile_sizes.tile_sizes(config, longest + 1, device_type, training=True) == (
             chunk,
             chunk,
         )
-        assert block_tiles.tile_sizes(config, 1024, device_type, training=False) == (chunk, chunk)
+        assert tile_sizes.tile_sizes(config, 1024, device_type, training=False) == (chunk, chunk)

@@ -7,7 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from leangpt.attention import kv_cache_triton
-from leangpt.attention.kv_cache import RECENT, build_cache
+from leangpt.attention.kv_cache import build_cache
+from leangpt.attention.kv_rows import RECENT
+from leangpt.attention.kv_source import attend
 from leangpt.layers.rope import apply_rope, rope_table
 from leangpt.system.errors import UserError
 from model import GPT, GPTConfig
@@ -49,7 +51,7 @@ def windowed_forward(model, idx, window):
     mask = (age >= 0) & (age < window)
     x = model.transformer.wte(idx)
     for block in model.transformer.h:
-        q, k, v = block.attn.project_qkv(block.ln_1(x), positions)
+        q, k, v = block.project(x, positions)
         g = q.size(1) // k.size(1)
         k, v = k.repeat_interleave(g, 1), v.repeat_interleave(g, 1)
         x = block.finish(x, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
@@ -107,30 +109,46 @@ def test_rows_of_unequal_length(policy, n_kv_head, position, kv_bits):
 
 @torch.no_grad()
 @pytest.mark.parametrize("policy", ["cache", "recompute"])
-def test_append_in_tiles_of_any_order(policy):
+def test_tiles_stored_in_any_order(policy):
     """A tiled prefill stores rows last tile first, a slice of the batch at a time."""
     model = make(policy, position="rope")
     attn = model.transformer.h[0].attn
-    x = torch.randn(2, 30, 32)
+    x = torch.randn(2, 31, 32)
     caches = [build_cache(model.config, 2, 40, kv_bits=bits) for bits in (4, 4, None, None)]
     for number, cache in enumerate(caches):
-        positions = cache.begin(30)
-        q, k, v = attn.project_qkv(x, positions)
+        layer, step = cache.layers[0], cache.begin(30)
+        k, v = attn.project(x[:, :30], step.positions, "kv")
         if number % 2:
             for start, stop in ((20, 30), (10, 20), (0, 10)):
                 for b in (slice(1, 2), slice(0, 1)):
-                    cache.layers[0].append(
-                        k[b, :, start:stop],
-                        v[b, :, start:stop],
-                        x[b, start:stop],
-                        start=start,
-                        batch=b,
-                    )
+                    rows = [x[b, start:stop], k[b, :, start:stop], v[b, :, start:stop]]
+                    layer.store(step, *rows, start=start, batch=b)
         else:
-            cache.layers[0].append(k, v, x)
-        cache.out = cache.layers[0].attend(q, attn)
+            layer.store(step, x[:, :30], k, v)
+        cache.advance(30)
+        step, new = cache.begin(1), x[:, 30:]
+        cache.out = layer.attend_new(
+            step, new, attn, *attn.project(new, step.positions, layer.parts)
+        )
     assert torch.equal(caches[0].out, caches[1].out)
     assert torch.equal(caches[2].out, caches[3].out)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy,n_kv_head", POLICIES)
+def test_many_new_tokens_see_the_past_and_each_other(policy, n_kv_head):
+    """Seven after ten, in one step, are the last seven of seventeen."""
+    attn = make(policy, n_kv_head).transformer.h[0].attn
+    x = torch.randn(2, 17, 32)
+    cache = build_cache(attn.config, 2, 40)
+    layer = cache.layers[0]
+    for count in (10, 7):
+        step = cache.begin(count)
+        rows = x[:, cache.length : cache.length + count]
+        out = layer.attend_new(step, rows, attn, *attn.project(rows, step.positions, layer.parts))
+        cache.advance(count)
+    whole = attend(*attn.project(x, torch.arange(17)))
+    torch.testing.assert_close(out, whole[:, :, 10:], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -142,7 +160,8 @@ def test_small_tiles_merge_exactly(policy, n_kv_head, position):
     outputs = []
     for tile in (7, None):
         cache = build_cache(model.config, 2, 40, kv_bits=8)
-        cache.tile = tile
+        for layer in cache.layers:
+            layer.tile = tile
         outputs.append(decode(model, idx, cache, 4))
     torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=0)
 
@@ -196,12 +215,13 @@ def test_quantisation_error_is_half_a_step():
     x = torch.randn(1, 4, 9, 8) * 3 + 1
     codes, scale_zero = rows.quantize(x)
     assert codes.shape == (1, 4, 9, 4) and codes.dtype == torch.uint8
-    cache.begin(9)
-    rows.write(slice(0, 9), x, 40, slice(None))  # 40: none of them is recent
-    back = rows.read(0, 9, torch.zeros(1, 9, dtype=torch.bool))
-    step = x.unflatten(-1, (2, 4))
-    step = ((step.amax(-1) - step.amin(-1)) / 15)[..., None].expand(-1, -1, -1, -1, 4).flatten(-2)
-    assert ((back - x).abs() <= 0.51 * step + 4e-3).all()
+    step = cache.begin(40)  # of whose tokens these are the first: none of them is recent
+    rows.write(step, x)
+    back = rows.read(step, 0, 9)
+    halves = x.unflatten(-1, (2, 4))
+    unit = (halves.amax(-1) - halves.amin(-1)) / 15
+    unit = unit[..., None].expand(-1, -1, -1, -1, 4).flatten(-2)
+    assert ((back - x).abs() <= 0.51 * unit + 4e-3).all()
 
 
 def test_bytes_per_token_are_the_formula():
@@ -257,8 +277,8 @@ def test_kernel_agrees_with_plain_pytorch(H, G, D, bits, limit, slots, first, st
     device = "cpu" if kv_cache_triton.INTERPRETED else "cuda"
     config = GPTConfig(n_layer=1, n_head=H, n_kv_head=G, n_embd=H * D, position="rope")
     caches = [build_cache(config, 2, slots, device, torch.float16, bits) for _ in range(2)]
-    assert caches[0].suits_kernels
-    caches[1].suits_kernels = False
+    assert caches[0].kernel is not None
+    caches[1].kernel = None
     generator = torch.Generator().manual_seed(0)
 
     def draw(t):
@@ -270,8 +290,7 @@ def test_kernel_agrees_with_plain_pytorch(H, G, D, bits, limit, slots, first, st
     if first:
         _, k, v = draw(first)
         for cache in caches:
-            cache.begin(first)
-            cache.layers[0].append(k, v)
+            cache.layers[0].store(cache.begin(first), None, k, v)
             cache.advance(first)
             cache.set_lengths(torch.tensor([first, max(1, first - 3)]))
     for step in range(steps):
@@ -279,20 +298,18 @@ def test_kernel_agrees_with_plain_pytorch(H, G, D, bits, limit, slots, first, st
         outs = []
         for cache in caches:
             cache.fixed_shapes = True
-            positions = cache.begin(1)
-            layer, table = cache.layers[0], rope_table(D, positions.flatten())
-            if turned and cache.suits_kernels:
-                outs.append(
-                    kv_cache_triton.attend_token(q, k, v, layer.keys, layer.values, cache, table)
-                )
+            now = cache.begin(1)
+            layer, table = cache.layers[0], rope_table(D, now.positions.flatten())
+            if turned and cache.kernel is not None:
+                outs.append(cache.kernel(q, k, v, layer.keys, layer.values, cache, table))
             else:
                 tables = [part.view(2, 1, 1, D // 2) for part in table]
                 turned_k = apply_rope(k, *tables) if turned else k
-                layer.append(turned_k, v)
-                outs.append(layer.attend(apply_rope(q, *tables) if turned else q))
+                turned_q = apply_rope(q, *tables) if turned else q
+                outs.append(layer.attend_new(now, None, None, turned_q, turned_k, v))
             cache.advance(1)
         assert (outs[0].float() - outs[1].float()).abs().max() < limit, step
-    assert not caches[0].arrived.any()
+    assert not caches[0].kernel.arrived.any()
     if bits is None and not turned:
         for a, b in zip(*(cache.layers[0].tensors() for cache in caches)):
             assert torch.equal(a, b)

@@ -39,7 +39,7 @@ def watch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", NoStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
     monkeypatch.setattr(offload, "_host_like", torch.empty_like)
-    monkeypatch.setattr(offload, "_streams", {})
+    monkeypatch.setattr(offload, "_copy_stream", NoStream)
     seen, copy = Watch(), offload.Handle._copy
 
     def watched(self, to, source):

@@ -112,7 +112,7 @@ def test_step_is_the_models_own(options, kv_bits):
         cache.fixed_shapes = True
         model.prefill(idx[:, :20], cache, torch.tensor([20, 7]))
     assert step_triton.suits(model, caches[0])
-    caches[1].suits_kernels = False
+    caches[1].kernel = None
     for i in range(20, 26):
         got = step_triton.decode_one_token(model, idx[:, i : i + 1], caches[0])
         want = model.decode_one_token(idx[:, i : i + 1], caches[1])
@@ -126,11 +126,11 @@ def test_what_does_not_suit():
     config = GPTConfig(block_size=16, vocab_size=64, n_layer=1, n_head=2, n_embd=64)
     model = GPT(config)
     cache = build_cache(config, 1, 16, dtype=torch.bfloat16)
-    cache.suits_kernels = True
+    cache.kernel = object()
     assert not step_triton.suits(model, cache)  # float32
     model = model.bfloat16()
     assert step_triton.suits(model, cache)
-    cache.batch_size = step_triton.ROWS + 1
+    cache.batch_size = step_triton.MOST_SEQUENCES + 1
     assert not step_triton.suits(model, cache)
     cache.batch_size, model.lm_head = 1, torch.nn.Linear(65, 64).bfloat16()
     assert not step_triton.suits(model, cache)
@@ -156,10 +156,10 @@ for bits, group, half, rope, dtype in ((16, 1, 32, True, "bf16"), (8, 3, 16, Fal
     types |= dict(cos="*fp32", sin="*fp32", meta_k="*fp16", meta_v="*fp16", words_k="*i64",
                   words_v="*i64", positions="*i64", partial="*fp32", top_total="*fp32",
                   arrived="*i32", S="i32", W="i32", scale="fp32")
-    types |= {n: "i32" for n in kv_kernels.attend_kernel.arg_names if n.startswith("stride_")}
+    types |= {n: "i32" for n in kv_cache_triton.attend_kernel.arg_names if n.startswith("stride_")}
     constants = dict(G=2, GROUP=group, PADDED=8, HALF=half, BITS=bits, R=300 if bits == 16 else 16,
-                     ROPE=rope, BLOCK=kv_kernels.LAUNCH[bits][0])
-    build(kv_kernels.attend_kernel, types, constants, kv_kernels.LAUNCH[bits][1])
+                     ROPE=rope, BLOCK=kv_cache_triton.LAUNCH[bits][0])
+    build(kv_cache_triton.attend_kernel, types, constants, kv_cache_triton.LAUNCH[bits][1])
 for inner, norm, activation in ((0, 1, 1), (0, 2, 3), (8, 1, 2), (4, 0, 3)):
     pointers = ("x", "weight", "bias", "norm_weight", "norm_bias", "residual", "out")
     types = {name: "*bf16" for name in pointers} | dict(scale_zero="*i32", N="i32", eps="fp32")
@@ -168,7 +168,7 @@ for inner, norm, activation in ((0, 1, 1), (0, 2, 3), (8, 1, 2), (4, 0, 3)):
     constants = dict(K=768 if inner != 4 else 576, K_PADDED=1024, BLOCK_N=16, INNER=inner,
                      BLOCK_K=256 if inner != 4 else 64, GROUP=32, NORM=norm, NORM_BIAS=True,
                      BIAS=True, ACTIVATION=activation, RESIDUAL=not norm)
-    build(decode_kernels.linear_kernel, types, constants, decode_kernels.WARPS)
+    build(step_triton.linear_kernel, types, constants, step_triton.WARPS)
 """
 
 

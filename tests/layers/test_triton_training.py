@@ -84,10 +84,10 @@ def test_model_uses_the_kernels_in_one_graph(monkeypatch):
     model = GPT(config).to(DEVICE)
     idx = torch.randint(64, (2, 128), device=DEVICE)
     calls = []
-    monkeypatch.setattr(mlp_triton, "fits", lambda *_: False)
+    monkeypatch.setattr(mlp_triton, "supports", lambda *_: False)
     _, wide = model(idx, idx.roll(-1, 1))
     expected = torch.autograd.grad(wide, list(model.parameters()))
-    monkeypatch.setattr(mlp_triton, "fits", lambda *_: True)
+    monkeypatch.setattr(mlp_triton, "supports", lambda *_: True)
     launch = mlp_triton.down_and_gelu_backward
     monkeypatch.setattr(
         mlp_triton, "down_and_gelu_backward", lambda *given: calls.append(1) or launch(*given)
