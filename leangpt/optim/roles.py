@@ -15,10 +15,10 @@ Names are those of nanoGPT, Hugging Face's models and torch.nn.Transformer. A na
 costs nothing but the rate by role that some variants have: a linear layer is one by its class.
 
 Orthogonalising (MuonSN) and a second moment per row (AdamSN) need to know which way round a matrix
-lies and whether it is one: a Placement says so. Models of one's own say it by an attribute of the
-layer, as model.py does:
+lies and whether it is one: a Placement says so. A model of one's own that stacks projections says
+it by an attribute of the layer, or of the module that holds it, as the attention of model.py does:
 
-    layer.row_blocks = (rows of q, rows of k, rows of v)      in the order of the layer's outputs
+    row_blocks = (rows of q, rows of k, rows of v)        in the order of the layer's outputs
 """
 
 from dataclasses import dataclass
@@ -107,8 +107,9 @@ def place(p, name, module, modules) -> Placement:
     if leaf == "weight":
         transposed = is_conv1d_of_transformers(module)
         if transposed or is_linear(module, p):
-            blocks = row_blocks_of(module, parts, p.mT if transposed else p, modules)
-            return Placement(role_of(parts, blocks, modules), blocks, transposed)
+            owner, last = owner_of(prefix, modules), parts[-1] if parts else ""
+            blocks = row_blocks_of(module, owner, last, p.mT if transposed else p)
+            return Placement(role_of(parts, owner, blocks), blocks, transposed)
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):  # a group is a matrix of its own
             groups, rows = module.groups, p.shape[0]
             return Placement("conv", (rows // groups,) * groups if groups > 1 else None)
@@ -143,9 +144,16 @@ def output_heads(model):
     return heads
 
 
-def role_of(parts, blocks, modules):
-    """The role of the linear layer whose name is made of `parts`."""
-    owner = modules.get(".".join(parts[:-1]))
+def owner_of(prefix, modules):
+    """The module that holds the layer called `prefix`, whatever is wrapped around the layer."""
+    parts = prefix.split(".")
+    while parts[-1] in WRAPPERS and len(parts) > 1:
+        parts.pop()
+    return modules.get(".".join(parts[:-1]))
+
+
+def role_of(parts, owner, blocks):
+    """The role of the linear layer of `owner` whose name is made of `parts`."""
     if isinstance(owner, nn.MultiheadAttention):
         return "attn_out"
     last = parts[-1] if parts else ""
@@ -165,17 +173,18 @@ def are_pair(owner, first, second):
     return len(shapes) == 2 and shapes[0] == shapes[1][::-1]
 
 
-def row_blocks_of(module, parts, weight, modules):
-    """Rows of each matrix stacked in a linear weight (out, in): as declared, or known by name."""
-    if getattr(module, "row_blocks", None) is not None:
-        return tuple(module.row_blocks)
+def row_blocks_of(module, owner, last, weight):
+    """Rows of each matrix stacked in a linear weight (out, in): as declared, or known by the last
+    part of its name."""
     rows, columns = weight.shape
-    last = parts[-1] if parts else ""
+    for declared in (getattr(module, "row_blocks", None), getattr(owner, "row_blocks", None)):
+        if declared is not None and sum(declared) == rows:
+            return tuple(declared)
     if last == "gate_up_proj" and rows % 2 == 0:
         return (rows // 2,) * 2
     if last not in STACKED:
         return None
-    owner = modules.get(".".join(parts[:-1]))  # Phi-3's attention: fewer heads for keys and values
+    # Phi-3's attention: fewer heads for keys and values
     kv_heads = getattr(getattr(owner, "config", None), "num_key_value_heads", None)
     head_dim = getattr(owner, "head_dim", None)
     if kv_heads and head_dim and rows > 2 * kv_heads * head_dim:

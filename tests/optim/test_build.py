@@ -14,7 +14,7 @@ class Attention(nn.Module):
     def __init__(self):
         super().__init__()
         self.c_attn = nn.Linear(16, 32)  # 4 query heads, 2 key/value heads of 4
-        self.c_attn.row_blocks = (16, 8, 8)
+        self.row_blocks = (16, 8, 8)  # of c_attn
         self.c_proj = nn.Linear(16, 16)
 
     def forward(self, x):

@@ -347,3 +347,22 @@ def test_a_matrix_that_no_rule_places_is_an_embedding_and_said_so_once():
     assert len(said) == 1 and str(said[0].message).endswith(": mixing_of_odd")
     group = next(g for g in optimizer.param_groups if model.mixing_of_odd in set(g["params"]))
     assert group["name"] == "embedding" and not group["orthogonalize"]
+
+
+def test_stacked_rows_are_said_by_the_layer_or_by_what_holds_it():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+            self.row_blocks = (8, 12, 4)
+
+    model = nn.ModuleList([Attention(), nn.Linear(8, 10)])
+    model[1].row_blocks = (6, 4)
+    found = roles(model)
+    assert found["0.both.weight"].row_blocks == (8, 12, 4)
+    assert found["0.out.weight"].row_blocks is None  # another number of rows
+    assert found["1.weight"].row_blocks == (6, 4)
+    assert found["0.both.weight"].role == found["1.weight"].role == "qkv"
+    for wrapped in (torch.compile(model), nn.ModuleDict({"_checkpoint_wrapped_module": model})):
+        placements = [placement for _, _, placement in place_parameters(wrapped)]
+        assert placements == list(found.values())
