@@ -12,6 +12,7 @@ multiplies every group's own rate.
 import ast
 import inspect
 import re
+import textwrap
 
 import torch
 
@@ -151,19 +152,15 @@ def default_options(cls) -> dict:
 
 
 def variant_table() -> str:
-    """The variants as text: tuned rates (linear weights / the rest), options, what they are."""
-    rows = [("variant", "lr / embedding_lr", "what it stores", "")]
+    """The variants as text: what each is, its tuned rates, and the options it sets."""
+    lines = [f"{'variant':<10} {'lr':>6} {'embedding_lr':>13}  what it is, in bytes of state"]
     for name, variant in VARIANTS.items():
+        rates = f"{variant.learning_rate:>6g} {variant.embedding_lr:>13g}"
         options = [f"{key}={value}" for key, value in variant.options.items()]
         options += [f"role_rates={variant.role_rates}"] if variant.role_rates else []
-        rates = f"{variant.learning_rate:g} / {variant.embedding_lr:g}"
-        rows.append((name, rates, variant.description, ", ".join(options)))
-    widths = [max(len(row[i]) for row in rows) for i in range(2)]
-    lines = []
-    for name, rates, description, options in rows:
-        lines.append(f"{name.ljust(widths[0])}  {rates.ljust(widths[1])}  {description}")
-        if options:
-            lines.append(" " * (sum(widths) + 4) + options)
+        text = textwrap.wrap(variant.description, 66) + textwrap.wrap(", ".join(options), 66)
+        lines.append(f"{name:<10} {rates}  {text[0]}")
+        lines += [" " * 33 + line for line in text[1:]]
     return "\n".join(lines)
 
 

@@ -7,7 +7,6 @@ from torch import nn
 from leangpt.optim import VARIANTS, Adafactor, AdamSN, build_optimizer, optimizer_table, state_bytes
 from leangpt.system.errors import UserError
 from model import GPT, GPTConfig
-from optimizers import check_option_types
 
 
 class Attention(nn.Module):
@@ -215,12 +214,6 @@ def test_adafactor_treats_embeddings_apart():
     assert set(table) == {"step", "mean_square", "momentum"}
     assert table["mean_square"].shape == table["momentum"].shape == built.wte.weight.shape
     assert state_bytes(optimizer) == state_bytes(reference)
-
-
-def test_options_as_text_have_the_type_of_their_default():
-    check_option_types("adafactor", dict(embedding_factored=False, embedding_momentum=0.9))
-    with pytest.raises(UserError, match="embedding_factored=no should be bool"):
-        check_option_types("adafactor", dict(embedding_factored="no"))
 
 
 def test_states_from_before_adafactor_could_leave_matrices_whole_still_load():

@@ -262,6 +262,30 @@ def test_queries_keys_and_values_that_lie_head_by_head_stay_one_matrix():
     assert placement.role == "qkv" and placement.row_blocks is None
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_moves_every_kind_of_weight(variant):
+    torch.manual_seed(0)
+    model = nn.ModuleList(
+        [
+            nn.TransformerEncoderLayer(32, 4, 64),
+            nn.MultiheadAttention(32, 4, kdim=16, vdim=8, add_bias_kv=True),
+            nn.Conv2d(3, 8, 5),
+            nn.Conv2d(8, 8, 3, groups=8),
+            nn.Bilinear(3, 4, 5),
+        ]
+    )
+    optimizer = build_optimizer(model, variant)
+    planned = optimizer_table(model, optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    for p, q in zip(model.parameters(), before):
+        assert p.isfinite().all() and (p != q).float().mean() > 0.9
+    assert optimizer_table(model, optimizer) == planned
+
+
 # ---------------------------------------------------------------------- adapters
 
 

@@ -106,6 +106,12 @@ def check_quantized(rank, failures):
         failures.append("codes that span rows were saved")
     except UserError:
         pass
+    group = dict(params=list(net.parameters()), transposed=True)
+    try:
+        AdamSN([group]).step()
+        failures.append("weights stored (in, out) were updated by rows")
+    except UserError:
+        pass
 
 
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
