@@ -108,6 +108,7 @@ def test_a_run_of_train_py_is_read_whole(tmp_path, said):
     assert adam["final_val_loss"] == rows[-1]["val_loss"]
     assert float(adam["seconds"]) == float(rows[-1]["seconds"])
     assert adam["dataset"] == "tiny" and adam["tokenizer"] == "char"
+    assert int(adam["peak_bytes"]) > int(adam["state_bytes"]) + 4 * int(adam["parameters"])
     assert 0 < int(adamsn["state_bytes"]) < int(adam["state_bytes"])
     assert 8 * int(adam["parameters"]) <= int(adam["state_bytes"])
     assert (adam["optimizer_variant"], adamsn["optimizer_variant"]) == ("adam", "adamsn")

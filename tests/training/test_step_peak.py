@@ -1,10 +1,14 @@
 """The peak of one step is what a meter over the whole run sees, and measuring changes nothing."""
 
+import csv
+
 import pytest
 import torch
+from tiny_run import arguments, run_script
 
 from leangpt.memory.meter import PeakMeter
 from leangpt.optim import VARIANTS, build_optimizer
+from leangpt.training.runs import read_run
 from leangpt.training.step_peak import step_peak
 from model import GPT, GPTConfig
 
@@ -40,6 +44,19 @@ def test_it_is_the_peak_that_a_meter_of_the_whole_run_sees(variant):
     metered.step(), metered.step()
     _, peak = step_peak(metered.step, metered.model, metered.optimizer)
     assert abs(peak - meter.peak) <= 64  # the meter of the whole also saw a few scalars
+
+
+def test_a_run_shows_it_from_the_measured_step_on(tmp_path):
+    flags = arguments(tmp_path, "run", "--max_iters=5", "--eval_interval=5")
+    done = run_script("train.py", *flags)
+    assert done.stderr == ""  # the profiler complains there of blocks that it does not know
+    lines = [line for line in done.stdout.splitlines() if line.startswith("iter ")]
+    assert [", peak " in line for line in lines] == [False, False, True, True, True]
+    with open(tmp_path / "run" / "metrics.csv", newline="") as file:
+        peaks = [row["peak_mb"] for row in csv.DictReader(file) if row["loss"]]
+    assert peaks[:2] == ["", ""] and len(set(peaks[2:])) == 1
+    assert f", peak {float(peaks[2]):.1f} MB, " in lines[2]
+    assert read_run(tmp_path / "run").peak_bytes == round(1e6 * float(peaks[2])) > 0
 
 
 def test_it_tells_optimizers_apart():
