@@ -67,16 +67,17 @@ def copy_checkpoint(source, path):
             shutil.copyfile(source, temporary)
 
 
-def load_checkpoint(path, device="cpu"):
+def load_checkpoint(path, device="cpu", mmap=False):
     """Read a checkpoint of ours or nanoGPT's -> dict, its tensors on `device`.
 
+    mmap: leave tensors in the file until they are looked at, for a caller that wants shapes.
     Only tensors and plain values are unpickled (weights_only=True). Names that torch.compile or
     DDP prefixed are cleaned, and nanoGPT's causal-mask buffers are dropped. Raises UserError for a
     missing, truncated or foreign file.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's, about files that fail below
-            checkpoint = torch.load(path, map_location=device, weights_only=True)
+            checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(
             f"no checkpoint at {path}; train first, or set out_dir to a folder that has one"

@@ -232,7 +232,7 @@ def _read_json(path):
 
 def _read_checkpoint(path):
     """(what a checkpoint tells about its run, its settings), ours or nanoGPT's."""
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, mmap=True)  # it may be larger than this machine's memory
     states = (checkpoint.get("optimizer") or {}).get("state", {}).values()
     state = [value for values in states for value in values.values() if torch.is_tensor(value)]
     weights = {tensor.data_ptr(): tensor.numel() for tensor in checkpoint["model"].values()}

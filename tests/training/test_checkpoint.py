@@ -3,6 +3,7 @@ import pickle
 import resource
 import signal
 
+import psutil
 import pytest
 import torch
 from tiny_run import run_script
@@ -233,3 +234,18 @@ def test_scripts_say_it_in_one_line(tmp_path):
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert os.listdir(tmp_path) == [BEST]
+
+
+def test_tensors_may_stay_in_the_file(tmp_path):
+    process = psutil.Process()
+    save_checkpoint(
+        tmp_path / "ckpt.pt", {"model": {"w": torch.ones(10**7)}, "model_args": {}, "iter_num": 1}
+    )
+    grown = {}
+    for mmap in (False, True):
+        before = process.memory_info().rss
+        checkpoint = load_checkpoint(tmp_path / "ckpt.pt", mmap=mmap)
+        grown[mmap] = process.memory_info().rss - before
+        assert checkpoint["model"]["w"].shape == (10**7,)
+        del checkpoint
+    assert grown[True] < 10e6 < grown[False]
