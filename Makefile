@@ -39,7 +39,7 @@ $(DATA)/meta.json: | $(READY)
 
 $(OUT)/.trained: | $(READY) $(DATA)/meta.json
 	$(BIN)/python train.py config/demo_shakespeare_char.py --out_dir=$(OUT) \
-	    --init_from=$(if $(wildcard $(OUT)/ckpt_last.pt),resume,scratch)
+	    --init_from=auto
 	@touch $@
 
 demo: $(OUT)/.trained

@@ -284,7 +284,7 @@ class Trainer:
                 self.record.finish(self.iteration)
                 return True
             set_rates(self.optimizer, lr_factor(self.iteration, settings))
-            self.losses.add(self.iteration, self.record.peak.of(self.step))
+            self.losses.add(self.iteration, self.record.peak.of(self.step, self.norm))
             if self.iteration % settings.log_interval == 0:
                 self.record.report(self.iteration, self.losses.read()[-1], self.norm)
             self.iteration += 1

@@ -60,8 +60,12 @@ class StepPeak:
             return torch.cuda.max_memory_allocated(self.runtime.device)
         return self.measured
 
-    def of(self, step: Callable[..., Any]) -> Any:
-        """Run step(), or step(tick) when it is to be measured -> what it returned."""
+    def of(self, step: Callable[..., Any], *held: Any) -> Any:
+        """Run step(), or step(tick) when it is to be measured -> what it returned.
+
+        held: what the step replaces of the one before. It lives until the step is over, for the
+        meter does not know the size of blocks from before it and would say so.
+        """
         self.done += 1
         if self.runtime.device_type != "cpu" or self.done != MEASURED + 1:
             return step()
