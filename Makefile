@@ -38,8 +38,7 @@ $(DATA)/meta.json: | $(READY)
 	$(BIN)/python $(DATA)/prepare.py
 
 $(OUT)/.trained: | $(READY) $(DATA)/meta.json
-	$(BIN)/python train.py config/demo_shakespeare_char.py --out_dir=$(OUT) \
-	    --init_from=auto
+	$(BIN)/python train.py config/demo_shakespeare_char.py --out_dir=$(OUT) --init_from=auto
 	@touch $@
 
 demo: $(OUT)/.trained
