@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT))
 from configurator import parse_config  # noqa: E402
 from leangpt.system.errors import UserError, exit_cleanly  # noqa: E402
 from leangpt.text.folder import MARK, one_at_a_time, write_dataset  # noqa: E402
-from leangpt.text.sources import CACHE, read_text, shakespeare_text  # noqa: E402
+from leangpt.text.sources import read_text, shakespeare_text  # noqa: E402
 from leangpt.text.tokens import CharTokenizer, GPT2Tokenizer  # noqa: E402
 
 TRAIN_PART = 0.9
@@ -61,7 +61,7 @@ def shakespeare_script(path, tokenizer):
     prepare_shakespeare(config.input, Path(path).resolve().parent, tokenizer)
 
 
-def prepare_shakespeare(input_file, directory, tokenizer, cache=CACHE):
+def prepare_shakespeare(input_file, directory, tokenizer, cache=None):
     """What both Shakespeare scripts do: find the text, tokenize it, or say that it is done."""
     wanted = None  # any text will do
     own = Path(input_file) if input_file is not None else Path(directory) / "input.txt"

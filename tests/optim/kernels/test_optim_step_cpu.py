@@ -15,7 +15,7 @@ from torch import nn
 from leangpt.optim import Adafactor, AdamSN, MuonSN, build_optimizer
 from leangpt.optim.kernels import step_cpu
 from leangpt.optim.momentum import dequantize, dither
-from leangpt.system import c_library
+from leangpt.system.cache import cache_folder
 
 ROOT = Path(__file__).resolve().parents[3]
 needs_kernels = pytest.mark.skipif(step_cpu.library() is None, reason="needs Linux and cc")
@@ -71,8 +71,8 @@ NO_COMPILER = {
 @pytest.mark.parametrize("cc", NO_COMPILER)
 def test_without_a_compiler_pytorch_does_the_same(cc, tmp_path, monkeypatch, taken, capfd):
     results = []
-    for path in (c_library.CACHE, tmp_path / "cache"):
-        monkeypatch.setattr(c_library, "CACHE", path)
+    for path in (cache_folder(), tmp_path / "cache"):
+        monkeypatch.setenv("LEANGPT_CACHE", str(path))
         library = functools.cache(step_cpu.library.__wrapped__)
         monkeypatch.setattr(step_cpu, "library", library)
         results.append(matrices())
