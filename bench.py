@@ -14,6 +14,7 @@ value; int4's is against the block before packing, so it is what the 4 bits cost
 weights_MB is what they save.
 """
 
+import copy
 import csv
 import itertools
 import json
@@ -30,25 +31,21 @@ from tqdm import tqdm
 
 from configurator import parse_config
 from leangpt.attention.tile_sizes import tile_sizes
-from leangpt.memory.meter import tensor_bytes
+from leangpt.int4.quantize import quantize_
+from leangpt.memory.block_cell import (
+    block_arguments,
+    block_peak,
+    build_block,
+    forward,
+    forward_error,
+    random_input,
+)
+from leangpt.memory.meter import is_out_of_memory, tensor_bytes
 from leangpt.memory.plan import predict_block_peak
 from leangpt.system.errors import UserError, exit_cleanly
 from leangpt.system.runtime import DTYPES, setup_runtime
-from leangpt.system.timing import (
-    MIB,
-    block_config,
-    block_peak,
-    build_block,
-    commit_id,
-    describe_machine,
-    forward,
-    forward_error,
-    is_out_of_memory,
-    quartiles,
-    random_input,
-    synchronize,
-    timed,
-)
+from leangpt.system.timing import MIB, commit_id, describe_machine, quartiles, synchronize, timed
+from model import Block, GPTConfig
 
 COLUMNS = (
     "seq",
@@ -167,15 +164,8 @@ def grid(settings):
 
 
 def cell_config(cell):
-    return block_config(
-        cell["policy"],
-        cell["seq"],
-        cell["d_model"],
-        cell["heads"],
-        cell["kv_heads"],
-        cell["q_chunk"],
-        cell["k_chunk"],
-    )
+    shape = (cell[name] for name in ("d_model", "heads", "kv_heads", "q_chunk", "k_chunk"))
+    return GPTConfig(**block_arguments(cell["policy"], cell["seq"], *shape))
 
 
 def run_in_process(cell, timeout):
@@ -233,7 +223,9 @@ def limit_memory():
 def measure_cell(cell, device, dtype):
     config = cell_config(cell)
     B, T, seed = cell["batch"], cell["seq"], cell["seed"]
-    block, exact = build_block(config, device, dtype, int4=cell["policy"] == "int4", seed=seed)
+    block = exact = build_block(Block, config, device, dtype, seed)
+    if cell["policy"] == "int4":
+        block = quantize_(copy.deepcopy(exact))
     x = random_input(config, B, T, device, dtype, seed)
     process = psutil.Process()
     rss = process.memory_info().rss

@@ -21,10 +21,12 @@ from leangpt.attention.kv_source import attend, row_positions
 from leangpt.attention.offload import HostStack
 from leangpt.attention.protocol import RowParts
 from leangpt.attention.tile_sizes import tile_sizes
+from leangpt.decoding.generate import generate
 from leangpt.layers import mlp_triton
 from leangpt.layers.loss import chunked_cross_entropy
 from leangpt.layers.rope import apply_rope, rope_table
 from leangpt.system.errors import UserError
+from leangpt.weights.load import load_pretrained
 
 __all__ = ["GPT", "Block", "GPTConfig"]
 
@@ -438,40 +440,14 @@ class GPT(nn.Module):
         cache.advance(1)
         return self.lm_head(self.transformer.ln_f(x[:, -1]))
 
-    def calibration(self):
-        """Activations to round 4-bit weights by; see generation.calibration."""
-        from leangpt.decoding.generate import (
-            calibration,  # above this file: imported when asked for
-        )
-
-        return calibration(self)
-
-    @torch.no_grad()
-    def even_head(self):
-        """The same function from a head that rounds better to few bits; it is untied from then on.
-
-        A column of large weights coarsens the steps of all the others in its group. So each is
-        divided by the root of its size, and the last norm's output multiplied by it.
-        """
-        weight, norm = self.lm_head.weight, self.transformer.ln_f
-        size = weight.float().square().mean(0).sqrt()
-        root = (size / size.mean().clamp(min=1e-20)).clamp(min=0.01).sqrt()
-        self.lm_head.weight = nn.Parameter((weight / root).to(weight.dtype))
-        for parameter in norm.parameters():
-            parameter.mul_(root)
-
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):
-        """Sample after idx (B, T) -> (B, T + max_new_tokens); see generation.generate."""
-        from leangpt.decoding.generate import generate
-
+        """Sample after idx (B, T) -> (B, T + max_new_tokens); see leangpt/decoding/generate.py."""
         return generate(self, idx, max_new_tokens, temperature, top_k, **options)
 
     @classmethod
     def from_pretrained(cls, name_or_dir, **overrides):
-        """GPT with a published model's weights; see pretrained.load_pretrained."""
-        from leangpt.weights.load import load_pretrained
-
-        return load_pretrained(name_or_dir, **overrides)
+        """GPT with a published model's weights; see leangpt/weights/load.py."""
+        return load_pretrained(cls, name_or_dir, **overrides)
 
     def crop_block_size(self, block_size):
         """Shorten the context of a model with learned positions (a shorter wpe table)."""

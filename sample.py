@@ -9,7 +9,6 @@ once, as a batch; with --stream=True one after another, as they come. Ends with 
 beside the bytes of weights and cache that each step has to read, which is what limits it.
 """
 
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,17 +16,20 @@ from pathlib import Path
 import torch
 
 from configurator import parse_config
-from leangpt.decoding.generate import bytes_read, calibration, check_settings, generate
+from leangpt.decoding.generate import bytes_read, check_count, generate
+from leangpt.decoding.printer import Printer, until_stop
+from leangpt.decoding.sampling import Sampler
+from leangpt.int4.calibration import quantize_gpt_
 from leangpt.int4.files import load_int4, save_int4
+from leangpt.int4.quantize import int4_layers, storage_bits
 from leangpt.int4.tuning import quantize_and_tune_
-from leangpt.layers.int4_linear import GROUP_SIZES, Int4Linear, quantize_, storage_bits
+from leangpt.layers.int4_linear import GROUP_SIZES
 from leangpt.system.errors import UserError, exit_cleanly
 from leangpt.system.runtime import setup_runtime
 from leangpt.text.tokens import load_tokenizer
 from leangpt.training.checkpoint import checkpoint_to_resume, load_checkpoint, model_from_checkpoint
 from leangpt.weights.chat_text import PretrainedText, copy_text_files, load_pretrained_text
 from leangpt.weights.export import export_pretrained
-from leangpt.weights.load import load_pretrained
 from model import GPT
 
 RULE = "-" * 15  # between samples, as nanoGPT prints it
@@ -60,7 +62,6 @@ class Settings:
     slide: int = 1  # learned positions, past block_size: tokens to drop each time (1: nanoGPT's)
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
-    compile: bool = False  # torch.compile the decoding step (worth it for long texts)
 
 
 def main(argv=None):
@@ -71,11 +72,12 @@ def main(argv=None):
     dtype = runtime.dtype
     if settings.dtype == "auto" and runtime.device_type == "cpu" and is_4bit(settings):
         dtype = torch.bfloat16  # what the 4-bit kernel reads
-    model, text, notes = load(settings, dtype)
+    loaded = load(settings, dtype)
+    model, text = loaded.model, loaded.text
     if settings.export:
         folder = export_pretrained(model, settings.export)
-        if "init_from" in notes:
-            copy_text_files(notes["init_from"], folder)
+        if loaded.pretrained:
+            copy_text_files(loaded.pretrained, folder)
         return print(f"exported to {folder}")
     if settings.attention_policy:
         set_policy(model, settings.attention_policy)
@@ -89,14 +91,14 @@ def main(argv=None):
         )
     model.to(runtime.device)
     if settings.int4:
-        quantise(model, settings, notes)
+        quantise(loaded, settings)
     model.to(dtype)
     parameters = sum(p.numel() for p in model.parameters()) + sum(
-        m.in_features * m.out_features for m in model.modules() if isinstance(m, Int4Linear)
+        layer.in_features * layer.out_features for layer in int4_layers(model).values()
     )
-    packed = (
-        f", 4-bit layers of {storage_bits(model):.3g} bits a weight" if (is_4bit(settings)) else ""
-    )
+    packed = ""
+    if is_4bit(settings):
+        packed = f", 4-bit layers of {storage_bits(model):.3g} bits per weight"
     print(
         f"model: {parameters / 1e6:.1f}M parameters in {str(dtype).removeprefix('torch.')}"
         f"{packed}; attention policy {model.config.attention_policy}; {runtime.device} "
@@ -107,7 +109,8 @@ def main(argv=None):
 
 def check(settings):
     """Raise UserError for settings that no model could satisfy, before one is loaded."""
-    check_settings(settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p)
+    check_count(settings.max_new_tokens)
+    Sampler(settings.temperature, settings.top_k, settings.top_p)
     if settings.num_samples <= 0:
         raise UserError(f"num_samples must be positive, not {settings.num_samples}")
     if settings.kv_bits not in (None, 8, 4):
@@ -140,38 +143,49 @@ def read_prompt(start):
         raise UserError(f"the prompt {path} is not UTF-8 text") from None
 
 
+@dataclass
+class Loaded:
+    """A model, its text, and where the text came from: one of the last two."""
+
+    model: GPT  # on the CPU
+    text: PretrainedText
+    pretrained: str | None = None  # the name of a published model
+    dataset: dict | None = None  # meta.json of the data set that the model was trained on
+
+    def notes(self):
+        """What a 4-bit file says of the text, a dict for JSON; see text_of."""
+        return {"init_from": self.pretrained} if self.pretrained else {"dataset": self.dataset}
+
+
 def load(settings, dtype):
-    """What init_from names -> (model on the CPU, PretrainedText, notes for save_int4)."""
+    """What init_from names -> Loaded."""
     source = settings.init_from
     if source == "resume":
         path = Path(settings.out_dir) / "ckpt.pt"
         checkpoint = load_checkpoint(path if path.exists() else checkpoint_to_resume(path.parent))
-        meta = checkpoint.get("dataset")
-        if meta is None:  # nanoGPT's own checkpoints name the data set only
+        dataset = checkpoint.get("dataset")
+        if dataset is None:  # nanoGPT's own checkpoints name the data set only
             name = checkpoint.get("config", {}).get("dataset")
-            meta = (
-                {"folder": str(Path(settings.data_dir) / name)} if name else {"tokenizer": "gpt2"}
-            )
-        notes = {"dataset": meta}
-        return model_from_checkpoint(GPT, checkpoint).eval(), text_of(notes), notes
+            folder = {"folder": str(Path(settings.data_dir) / name)} if name else None
+            dataset = folder or {"tokenizer": "gpt2"}
+        model = model_from_checkpoint(GPT, checkpoint).eval()
+        return Loaded(model, text_of(dataset=dataset), dataset=dataset)
     if source.endswith(".safetensors"):
         if settings.int4:
             raise UserError(f"{source} is in 4 bits already; leave out int4")
-        model, notes = load_int4(source, dtype=dtype)
-        return model, text_of(notes), notes
-    notes = {"init_from": source}
+        model, notes = load_int4(GPT, source, dtype=dtype)
+        pretrained, dataset = notes.get("init_from"), notes.get("dataset", {})
+        return Loaded(model, text_of(pretrained, dataset), pretrained, dataset)
     exact = torch.float32 if settings.int4 else dtype  # round once, from the best there is
-    return load_pretrained(source, dtype=exact), text_of(notes), notes
+    model = GPT.from_pretrained(source, dtype=exact)
+    return Loaded(model, text_of(source), pretrained=source)
 
 
-def text_of(notes):
-    """The tokenizer that a checkpoint's data set, or a published model, came with."""
-    if "init_from" in notes:
-        return load_pretrained_text(notes["init_from"])
-    meta = notes.get("dataset", {})
-    if "folder" in meta:
-        return PretrainedText(load_tokenizer(meta["folder"]))
-    return PretrainedText(load_tokenizer(meta))
+def text_of(pretrained=None, dataset=None):
+    """The tokenizer that a published model came with, or else a data set."""
+    if pretrained:
+        return load_pretrained_text(pretrained)
+    return PretrainedText(load_tokenizer(dataset.get("folder", dataset)))
 
 
 def set_policy(model, policy):
@@ -186,9 +200,9 @@ def set_policy(model, policy):
     model.config.attention_policy = policy
 
 
-def quantise(model, settings, notes):
+def quantise(loaded, settings):
     """Pack the model in 4 bits, rounded on a text of its own; save it if asked to."""
-    began = time.perf_counter()
+    model, began = loaded.model, time.perf_counter()
     if settings.int4_tune:
         before, after = quantize_and_tune_(
             model, settings.group_size, settings.int4_tune, report=say_tuning
@@ -198,12 +212,11 @@ def quantise(model, settings, notes):
             + ("" if after < before else "; left as rounded, more steps are needed")
         )
     else:
-        quantize_(model, settings.group_size, calibration(model))
-    print(
-        f"rounded to {storage_bits(model):.3g} bits a weight in {time.perf_counter() - began:.1f} s"
-    )
+        quantize_gpt_(model, settings.group_size)
+    seconds = time.perf_counter() - began
+    print(f"rounded to {storage_bits(model):.3g} bits per weight in {seconds:.1f} s")
     if settings.save_int4:
-        save_int4(model, settings.save_int4, notes)
+        save_int4(model, settings.save_int4, loaded.notes())
         size = Path(settings.save_int4).stat().st_size
         print(f"saved {settings.save_int4} ({size / 1e6:.1f} MB); next time give it as init_from")
 
@@ -225,7 +238,9 @@ def write(model, text, ids, settings, runtime):
     steps, seconds = 0, 0.0
     for _ in range(0, settings.num_samples, at_once):
         idx = torch.tensor([ids] * at_once, device=runtime.device)
-        printer = Printer(text, ids, settings.chat) if settings.stream else None
+        printer = None
+        if settings.stream:
+            printer = Printer(text.tokenizer, text.stop_tokens, ids, not settings.chat)
         runtime.synchronize()
         began = time.perf_counter()
         out = generate(
@@ -240,7 +255,6 @@ def write(model, text, ids, settings, runtime):
             settings.kv_bits,
             printer,
             slide=settings.slide,
-            compile=settings.compile,
             vocab_size=min(text.tokenizer.vocab_size, model.config.vocab_size),
         )
         runtime.synchronize()
@@ -261,43 +275,6 @@ def write(model, text, ids, settings, runtime):
         f"({at_once} at once, {seconds:.2f} s); a step reads {weights / 1e6:,.1f} MB of weights "
         f"and {at_once * cache / 1e6:,.1f} MB of cache: {read / 1e9:,.1f} GB/s"
     )
-
-
-def until_stop(row, start, stop_tokens):
-    """row without what follows its first stop token, nor that token."""
-    for i, token in enumerate(row[start:], start):
-        if token in stop_tokens:
-            return row[:i]
-    return row
-
-
-class Printer:
-    """Prints a text as its tokens come, holding back a character until all its bytes are there."""
-
-    def __init__(self, text, ids, chat):
-        self.text, self.ids, self.chat = text, list(ids), chat
-        self.since = self.done = len(ids)  # a few tokens of context, then what is not yet printed
-        if not chat:
-            self.show(text.tokenizer.decode(ids))
-
-    def __call__(self, tokens):
-        if tokens[0] in self.text.stop_tokens:
-            return
-        self.ids.append(tokens[0])
-        decode = self.text.tokenizer.decode
-        before, now = decode(self.ids[self.since : self.done]), decode(self.ids[self.since :])
-        if not now.endswith("\ufffd"):
-            self.show(now[len(before) :])
-            self.since, self.done = self.done, len(self.ids)
-
-    def show(self, text):
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    def end(self):
-        decode = self.text.tokenizer.decode
-        before, now = decode(self.ids[self.since : self.done]), decode(self.ids[self.since :])
-        self.show(now[len(before) :] + "\n")
 
 
 if __name__ == "__main__":

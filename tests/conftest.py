@@ -34,12 +34,13 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
 @pytest.fixture
 def repository(tmp_path):
-    """A git repository of one commit that holds code.py and, in a folder, notes.txt."""
+    """A git repository of one commit that holds code.py, kernel.c and, in a folder, notes.txt."""
     if shutil.which("git") is None:
         pytest.skip("needs git")
     folder = tmp_path / "repository"
     (folder / "docs").mkdir(parents=True)
     (folder / "code.py").write_text("1\n")
+    (folder / "kernel.c").write_text("1;\n")
     (folder / "docs" / "notes.txt").write_text("2\n")
     author = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
     for command in (["init"], ["add", "."], [*author, "commit", "-m", "all"]):

@@ -23,21 +23,20 @@ import torch
 from configurator import parse_config
 from experiments.shared.common import RESULTS, interleaved, provenance, write_csv
 from leangpt.attention.tile_sizes import tile_sizes
-from leangpt.memory.plan import predict_block_peak
-from leangpt.system.errors import UserError, exit_cleanly
-from leangpt.system.timing import (
-    MIB,
-    block_config,
+from leangpt.memory.block_cell import (
+    block_arguments,
     block_peak,
     build_block,
     forward,
     forward_backward,
     forward_error,
     max_relative_error,
-    quartiles,
     random_input,
-    timed,
 )
+from leangpt.memory.plan import predict_block_peak
+from leangpt.system.errors import UserError, exit_cleanly
+from leangpt.system.timing import MIB, quartiles, timed
+from model import Block, GPTConfig
 
 MODES = ("forward", "forward+backward")
 BACKWARD_UP_TO = 16384  # longest length of forward+backward: twice as long takes four times as long
@@ -72,7 +71,7 @@ def main():
     for T in settings.default_seq:
         for mode in MODES:
             configs = {
-                policy: block_config(policy, T, settings.d_model, settings.heads)
+                policy: GPTConfig(**block_arguments(policy, T, settings.d_model, settings.heads))
                 for policy in ("plain", "recompute")
             }
             rows += race(
@@ -105,16 +104,9 @@ def scaling(settings, out_dir):
 
 
 def contestant(settings, policy, T, mode, chunk=None):
-    config = block_config(
-        policy,
-        T,
-        settings.d_model,
-        settings.heads,
-        None,
-        chunk or settings.q_chunk,
-        chunk or settings.k_chunk,
-    )
-    return Contestant(policy, config, T, mode)
+    chunks = chunk or settings.q_chunk, chunk or settings.k_chunk
+    arguments = block_arguments(policy, T, settings.d_model, settings.heads, None, *chunks)
+    return Contestant(policy, GPTConfig(**arguments), T, mode)
 
 
 def race(settings, contestants):
@@ -166,7 +158,7 @@ class Contestant:
 
     def __init__(self, policy, config, T, mode):
         self.policy, self.config, self.T, self.mode = policy, config, T, mode
-        self.block, _ = build_block(config)
+        self.block = build_block(Block, config)
         self.x = self.fresh_input()
         with torch.set_grad_enabled(mode != "forward"):
             self.q_chunk, self.k_chunk = tile_sizes(config, T, "cpu") or ("", "")
@@ -211,7 +203,7 @@ def gradient_error(block, config, T):
     The float64 block is the plain one, whose forward is itself held against the written-out
     softmax (tests/test_bench.py).
     """
-    exact, _ = build_block(config, dtype=torch.float64)
+    exact = build_block(Block, config, dtype=torch.float64)
     exact.load_state_dict(block.state_dict())
     x = random_input(config, 1, T).requires_grad_()
     x64 = x.detach().double().requires_grad_()

@@ -32,10 +32,13 @@ from torch.nn import functional as F
 from configurator import parse_config
 from experiments.shared.common import RESULTS, provenance, read_csv, write_csv
 from leangpt.attention.kv_cache import build_cache
-from leangpt.decoding.generate import Choice, Steps, Text, bytes_read
-from leangpt.layers.int4_linear import quantize_
+from leangpt.decoding.generate import bytes_read
+from leangpt.decoding.sampling import Sampler
+from leangpt.decoding.steps import DecodeLoop, TokenRows
+from leangpt.int4.quantize import quantize_
+from leangpt.memory.meter import is_out_of_memory
 from leangpt.system.errors import UserError, exit_cleanly
-from leangpt.system.timing import is_out_of_memory, synchronize
+from leangpt.system.timing import synchronize
 from model import GPT, GPTConfig
 
 SHAPES = {
@@ -54,7 +57,6 @@ class Settings:
     contexts: str = "64,512,1000"  # tokens before the timed ones
     tokens: int = 16  # timed a round
     rounds: int = 5  # turns of each contestant
-    compile: bool = False  # part=gpu also times the step under torch.compile, a minute to compile
     out: str = str(RESULTS / "generation.csv")  # rows of this part are replaced
 
 
@@ -109,7 +111,7 @@ def make_model(settings, dtype="float32", int4=False, device="cpu", **options):
     with torch.device(device):
         model = GPT(GPTConfig(**shape)).eval()
     if int4:
-        quantize_(model, 32, calibrate=False)
+        quantize_(model)
     return model.to(DTYPES[dtype])
 
 
@@ -117,16 +119,7 @@ class Ours:
     """Decoding from a KV cache at a context that can be set back."""
 
     def __init__(
-        self,
-        model,
-        batch,
-        context,
-        tokens,
-        kv_bits=None,
-        compile=False,
-        prefill=True,
-        fused=True,
-        tile=None,
+        self, model, batch, context, tokens, kv_bits=None, prefill=True, fused=True, tile=None
     ):
         self.model, self.batch, self.context, self.tokens = model, batch, context, tokens
         self.kv_bits = kv_bits
@@ -136,33 +129,33 @@ class Ours:
             model.config, batch, context + tokens + 1, weight.device, weight.dtype, kv_bits
         )
         self.cache.tile = tile or self.cache.tile
-        self.text = Text(idx, None, tokens + 1, ())
-        self.steps = Steps(model, self.cache, Choice(top_k=200), self.text, compile)
+        self.rows = TokenRows(idx, None, tokens + 1)
+        self.loop = DecodeLoop(model, self.cache, Sampler(top_k=200), self.rows)
         if not fused:
-            self.steps.decode = model.decode_one_token
+            self.loop.decode = model.decode_one_token
         if prefill:
-            self.steps.prefill(idx, None)
+            self.loop.prefill(idx, None)
         else:  # long contexts: any numbers will do, but zeros, which some chips read faster
             for tensor in (t for layer in self.cache.layers for t in layer.tensors()):
                 tensor.random_(256) if tensor.dtype == torch.uint8 else tensor.normal_()
-            self.text.add(idx[:, 0])
+            self.rows.add(idx[:, 0], 0.0)
         self.back()
-        self.steps.next()  # capture or compile
+        self.loop.next()  # capture
 
     def back(self):
         self.cache.length = self.context
         self.cache.positions.fill_(self.context)
-        self.text.ends.fill_(self.context + 1)
-        self.text.length = self.context + 1
+        self.rows.ends.fill_(self.context + 1)
+        self.rows.length = self.context + 1
 
     def __call__(self):
         """Seconds a step."""
         self.back()
-        device = self.text.token.device
+        device = self.rows.token.device
         synchronize(device.type)
         began = time.perf_counter()
         for _ in range(self.tokens):
-            self.steps.next()
+            self.loop.next()
         synchronize(device.type)
         return (time.perf_counter() - began) / self.tokens
 
@@ -380,8 +373,6 @@ def gpu_rows(settings, table):
     cases += [("ours", "long", 1, long, kv_bits) for kv_bits in (None, 4, 8)]
     cases += [("ours", "bfloat16", 64, context, None) for context in contexts]
     cases += [("ours, unfused", weights, 1, middle, None) for weights in ("bfloat16", "int4")]
-    if settings.compile:
-        cases += [("ours, compiled", "bfloat16", batch, middle, None) for batch in (1, 64)]
 
     def timed(case, key):
         name, weights, batch, context, kv_bits = case
@@ -389,14 +380,7 @@ def gpu_rows(settings, table):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         contestant = Ours(
-            model,
-            batch,
-            context,
-            tokens,
-            kv_bits,
-            name == "ours, compiled",
-            prefill=weights != "long",
-            fused=name == "ours",
+            model, batch, context, tokens, kv_bits, prefill=weights != "long", fused=name == "ours"
         )
         seconds = median(contestant() for _ in range(settings.rounds))
         own = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])

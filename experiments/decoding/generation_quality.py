@@ -38,9 +38,11 @@ from torch.nn import functional as F
 from configurator import parse_config
 from experiments.shared.common import RESULTS, provenance, read_csv, write_csv
 from leangpt.attention.kv_cache import build_cache
-from leangpt.decoding.generate import calibration
+from leangpt.int4.calibration import calibration, even_head_, quantize_gpt_
+from leangpt.int4.quantize import quantize_
 from leangpt.int4.tuning import quantize_and_tune_
-from leangpt.layers.int4_linear import GROUP_SIZES, dequantize, quantize_
+from leangpt.layers.int4_layouts import dequantize
+from leangpt.layers.int4_linear import GROUP_SIZES
 from leangpt.system.errors import UserError, exit_cleanly
 from leangpt.text.dataset import load_dataset
 from leangpt.training.checkpoint import load_checkpoint, model_from_checkpoint
@@ -95,7 +97,7 @@ def main(argv=None):
         )
         replace(settings.out, rows, origin)
     if settings.part in ("all", "pretrained") and settings.pretrained:
-        model = load_pretrained(settings.pretrained)
+        model = load_pretrained(GPT, settings.pretrained)
         encode = load_pretrained_text(settings.pretrained).tokenizer.encode
         val, train = (
             encode(dataset.tokenizer().decode(part.tolist()))
@@ -127,9 +129,11 @@ def seconds_of_gpt2():
     """A row: how long it takes to quantise the shape of GPT-2 124M, its text written included."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=1024, vocab_size=50304, n_layer=12, n_head=12, n_embd=768))
-    quantize_(GPT(GPTConfig(block_size=64, vocab_size=64, n_layer=1, n_head=2, n_embd=64)))  # warm
+    quantize_gpt_(
+        GPT(GPTConfig(block_size=64, vocab_size=64, n_layer=1, n_head=2, n_embd=64))
+    )  # warm
     began = time.perf_counter()
-    quantize_(model.eval())
+    quantize_gpt_(model.eval())
     seconds = round(time.perf_counter() - began, 1)
     print(f"GPT-2 124M's shape quantised in {seconds} s", flush=True)
     return row_of("GPT-2 124M shape", "weights", "calibrated", 32, 5.0, 0, seconds=seconds)
@@ -207,11 +211,11 @@ def measure(name, model, batches, context, seeds, groups=GROUP_SIZES, sample=Non
         for rule, rounding in torchao_rules(group).items():
             rounded = with_weights(model, rounding)
             report("weights", rule, group, 4 + 64 / group, quality(rounded), exact)
-        rounded = quantize_(copy.deepcopy(model), group, calibrate=False)
+        rounded = quantize_(even_head_(copy.deepcopy(model)), group)
         report("weights", "clipping range", group, bits, quality(rounded), exact)
         for seed in range(seeds):
             rounded, began = copy.deepcopy(model), time.perf_counter()
-            quantize_(rounded, group, calibration(rounded, seed=seed))
+            quantize_gpt_(rounded, group, calibration(rounded, seed=seed))
             seconds = round(time.perf_counter() - began, 1)
             report("weights", "calibrated", group, bits, quality(rounded), exact, seed, seconds)
             if tune and group == min(groups):
@@ -230,7 +234,7 @@ def measure(name, model, batches, context, seeds, groups=GROUP_SIZES, sample=Non
                 )
         if sample is not None:
             rounded = copy.deepcopy(model)
-            quantize_(rounded, group, calibration(rounded, text=sample))
+            quantize_gpt_(rounded, group, calibration(rounded, text=sample))
             report("weights", "calibrated on data", group, bits, quality(rounded), exact)
     found = decode(model, batches, context)
     for kv_bits, one in zip(KV_BITS, found):

@@ -21,6 +21,7 @@ from leangpt.system.errors import UserError, exit_cleanly
 from leangpt.weights.chat_text import load_pretrained_text
 from leangpt.weights.export import export_pretrained
 from leangpt.weights.load import load_pretrained
+from model import GPT
 
 FOLDER = ROOT / "data" / "smollm2"
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -49,7 +50,7 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
     text = load_pretrained_text(FOLDER)
-    model = load_pretrained(FOLDER)
+    model = load_pretrained(GPT, FOLDER)
     idx = torch.tensor([text.tokenizer.encode(TEXT)])
     with torch.inference_mode():
         ours = model(idx)[0][0]

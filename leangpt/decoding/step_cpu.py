@@ -16,13 +16,14 @@ from torch import nn
 
 from leangpt.attention.kv_cache import KeysValues
 from leangpt.attention.kv_rows import ExactRows
-from leangpt.layers import int4_linear, linear_cpu
+from leangpt.layers import linear_cpu
+from leangpt.layers.int4_layouts import LAYOUTS
 from leangpt.layers.int4_linear import Int4Linear
 from leangpt.layers.linear_cpu import HALF, LinearArguments
 from leangpt.layers.rope import rope_table
 
 WIDEST_HEAD = 256
-FEW_ROWS = {"plain": 1, "vnni": int4_linear.FEW_ROWS["vnni"]}  # most sequences, by kind of weights
+FEW_ROWS = {"plain": 1, "vnni": LAYOUTS["vnni"].few_rows}  # most sequences, by kind of weights
 NORMS = ("layernorm", "rmsnorm")
 MLPS = ("gelu", "gelu_tanh", "swiglu")
 POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
@@ -55,7 +56,7 @@ class ModelArguments(ctypes.Structure):
 
 
 class Step:
-    """model.decode_one_token for one model and one cache that `suits` has approved of."""
+    """model.decode_one_token for one model and one cache that `supports` has approved of."""
 
     def __init__(self, model, cache):
         self.model, self.cache, config = model, cache, model.config
@@ -132,7 +133,7 @@ def linear(layer):
     return LinearArguments(layer.weight.data_ptr(), None, bias, *sizes, 0)
 
 
-def suits(model, cache):
+def supports(model, cache):
     """Whether Step can take this model's steps into this cache."""
     config, weight = model.config, model.transformer.wte.weight
     linears = [model.lm_head] + [
@@ -148,7 +149,7 @@ def suits(model, cache):
         and not model.training
         and not torch.is_autocast_enabled("cpu")
         and cache.batch_size <= rows
-        and all(suits_linear(layer) for layer in linears)
+        and all(supports_linear(layer) for layer in linears)
         and all(
             isinstance(layer, KeysValues)
             and isinstance(layer.keys, ExactRows)
@@ -161,7 +162,7 @@ def suits(model, cache):
     )
 
 
-def suits_linear(layer):
+def supports_linear(layer):
     if isinstance(layer, Int4Linear):
         return layer.layout == "vnni"
     return type(layer) is nn.Linear and layer.in_features % 16 == 0

@@ -339,7 +339,7 @@ def decode_one_token(model, idx, cache):
     return linear(x, model.lm_head, model.transformer.ln_f)
 
 
-def suits(model, cache):
+def supports(model, cache):
     """Whether decode_one_token here can take the model's steps."""
     blocks = model.transformer.h
     linears = [
@@ -353,12 +353,12 @@ def suits(model, cache):
         and cache.batch_size <= MOST_SEQUENCES
         and dtype in (torch.bfloat16, torch.float16)
         and not torch.is_autocast_enabled(model.transformer.wte.weight.device.type)
-        and all(suits_linear(m, dtype) for m in [*linears, model.lm_head])
+        and all(supports_linear(m, dtype) for m in [*linears, model.lm_head])
         and all(p.dtype == dtype for p in model.parameters())
     )
 
 
-def suits_linear(layer, dtype):
+def supports_linear(layer, dtype):
     if layer.in_features % 64 or layer.in_features > 16384:
         return False
     if isinstance(layer, Int4Linear):

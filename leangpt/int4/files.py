@@ -12,12 +12,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from leangpt.layers.int4_linear import Int4Linear, gather_, replace_linears
+from leangpt.int4.quantize import empty_int4_, gather_, int4_layers
+from leangpt.layers.int4_linear import Int4Linear
 from leangpt.system.errors import UserError
+from leangpt.system.reading import regular_file
 from leangpt.system.whole_files import written_whole
-from model import GPT
+from leangpt.weights.empty_model import shapes_of
 
 FORMAT = "int4-groups"
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # what may not be packed
 
 
 def save_int4(model, path, notes=None):
@@ -26,9 +29,9 @@ def save_int4(model, path, notes=None):
     notes: a JSON-able dict kept in the header (where the tokenizer is, say). Raises UserError if
     the model is not quantised or the path not writable.
     """
-    sizes = {m.group_size for m in model.modules() if isinstance(m, Int4Linear)}
+    sizes = {layer.group_size for layer in int4_layers(model).values()}
     if len(sizes) != 1:
-        raise UserError("save_int4: the model is not in 4 bits; call int4.quantize_ first")
+        raise UserError("save_int4: the model is not in 4 bits; call quantize_gpt_ first")
     header = {
         "format": FORMAT,
         "group_size": str(sizes.pop()),
@@ -43,42 +46,28 @@ def save_int4(model, path, notes=None):
             raise OSError(str(error)) from error
 
 
-def load_int4(path, device="cpu", dtype=torch.bfloat16, **overrides):
+def load_int4(GPT, path, device="cpu", dtype=torch.bfloat16, **overrides):
     """The model that save_int4 wrote -> (GPT in eval mode, notes).
 
-    dtype: of what is not packed (embeddings, norms, biases). overrides: GPTConfig fields such as
+    dtype: of what is not packed (embeddings, norms, biases). overrides: config fields such as
     attention_policy. Raises UserError for a missing, damaged or foreign file, and for tensors
-    missing or of the wrong shape.
+    missing or of the wrong shape or dtype: kernels read them by address, and check nothing.
     """
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(regular_file(path), "pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if header.get("format") != FORMAT:
+                raise UserError(f"{path} is not a 4-bit model of this project's (save_int4)")
+            arguments, group_size, notes = read_header(header, path)
+            config = GPT.config_class.from_dict({**arguments, **overrides})
+            names = list(file.keys())
+            model = empty_int4_(shapes_of(GPT, config, len(names), path), group_size)
+            tensors = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot read {path}: {error}; save it again with int4_files.save_int4"
-        ) from None
-    if header.get("format") != FORMAT:
-        raise UserError(f"{path} is not a 4-bit model of this project's (int4_files.save_int4)")
-    try:
-        arguments, notes = json.loads(header["model_args"]), json.loads(header["notes"])
-        group_size = int(header["group_size"])
-    except (KeyError, ValueError) as error:
-        raise UserError(f"the header of {path} is damaged ({error})") from None
-    config = GPT.config_class.from_dict({**arguments, **overrides})
-    with torch.device("meta"):  # shapes alone
-        model = GPT(config)
-    replace_linears(model, group_size)
-    wanted = saved_shapes(model)
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
-            raise UserError(
-                f"{path}: {name} should have shape {wanted.get(name, 'none')}, the "
-                f"file has {found.get(name, 'none')}"
-            )
+        raise UserError(f"cannot read {path}: {error}; save it again with save_int4") from None
+    check_tensors(tensors, wanted_tensors(model), path)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not name.endswith("scale_zero"):
+        if tensor.is_floating_point() and not name.endswith(".scale_zero"):
             tensors[name] = tensor.to(dtype)
     model.load_state_dict(tensors, assign=True)
     model.to(device)
@@ -87,13 +76,39 @@ def load_int4(path, device="cpu", dtype=torch.bfloat16, **overrides):
     return model.eval(), notes
 
 
-def saved_shapes(model):
-    """Shapes of every entry of a quantised model's state dict, without making one."""
-    shapes = {}
+def read_header(header, path):
+    """(model arguments, group size, notes) of a file's header. UserError where they are damaged."""
+    try:
+        arguments, notes = json.loads(header["model_args"]), json.loads(header["notes"])
+        group_size = int(header["group_size"])
+    except (KeyError, ValueError, RecursionError) as error:
+        raise UserError(f"the header of {path} is damaged ({error})") from None
+    if not isinstance(arguments, dict) or not isinstance(notes, dict):
+        raise UserError(f"the header of {path} is damaged: model_args and notes are no objects")
+    return arguments, group_size, notes
+
+
+def wanted_tensors(model):
+    """(shape, dtype) of every entry of a quantised model's state dict; any floating dtype: None."""
+    wanted = {}
     for prefix, module in model.named_modules():
         if isinstance(module, Int4Linear):
-            own = module.saved_shapes()
+            own = module.saved_tensors()
         else:
-            own = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
-        shapes |= {f"{prefix}.{name}": shape for name, shape in own.items()}
-    return shapes
+            parameters = module.named_parameters(recurse=False)
+            own = {name: (tuple(p.shape), None) for name, p in parameters}
+        wanted |= {f"{prefix}.{name}": entry for name, entry in own.items()}
+    return wanted
+
+
+def check_tensors(tensors, wanted, path):
+    """Raise UserError naming a tensor that is missing, left over, or of another shape or dtype."""
+    for name in sorted(wanted.keys() | tensors.keys()):
+        shape, dtype = wanted.get(name, ("none", None))
+        found = tuple(tensors[name].shape) if name in tensors else "none"
+        if shape != found:
+            raise UserError(f"{path}: {name} should have shape {shape}, the file has {found}")
+        kind = tensors[name].dtype
+        if kind != dtype and (dtype or kind not in FLOATS):
+            allowed = dtype or "one of " + ", ".join(map(str, FLOATS))
+            raise UserError(f"{path}: {name} is {kind}, not {allowed}")

@@ -8,13 +8,14 @@ predictions, over text that the exact model has written itself: the last stage o
 """
 
 import copy
-from contextlib import contextmanager
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from leangpt.decoding.generate import calibration, own_text
-from leangpt.layers.int4_linear import Int4Linear, gather_, pack, quantize_
+from leangpt.int4.calibration import calibration, own_text, quantize_gpt_
+from leangpt.int4.quantize import gather_, int4_layers, swapped
+from leangpt.layers.int4_layouts import pack
 from leangpt.system.errors import UserError
 
 RATE = 0.03  # Adam's, in units of a layer's mean scale; falls to 0 in a straight line
@@ -26,18 +27,18 @@ FRESH = 16  # texts written for each step: every text is read four times
 
 
 def quantize_and_tune_(model, group_size=32, steps=300, seed=0, report=None):
-    """int4.quantize_ on a GPT, calibrated, then `steps` of fitting; in place.
+    """quantize_gpt_, then `steps` of fitting; in place.
 
     Returns the divergence from the exact model before and after, in nats a token of a text not
     fitted to. Too few steps make it worse: the rounding then stays as it was, and both are alike.
     A copy of the exact model is kept meanwhile. report(step, steps, divergence): called after
     each step.
-    Raises UserError for what quantize_ refuses and for a number of steps below 1.
+    Raises UserError for what quantize_gpt_ refuses and for a number of steps below 1.
     """
     if steps < 1:
         raise UserError(f"fitting 4-bit scales needs at least one step, not {steps}")
     exact = copy.deepcopy(model)
-    quantize_(model, group_size, calibration(model, seed=seed))
+    quantize_gpt_(model, group_size, calibration(model, seed=seed))
     at_once = max(1, min(TEXTS, LOGITS // (TOKENS * model.config.vocab_size)))
     rows = max(at_once, FRESH * steps * at_once // TEXTS)
     text = own_text(exact, rows, TOKENS, seed + 1)
@@ -45,12 +46,14 @@ def quantize_and_tune_(model, group_size=32, steps=300, seed=0, report=None):
     with torch.no_grad():
         before = divergence(model, exact, other).item()
     generator = torch.Generator().manual_seed(seed)
-    layers = [TunedLayer(m) for m in model.modules() if isinstance(m, Int4Linear)]
-    groups = [dict(params=[layer.scale, layer.zero], lr=RATE * layer.unit) for layer in layers]
+    layers = {name: TunedLayer(layer) for name, layer in int4_layers(model).items()}
+    groups = [
+        dict(params=[layer.scale, layer.zero], lr=RATE * layer.unit) for layer in layers.values()
+    ]
     tuned = [p for group in groups for p in group["params"]]
     optimizer = torch.optim.Adam(groups, betas=BETAS)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    with tuned_forwards(layers):
+    with swapped(model, layers):
         for step in range(steps):
             at = torch.randint(len(text), (at_once,), generator=generator)
             loss = divergence(model, exact, text[at.to(text.device)])
@@ -64,7 +67,7 @@ def quantize_and_tune_(model, group_size=32, steps=300, seed=0, report=None):
             after = divergence(model, exact, other).item()
     if not after < before:
         return before, before
-    for layer in layers:
+    for layer in layers.values():
         layer.store()
     gather_(model)
     return before, after
@@ -86,10 +89,11 @@ def predictions(model, idx):
     return model.lm_head(model.transformer.ln_f(x)).float().log_softmax(-1)
 
 
-class TunedLayer:
-    """An Int4Linear while its scales and zeros are parameters: float32 (N, K/group, 1)."""
+class TunedLayer(nn.Module):
+    """In an Int4Linear's place while its scales and zeros are fitted: float32 (N, K/group, 1)."""
 
     def __init__(self, layer):
+        super().__init__()
         self.layer = layer
         self.codes = layer.codes().unflatten(1, (-1, layer.group_size)).float() - 8
         _, scale_zero = layer.plain_order()  # (K/group, N, 2)
@@ -113,15 +117,3 @@ class TunedLayer:
 def _stored(x):
     """What bfloat16 will hold of x, with x's own gradient (straight through)."""
     return x + (x.bfloat16().float() - x).detach()
-
-
-@contextmanager
-def tuned_forwards(layers):
-    """Run the layers by their parameters."""
-    for tuned in layers:
-        tuned.layer.forward = tuned.forward
-    try:
-        yield
-    finally:
-        for tuned in layers:
-            del tuned.layer.forward

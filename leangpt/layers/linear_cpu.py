@@ -81,12 +81,6 @@ def int4_rows(x, packed, scale_zero, bias, group_size):
     packed (N, K/2) from pack_int4, scale_zero (K/group, N, 2) bfloat16. Sums are float32; an
     infinite input makes its row NaN.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.cpu_kernels.int4_rows(x, packed, scale_zero, bias, group_size)
-    return _int4_rows(x, packed, scale_zero, bias, group_size)
-
-
-def _int4_rows(x, packed, scale_zero, bias, group_size):
     (M, K), N = x.shape, packed.size(0)
     x = x.contiguous()
     y = x.new_empty(M, N)
@@ -100,16 +94,3 @@ def _int4_rows(x, packed, scale_zero, bias, group_size):
     )
     library().int4_rows(x.data_ptr(), y.data_ptr(), ctypes.addressof(layer), M, HALF[x.dtype])
     return y
-
-
-# an operator of its own, for torch.compile
-_library = torch.library.Library("cpu_kernels", "DEF")
-_library.define(
-    "int4_rows(Tensor x, Tensor packed, Tensor scale_zero, Tensor? bias, int group_size) -> Tensor"
-)
-_library.impl("int4_rows", _int4_rows, "CPU")
-
-
-@torch.library.register_fake("cpu_kernels::int4_rows", lib=_library)
-def _(x, packed, scale_zero, bias, group_size):
-    return x.new_empty(x.size(0), packed.size(0))

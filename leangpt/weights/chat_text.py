@@ -2,13 +2,16 @@
 
 import shutil
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from leangpt.system.errors import UserError
+from leangpt.system.reading import read_json, regular_file
 from leangpt.text.tokens import load_tokenizer
+from leangpt.weights.chat_template import render_alone
+from leangpt.weights.find import find_pretrained, open_weights
 from leangpt.weights.gguf import GGUFWeights, write_text_files
-from leangpt.weights.load import find_pretrained, open_weights, read_json
 
 TEXT_FILES = (
     "tokenizer.json",
@@ -30,29 +33,20 @@ class PretrainedText:
         """The prompt (str) that asks the model for its next answer.
 
         messages: one user's text, or a list of {"role": "system"|"user"|"assistant",
-        "content": str}. The template comes from a stranger, so it runs in Jinja's sandbox and
-        sees these values alone. Raises UserError where there is no template, or it fails.
+        "content": str}. The template comes from a stranger, so it runs in Jinja's sandbox, in a
+        process that sees these values alone and is given little time and memory. Raises UserError
+        where there is no template, or it fails.
         """
         if self.template is None:
             raise UserError("this model has no chat format; prompt it without chat")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def raise_exception(message):
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = raise_exception
+        if find_spec("jinja2") is None:
+            raise UserError("chat formats need jinja2: pip install jinja2")
+        values = dict(messages=messages, add_generation_prompt=True, **self.special_tokens)
         try:
-            template = environment.from_string(self.template)
-            prompt = template.render(
-                messages=messages, add_generation_prompt=True, **self.special_tokens
-            )
-        except (TemplateError, TypeError) as error:
+            prompt = render_alone(self.template, values)
+        except ValueError as error:
             raise UserError(f"the model's chat format cannot be filled in ({error})") from None
         # what the tokenizer puts in front of any text itself must not be there twice
         return prompt.removeprefix(self.tokenizer.decode(self.tokenizer.encode("")))
@@ -122,7 +116,10 @@ def _read_folder(folder):
 
 def _template(folder, settings):
     if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        try:
+            return regular_file(folder / "chat_template.jinja").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{folder}/chat_template.jinja cannot be read ({error})") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # several by name: [{"name": ..., "template": ...}]
         entries = [entry for entry in template if isinstance(entry, dict)]

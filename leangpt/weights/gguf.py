@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from leangpt.system.errors import UserError
+from leangpt.weights.gguf_header import check_header
 from leangpt.weights.hf_names import SUPPORTED, gpt2_pieces, llama_pieces, need
 
 LLAMA_NAMES = {
@@ -60,10 +61,11 @@ class GGUFWeights:
         except ImportError:
             raise UserError("reading GGUF files needs the gguf package: pip install gguf") from None
         self._dequantize = gguf.quants.dequantize
+        check_header(self.path)
         try:
             reader = gguf.GGUFReader(self.path)
             self.metadata = {name: field.contents() for name, field in reader.fields.items()}
-        except (ValueError, KeyError, IndexError, OverflowError, OSError) as error:
+        except Exception as error:  # what its parser stumbles over is no list that ends
             raise UserError(f"{path}: not a GGUF file, or a part of one ({error})") from None
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.settings = self._settings()

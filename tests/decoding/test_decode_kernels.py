@@ -13,7 +13,7 @@ from leangpt.attention import kv_cache_triton
 from leangpt.attention.kv_cache import build_cache
 from leangpt.decoding import step_triton
 from leangpt.decoding.step_triton import linear, words_of
-from leangpt.layers.int4_linear import Int4Linear
+from leangpt.int4.quantize import round_linear
 from model import GPT, GPTConfig, Norm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +25,7 @@ DEVICE = "cpu" if kv_cache_triton.INTERPRETED or not torch.cuda.is_available() e
 
 def four_bit(linear, group=32):
     """The linear's 4-bit layer in the order of the CUDA kernel, on any device."""
-    layer = Int4Linear.from_linear(linear, group)
+    layer = round_linear(linear, group)
     if layer.layout != "cuda":
         words = words_of(layer.codes().long(), step_triton.inner_tiles(layer.in_features))
         dense = layer.dequantize()
@@ -111,7 +111,7 @@ def test_step_is_the_models_own(options, kv_bits):
     for cache in caches:
         cache.fixed_shapes = True
         model.prefill(idx[:, :20], cache, torch.tensor([20, 7]))
-    assert step_triton.suits(model, caches[0])
+    assert step_triton.supports(model, caches[0])
     caches[1].kernel = None
     for i in range(20, 26):
         got = step_triton.decode_one_token(model, idx[:, i : i + 1], caches[0])
@@ -127,13 +127,13 @@ def test_what_does_not_suit():
     model = GPT(config)
     cache = build_cache(config, 1, 16, dtype=torch.bfloat16)
     cache.kernel = object()
-    assert not step_triton.suits(model, cache)  # float32
+    assert not step_triton.supports(model, cache)  # float32
     model = model.bfloat16()
-    assert step_triton.suits(model, cache)
+    assert step_triton.supports(model, cache)
     cache.batch_size = step_triton.MOST_SEQUENCES + 1
-    assert not step_triton.suits(model, cache)
+    assert not step_triton.supports(model, cache)
     cache.batch_size, model.lm_head = 1, torch.nn.Linear(65, 64).bfloat16()
-    assert not step_triton.suits(model, cache)
+    assert not step_triton.supports(model, cache)
 
 
 COMPILE = """

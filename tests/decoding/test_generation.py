@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from leangpt.decoding.generate import calibration, generate, pick
+from leangpt.decoding.generate import generate
+from leangpt.decoding.sampling import sample_token
+from leangpt.decoding.steps import DecodeLoop
 from leangpt.system.errors import UserError
 from model import GPT, GPTConfig
 
@@ -57,7 +59,9 @@ def test_sampled_text_is_the_plain_loops():
     model = make()
     options = dict(temperature=0.8, top_k=9, top_p=0.9)
     generator = torch.Generator().manual_seed(11)
-    want = recompute_all(model, prompt(), 40, lambda x: pick(x, generator=generator, **options))
+    want = recompute_all(
+        model, prompt(), 40, lambda x: sample_token(x, generator=generator, **options)[0]
+    )
     got = generate(model, prompt(), 40, generator=generator.manual_seed(11), **options)
     assert torch.equal(got, want)
     other = generate(model, prompt(), 40, generator=generator.manual_seed(12), **options)
@@ -122,25 +126,6 @@ def test_stream_gets_every_token_once(count):
     assert torch.tensor(streamed).T.tolist() == got[:, 5:].tolist()
 
 
-@pytest.mark.parametrize("position", ["learned", "rope"])
-def test_the_compiled_step_sees_one_count_a_shape(position, monkeypatch):
-    """What torch.compile would specialise on stays the same from token to token."""
-    counts = set()
-
-    def compile(function):
-        def compiled(token, cache):
-            counts.add(cache.length)
-            return function(token, cache)
-
-        return compiled
-
-    monkeypatch.setattr(torch, "compile", compile)
-    model = make(position=position)
-    want = generate(model, prompt(), 40, temperature=0, slide=8)
-    assert torch.equal(generate(model, prompt(), 40, temperature=0, slide=8, compile=True), want)
-    assert counts == {23}
-
-
 def test_quantised_cache_writes_nearly_the_same_logits():
     model = make(position="rope", block_size=64)
     exact = generate(model, prompt(8), 30, temperature=0)
@@ -149,7 +134,7 @@ def test_quantised_cache_writes_nearly_the_same_logits():
     assert same > 0.9 and torch.equal(exact[:, :16], close[:, :16])
 
 
-def test_pick_draws_from_the_distribution():
+def test_sample_token_draws_from_the_distribution():
     logits = torch.tensor([1.0, -1.0, 0.5, 3.0, 2.0])
     generator = torch.Generator().manual_seed(0)
     n = 20000
@@ -160,7 +145,7 @@ def test_pick_draws_from_the_distribution():
         ({"top_p": 1e-6}, 1),
         ({"top_k": 4, "top_p": 0.9}, 3),
     ):
-        drawn = pick(logits.expand(n, 5), 1.3, generator=generator, **options)
+        drawn, _ = sample_token(logits.expand(n, 5), 1.3, generator=generator, **options)
         p = (logits / 1.3).softmax(-1)
         keep = p.topk(kept).indices
         want = torch.zeros(5).index_copy(0, keep, p[keep] / p[keep].sum())
@@ -169,19 +154,19 @@ def test_pick_draws_from_the_distribution():
         assert (got[want == 0] == 0).all()
 
 
-def test_pick_never_takes_an_impossible_token():
+def test_sample_token_never_takes_an_impossible_token():
     logits = torch.full((4096, 50), -torch.inf)
     logits[:, 7] = 0.0
-    assert (pick(logits, generator=torch.Generator().manual_seed(0)) == 7).all()
+    assert (sample_token(logits, generator=torch.Generator().manual_seed(0))[0] == 7).all()
     wide = torch.randn(64, 3000, generator=torch.Generator().manual_seed(1)) * 4
     best = wide.argmax(-1)
     for options in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 0}, {"temperature": 1e-4}):
-        assert torch.equal(pick(wide, **options), best)
+        assert torch.equal(sample_token(wide, **options)[0], best)
 
 
 def test_top_p_beyond_the_shortlist_is_exact():
     flat = torch.zeros(2, 3000)
-    drawn = pick(
+    drawn, _ = sample_token(
         flat.expand(2, -1).repeat(4000, 1), top_p=0.9, generator=torch.Generator().manual_seed(0)
     )
     assert 2500 < len(drawn.unique()) <= 2701  # of 3000
@@ -209,29 +194,6 @@ def test_model_generate_delegates():
     model = make()
     want = generate(model, prompt(), 6, temperature=0)
     assert torch.equal(model.generate(prompt(), 6, temperature=0), want)
-
-
-def test_calibration_runs_every_linear_on_its_own_text():
-    model = make()
-    run = calibration(model, rows=3, tokens=10)
-    seen = []
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(lambda m, x, y, name=name: seen.append(name))
-    run()
-    assert len(seen) == 4 * 2 + 1 and len(set(seen)) == len(seen)
-
-
-def test_calibration_on_a_given_text_shows_every_linear_all_of_it():
-    model, given = make(), prompt()
-    shapes = {}
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(
-                lambda m, x, y, name=name: shapes.update({name: tuple(x[0].shape[:2])})
-            )
-    calibration(model, text=given)()
-    assert len(shapes) == 4 * 2 + 1 and set(shapes.values()) == {tuple(given.shape)}
 
 
 @pytest.mark.parametrize(
@@ -268,8 +230,6 @@ def test_bad_input_is_named(change, message):
 def test_captured_steps_write_what_eager_ones_do(
     policy, n_kv_head, position, dtype, kv_bits, kernels, monkeypatch
 ):
-    from leangpt.decoding.generate import Steps
-
     monkeypatch.setattr("leangpt.decoding.generate.KERNELS_FROM", 0 if kernels else 1000)
     model = make(policy, n_kv_head, position=position, n_embd=128).to("cuda", dtype)
     idx, lengths = prompt(3, 9).cuda(), torch.tensor([4, 9, 1]).cuda()
@@ -277,11 +237,11 @@ def test_captured_steps_write_what_eager_ones_do(
     texts = []
     for capture in (True, False):
 
-        def next_(steps, capture=capture):
-            steps.captured = capture
-            return original(steps)
+        def next_(loop, capture=capture):
+            loop.captured = capture
+            return original(loop)
 
-        original, Steps.next = Steps.next, next_
+        original, DecodeLoop.next = DecodeLoop.next, next_
         try:
             texts.append(
                 generate(
@@ -296,5 +256,5 @@ def test_captured_steps_write_what_eager_ones_do(
                 )
             )
         finally:
-            Steps.next = original
+            DecodeLoop.next = original
     assert torch.equal(*texts)

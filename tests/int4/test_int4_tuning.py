@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from leangpt.decoding.generate import calibration, own_text
 from leangpt.int4 import tuning
+from leangpt.int4.calibration import calibration, own_text, quantize_gpt_
 from leangpt.int4.files import load_int4, save_int4
-from leangpt.int4.tuning import TunedLayer, divergence, quantize_and_tune_, tuned_forwards
-from leangpt.layers.int4_linear import Int4Linear, quantize_
+from leangpt.int4.quantize import int4_layers, quantize_, swapped
+from leangpt.int4.tuning import TunedLayer, divergence, quantize_and_tune_
 from leangpt.system.errors import UserError
 from model import GPT, GPTConfig
 
@@ -26,12 +26,12 @@ def model():
 
 
 def layers_of(model):
-    return [m for m in model.modules() if isinstance(m, Int4Linear)]
+    return list(int4_layers(model).values())
 
 
 def test_fitted_scales_are_nearer_to_the_exact_predictions(model, tmp_path):
     exact, rounded = copy.deepcopy(model), copy.deepcopy(model)
-    quantize_(rounded, 32, calibration(rounded))
+    quantize_gpt_(rounded, 32, calibration(rounded))
     steps = []
     found = quantize_and_tune_(model, 32, 60, report=lambda *args: steps.append(args[:2]))
     fitted = model
@@ -42,16 +42,16 @@ def test_fitted_scales_are_nearer_to_the_exact_predictions(model, tmp_path):
         before, after = (divergence(m, exact, text).item() for m in (rounded, fitted))
     assert 0 < after < 0.9 * before
     for old, new in zip(layers_of(rounded), layers_of(fitted), strict=True):
-        assert torch.equal(old.codes(), new.codes()) and "forward" not in vars(new)
+        assert torch.equal(old.codes(), new.codes())
         assert not torch.equal(old.dequantize(), new.dequantize())
     save_int4(fitted, tmp_path / "fitted.safetensors", {})
-    loaded, _ = load_int4(tmp_path / "fitted.safetensors", dtype=torch.float32)
+    loaded, _ = load_int4(GPT, tmp_path / "fitted.safetensors", dtype=torch.float32)
     assert torch.equal(loaded(text)[0], fitted(text)[0])
 
 
 def test_what_fitting_makes_worse_stays_as_it_was(model, monkeypatch):
     monkeypatch.setattr(tuning, "RATE", 1.0)
-    rounded = quantize_(copy.deepcopy(model), 32)
+    rounded = quantize_gpt_(copy.deepcopy(model), 32)
     before, after = quantize_and_tune_(model, 32, 2)
     assert before == after > 0
     for old, new in zip(layers_of(rounded), layers_of(model), strict=True):
@@ -59,25 +59,25 @@ def test_what_fitting_makes_worse_stays_as_it_was(model, monkeypatch):
 
 
 def test_a_tuned_layer_is_the_layer(model):
-    quantize_(model, 32, calibrate=False)
+    quantize_(model, 32)
     text = own_text(model, 4, 32)
     expected = model(text)[0]
-    tuned = [TunedLayer(layer) for layer in layers_of(model)]
-    with tuned_forwards(tuned):
+    tuned = {name: TunedLayer(layer) for name, layer in int4_layers(model).items()}
+    with swapped(model, tuned):
         found = model(text)[0]
     assert torch.allclose(found, expected, atol=1e-5)
-    for layer in tuned:
+    for layer in tuned.values():
         layer.store()
     assert torch.equal(model(text)[0], expected)
 
 
 def test_every_scale_and_zero_gets_a_gradient(model):
     exact = copy.deepcopy(model)
-    quantize_(model, 64, calibrate=False)
-    tuned = [TunedLayer(layer) for layer in layers_of(model)]
-    with tuned_forwards(tuned):
+    quantize_(model, 64)
+    tuned = {name: TunedLayer(layer) for name, layer in int4_layers(model).items()}
+    with swapped(model, tuned):
         divergence(model, exact, own_text(exact, 8, 32)).backward()
-    for layer in tuned:
+    for layer in tuned.values():
         assert layer.scale.grad.abs().max() > 0 and layer.zero.grad.abs().max() > 0
 
 

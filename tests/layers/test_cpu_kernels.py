@@ -10,9 +10,8 @@ from torch.nn import functional as F
 from leangpt.attention.kv_cache import build_cache
 from leangpt.decoding import step_cpu
 from leangpt.decoding.generate import generate
-from leangpt.layers import int4_linear, linear_cpu
-from leangpt.layers.int4_linear import Int4Linear, quantize_
-from leangpt.system import c_library
+from leangpt.int4.quantize import quantize_, round_linear
+from leangpt.layers import int4_layouts, linear_cpu
 from model import GPT, GPTConfig
 
 needs_kernels = pytest.mark.skipif(not linear_cpu.available(), reason="needs cc, AVX-512 and VNNI")
@@ -41,7 +40,7 @@ def test_a_source_that_does_not_compile_is_no_error(tmp_path, monkeypatch):
     source = tmp_path / "bad.c"
     source.write_text("int f( {")
     monkeypatch.setattr(linear_cpu, "SOURCE", source)
-    monkeypatch.setattr(c_library, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("LEANGPT_CACHE", str(tmp_path / "cache"))
     assert linear_cpu.library.__wrapped__() is None
     left = tmp_path / "cache"
     assert not left.exists() or list(left.iterdir()) == []
@@ -49,11 +48,11 @@ def test_a_source_that_does_not_compile_is_no_error(tmp_path, monkeypatch):
 
 def test_packing_goes_both_ways():
     codes = torch.randint(16, (48, 64), dtype=torch.uint8)
-    packed = linear_cpu.pack_int4(int4_linear.pack(codes))
+    packed = linear_cpu.pack_int4(int4_layouts.pack(codes))
     assert packed.shape == (48, 32) and torch.equal(linear_cpu.unpack_int4(packed), codes)
     # row 17 is row 1 of block 1; its input 13 is of the second 8, the high half of number 1
     assert packed.view(3, 8, 16, 4)[1, 1, 1, 1] >> 4 == codes[17, 13]
-    odd = linear_cpu.pack_int4(int4_linear.pack(codes[:37]))  # the last block has 5 rows
+    odd = linear_cpu.pack_int4(int4_layouts.pack(codes[:37]))  # the last block has 5 rows
     assert odd.shape == (37, 32) and torch.equal(linear_cpu.unpack_int4(odd), codes[:37])
     assert torch.equal(odd[:32], packed[:32])
 
@@ -78,9 +77,9 @@ def test_int4_rows(M, N, K, group, dtype, limit, biased):
     scale_zero = random(K // group, N, 2, dtype=torch.bfloat16)
     x = random(M, K, seed=2, dtype=dtype)
     bias = random(N, seed=3, dtype=dtype) * 50 if biased else None
-    weight = int4_linear.dequantize(codes, scale_zero, torch.float64)
+    weight = int4_layouts.dequantize(codes, scale_zero, torch.float64)
     want = F.linear(x.double(), weight, None if bias is None else bias.double())
-    packed = linear_cpu.pack_int4(int4_linear.pack(codes))
+    packed = linear_cpu.pack_int4(int4_layouts.pack(codes))
     got = linear_cpu.int4_rows(x, packed, scale_zero, bias, group)
     assert got.dtype == dtype and got.shape == (M, N)
     assert relative(got, want) < limit
@@ -88,7 +87,7 @@ def test_int4_rows(M, N, K, group, dtype, limit, biased):
 
 @needs_kernels
 def test_int4_rows_with_outliers_zeros_and_nan():
-    layer = Int4Linear.from_linear(torch.nn.Linear(128, 64, bias=False))
+    layer = round_linear(torch.nn.Linear(128, 64, bias=False))
     weight = layer.dequantize(torch.float64)
     x = random(4, 128)
     x[0, 40] = 3e4  # its group's other inputs lose what bfloat16 would have rounded off it
@@ -112,7 +111,7 @@ def make(dtype=torch.float32, packed=False, **options):
     for p in model.parameters():
         p.data.add_(torch.randn_like(p) * 0.2)
     if packed:
-        quantize_(model, calibrate=False)
+        quantize_(model)
     return model.to(dtype)
 
 
@@ -121,7 +120,7 @@ def logits_of(model, idx, first, slots, native, lengths=None):
     """Logits (B, T - first, V) of steps after a prefill, by Step or by plain PyTorch."""
     cache = build_cache(model.config, len(idx), slots, dtype=model.transformer.wte.weight.dtype)
     model.prefill(idx[:, :first], cache, lengths)
-    assert not native or step_cpu.suits(model, cache)
+    assert not native or step_cpu.supports(model, cache)
     step = step_cpu.Step(model, cache) if native else model.decode_one_token
     out = [step(idx[:, i : i + 1], cache).float() for i in range(first, idx.size(1))]
     assert cache.length == idx.size(1)
@@ -201,42 +200,28 @@ def test_generate_writes_the_same_text_with_and_without(monkeypatch):
     monkeypatch.setattr(step_cpu.Step, "__call__", lambda *a: used.append(1) or call(*a))
     text = generate(model, idx, 60, temperature=0)
     assert len(used) == 59
-    monkeypatch.setattr(step_cpu, "suits", lambda *_: False)
+    monkeypatch.setattr(step_cpu, "supports", lambda *_: False)
     assert torch.equal(generate(model, idx, 60, temperature=0), text)
     assert len(used) == 59
 
 
 @needs_kernels
 def test_what_step_cannot_take_goes_the_plain_way():
-    def suits(model, **options):
+    def supports(model, **options):
         dtype = model.transformer.wte.weight.dtype
         cache = build_cache(model.config, options.pop("rows", 1), 20, dtype=dtype, **options)
-        return step_cpu.suits(model, cache)
+        return step_cpu.supports(model, cache)
 
-    assert suits(make()) and suits(make(torch.bfloat16)) and not suits(make(), rows=2)
-    assert suits(make(packed=True), rows=16) and not suits(make(packed=True), rows=17)
-    assert not suits(make(), kv_bits=8)
-    assert not suits(make(attention_policy="recompute"))
-    assert not suits(make(torch.float64))
-    assert not suits(make(n_head=8))  # heads of 8
-    assert not suits(make().train())
+    assert supports(make()) and supports(make(torch.bfloat16)) and not supports(make(), rows=2)
+    assert supports(make(packed=True), rows=16) and not supports(make(packed=True), rows=17)
+    assert not supports(make(), kv_bits=8)
+    assert not supports(make(attention_policy="recompute"))
+    assert not supports(make(torch.float64))
+    assert not supports(make(n_head=8))  # heads of 8
+    assert not supports(make().train())
     mixed = make(torch.bfloat16)
     mixed.transformer.ln_f.float()
-    assert not suits(mixed)
+    assert not supports(mixed)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not suits(make())
-    assert not suits(make(n_inner=72))
-
-
-@needs_kernels
-def test_as_an_operator():
-    layer = Int4Linear.from_linear(torch.nn.Linear(64, 37))
-    arguments = random(3, 64), layer.packed, layer.scale_zero, layer.bias.detach(), 32
-    torch.library.opcheck(
-        torch.ops.cpu_kernels.int4_rows.default,
-        arguments,
-        test_utils=("test_schema", "test_faketensor"),
-    )
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    with torch.inference_mode():
-        assert torch.equal(compiled(arguments[0]), layer(arguments[0]))
+        assert not supports(make())
+    assert not supports(make(n_inner=72))

@@ -6,6 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from leangpt.memory.block_cell import (
+    block_arguments,
+    block_peak,
+    build_block,
+    forward,
+    random_input,
+)
 from leangpt.memory.meter import measure_peak, tensor_bytes
 from leangpt.memory.plan import (
     advise_oom,
@@ -14,9 +21,8 @@ from leangpt.memory.plan import (
     predict_training_peak,
 )
 from leangpt.optim import build_optimizer
-from leangpt.system.timing import block_config, block_peak, build_block, forward, random_input
 from leangpt.training import log
-from model import GPT, GPTConfig
+from model import GPT, Block, GPTConfig
 
 SMALL = GPTConfig(block_size=4096, vocab_size=96, n_layer=3, n_head=4, n_embd=64, position="none")
 TILES = {"q_chunk": 128, "k_chunk": 128}
@@ -80,8 +86,8 @@ def test_predictions_hold_against_measured_peaks(name, B, T):
     ],
 )
 def test_a_blocks_forward_peak_is_known_to_a_few_percent(policy, T, q_chunk, k_chunk):
-    config = block_config(policy, T, 256, 8, None, q_chunk, k_chunk)
-    block, _ = build_block(config)
+    config = GPTConfig(**block_arguments(policy, T, 256, 8, None, q_chunk, k_chunk))
+    block = build_block(Block, config)
     x = random_input(config, 1, T)
     peak = block_peak(lambda: forward(block, x), block, x)
     assert predict_block_peak(config, 1, T) == pytest.approx(peak, rel=0.03)

@@ -156,24 +156,3 @@ def test_torch_compile_gives_the_same_loss_and_gradients(policy):
     assert abs(loss.item() - compiled.item()) < 1e-6
     for p, want in zip(model.parameters(), wanted):
         assert relative_error(p.grad, want) < 1e-5
-
-
-@pytest.mark.parametrize(
-    "options", [dict(bias=True), dict(norm="rmsnorm"), dict(tie_embeddings=False)]
-)
-def test_an_evened_head_gives_the_same_logits(options):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=1, n_head=2, n_embd=32, **options))
-    with torch.no_grad():
-        model.lm_head.weight[:, 3] *= 20
-        model.lm_head.weight[:, 5] = 0
-        for parameter in model.transformer.ln_f.parameters():
-            parameter.add_(0.1 * torch.randn(32))
-    idx = torch.randint(65, (2, 16))
-    table = model.transformer.wte.weight.clone()
-    want = model(idx)[0]
-    model.even_head()
-    assert (model(idx)[0] - want).abs().max() < 1e-4 * want.abs().max()
-    assert torch.equal(model.transformer.wte.weight, table)
-    sizes = model.lm_head.weight.square().mean(0).sqrt()
-    assert sizes[3] < 6 * sizes.median()

@@ -111,7 +111,7 @@ def test_prompt_from_a_file(capsys, out_dir, tmp_path):
 def test_four_bits_saved_and_loaded(capsys, out_dir, tmp_path):
     path = tmp_path / "model.safetensors"
     texts, first, _ = run(capsys, out_dir, "--int4=True", f"--save_int4={path}", "--group_size=64")
-    assert "rounded to 4.5 bits a weight" in first and "4-bit layers of 4.5 bits" in first
+    assert "rounded to 4.5 bits per weight" in first and "4-bit layers of 4.5 bits" in first
     assert "model: 0.1M parameters in bfloat16" in first
     again, first, _ = run(capsys, tmp_path, f"--init_from={path}")
     assert again == texts and "4-bit layers of 4.5 bits" in first

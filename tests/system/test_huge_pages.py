@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from leangpt.attention.kv_cache import build_cache
-from leangpt.layers import int4_linear
+from leangpt.int4.quantize import int4_layers, quantize_
 from leangpt.system import huge_pages
 from model import GPT, GPTConfig
 
@@ -54,8 +54,8 @@ def test_gathered_buffers_keep_their_numbers(small_is_enough):
 
 def test_a_rounded_model_and_its_cache_lie_in_one_piece_each(small_is_enough):
     model = GPT(GPTConfig(block_size=32, vocab_size=61, n_layer=3, n_head=4, n_embd=64)).eval()
-    int4_linear.quantize_(model, calibrate=False)
-    layers = [m for m in model.modules() if isinstance(m, int4_linear.Int4Linear)]
+    quantize_(model)
+    layers = list(int4_layers(model).values())
     assert len(layers) == 13 and len({piece(m.packed) for m in layers}) == 1
     assert {piece(m.packed) for m in layers} == {piece(m.scale_zero) for m in layers}
     for options in (dict(), dict(dtype=torch.bfloat16)):

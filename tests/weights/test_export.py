@@ -67,7 +67,7 @@ def test_transformers_gives_the_same_logits(tmp_path, settings):
 @pytest.mark.parametrize("settings", MODELS.values(), ids=MODELS)
 def test_our_own_loader_gives_the_same_logits(tmp_path, settings):
     model = random_model(**settings)
-    again = load_pretrained(export_pretrained(model, tmp_path))
+    again = load_pretrained(GPT, export_pretrained(model, tmp_path))
     torch.testing.assert_close(logits(again)[0], logits(model)[0], atol=1e-6, rtol=1e-6)
     assert again.config.kv_heads == model.config.kv_heads
     assert [p.name for p in tmp_path.glob("*.tmp")] == []
@@ -82,14 +82,14 @@ def test_shards(tmp_path, monkeypatch):
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {file.name for file in files}
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
-    torch.testing.assert_close(logits(load_pretrained(tmp_path))[0], logits(model)[0])
+    torch.testing.assert_close(logits(load_pretrained(GPT, tmp_path))[0], logits(model)[0])
 
 
 def test_bfloat16_stays_bfloat16(tmp_path):
     model = random_model(**SMALL).bfloat16()
     export_pretrained(model, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    again = dict(load_pretrained(tmp_path).named_parameters())  # float32, and with zero biases
+    again = dict(load_pretrained(GPT, tmp_path).named_parameters())  # float32, and with zero biases
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.float(), again[name]), name
 
@@ -119,7 +119,7 @@ def test_a_file_is_no_folder(tmp_path):
 
 
 def test_packed_weights_are_named(tmp_path):
-    from leangpt.layers.int4_linear import quantize_
+    from leangpt.int4.quantize import quantize_
 
     model = quantize_(random_model(**SMALL), group_size=32)
     with pytest.raises(UserError, match="packed"):

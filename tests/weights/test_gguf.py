@@ -9,10 +9,12 @@ import torch
 from pretrained_files import gpt2_config, gpt2_tensors, write_folder
 
 from leangpt.system.errors import UserError
+from leangpt.weights.find import open_weights
 from leangpt.weights.gguf import GPT2_NAMES, LLAMA_NAMES, round_float32, tokenizer_json
 from leangpt.weights.hf_names import GPT2_NAMES as HF_GPT2
 from leangpt.weights.hf_names import LLAMA_NAMES as HF_LLAMA
-from leangpt.weights.load import halves_apart, load_pretrained, open_weights
+from leangpt.weights.load import halves_apart, load_pretrained
+from model import GPT
 
 gguf = pytest.importorskip("gguf")
 C, F, H, G, L, V = 64, 96, 4, 2, 2, 40
@@ -131,18 +133,18 @@ def logits(model, vocab_size=V, length=16):
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf")
-    return logits(load_pretrained(write_folder(folder, HF_CONFIG, llama_tensors())))
+    return logits(load_pretrained(GPT, write_folder(folder, HF_CONFIG, llama_tensors())))
 
 
 def test_llama_equals_the_hugging_face_folder(tmp_path, expected):
     file = gguf_llama(tmp_path / "tiny.gguf")
     for place in (file, tmp_path):  # the file, or the folder that holds it alone
-        model = load_pretrained(place)
+        model = load_pretrained(GPT, place)
         torch.testing.assert_close(logits(model), expected, atol=1e-6, rtol=1e-6)
     assert model.config.norm_eps == 1e-5 and model.config.kv_heads == G
     gguf_llama(tmp_path / "second.gguf")
     with pytest.raises(UserError, match="several GGUF files"):
-        load_pretrained(tmp_path)
+        load_pretrained(GPT, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,7 @@ def test_llama_equals_the_hugging_face_folder(tmp_path, expected):
     ],
 )
 def test_every_policy_runs_the_weights(tmp_path, expected, settings):
-    model = load_pretrained(gguf_llama(tmp_path / "tiny.gguf"), **settings)
+    model = load_pretrained(GPT, gguf_llama(tmp_path / "tiny.gguf"), **settings)
     torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -168,7 +170,7 @@ def test_row_order_matters():
 @pytest.mark.parametrize("kind, tolerance", [("F16", 3e-4), ("Q8_0", 0.01), ("Q4_1", 0.1)])
 def test_block_formats(tmp_path, kind, tolerance):
     file = gguf_llama(tmp_path / "tiny.gguf", quantise=gguf.GGMLQuantizationType[kind])
-    model, tensors = load_pretrained(file), llama_tensors()
+    model, tensors = load_pretrained(GPT, file), llama_tensors()
     for name in ("q", "k", "v"):
         truth = tensors[f"layers.1.self_attn.{name}_proj.weight"]
         start = {"q": 0, "k": C, "v": C + C // H * G}[name]
@@ -178,7 +180,7 @@ def test_block_formats(tmp_path, kind, tolerance):
 
 def test_tied_head_is_one_that_is_absent(tmp_path):
     file = gguf_llama(tmp_path / "tiny.gguf", damage=lambda t: t.pop("output.weight"))
-    model = load_pretrained(file)
+    model = load_pretrained(GPT, file)
     assert model.config.tie_embeddings and model.lm_head.weight is model.transformer.wte.weight
 
 
@@ -201,7 +203,10 @@ def test_rope_factors_are_llama3(tmp_path):
     hf["rope_parameters"] = {**scaling, "rope_theta": 100000.0}
     folder = write_folder(tmp_path / "hf", hf, llama_tensors())
     torch.testing.assert_close(
-        logits(load_pretrained(file)), logits(load_pretrained(folder)), atol=1e-5, rtol=1e-5
+        logits(load_pretrained(GPT, file)),
+        logits(load_pretrained(GPT, folder)),
+        atol=1e-5,
+        rtol=1e-5,
     )
 
 
@@ -227,7 +232,10 @@ def test_gpt2_equals_the_hugging_face_folder(tmp_path):
     }
     file = write_gguf(tmp_path / "gpt2.gguf", "gpt2", renamed, metadata)
     torch.testing.assert_close(
-        logits(load_pretrained(file), 61), logits(load_pretrained(folder), 61), atol=1e-6, rtol=1e-6
+        logits(load_pretrained(GPT, file), 61),
+        logits(load_pretrained(GPT, folder), 61),
+        atol=1e-6,
+        rtol=1e-6,
     )
 
 
@@ -248,13 +256,13 @@ def test_gpt2_equals_the_hugging_face_folder(tmp_path):
 def test_what_does_not_fit_is_named(tmp_path, changes, damage, words):
     file = gguf_llama(tmp_path / "tiny.gguf", changes, damage)
     with pytest.raises(UserError, match=words):
-        load_pretrained(file)
+        load_pretrained(GPT, file)
 
 
 def test_other_architectures_are_named(tmp_path):
     file = write_gguf(tmp_path / "m.gguf", "mamba", {"a": torch.ones(4)}, {"block_count": 1})
     with pytest.raises(UserError, match="'mamba' is not supported"):
-        load_pretrained(file)
+        load_pretrained(GPT, file)
 
 
 def test_damaged_and_partial_files(tmp_path):
@@ -263,7 +271,7 @@ def test_damaged_and_partial_files(tmp_path):
     for damaged in (b"", whole[:3], b"nonsense" * 20, whole[:200], whole[:-4000]):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match="tiny.gguf"):
-            load_pretrained(file)
+            load_pretrained(GPT, file)
 
 
 def test_float32_metadata_is_read_as_written():

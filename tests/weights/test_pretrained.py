@@ -11,7 +11,8 @@ from pretrained_files import gpt2_config, gpt2_tensors, write_folder
 
 from leangpt.memory.meter import measure_peak, tensor_bytes
 from leangpt.system.errors import UserError
-from leangpt.weights.load import find_pretrained, load_pretrained, open_weights
+from leangpt.weights.find import find_pretrained, open_weights
+from leangpt.weights.load import load_pretrained
 from model import GPT
 
 LLAMA = dict(
@@ -51,7 +52,7 @@ def theirs_and_ours(model, folder, length=40, **options):
     model.save_pretrained(folder, **options)
     idx = torch.randint(model.config.vocab_size, (2, length))
     with torch.no_grad():
-        return model(idx).logits, load_pretrained(folder)(idx)[0]
+        return model(idx).logits, load_pretrained(GPT, folder)(idx)[0]
 
 
 def assert_equal_logits(pair):
@@ -88,7 +89,7 @@ def test_scaling_changes_the_logits(transformers, tmp_path):
     torch.manual_seed(1)
     idx = torch.randint(67, (2, 40))
     with torch.no_grad():
-        assert (load_pretrained(tmp_path)(idx)[0] - ours).abs().max() > 1e-3
+        assert (load_pretrained(GPT, tmp_path)(idx)[0] - ours).abs().max() > 1e-3
 
 
 def test_older_rope_keys(transformers, tmp_path):
@@ -101,10 +102,10 @@ def test_older_rope_keys(transformers, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(hf))
     torch.manual_seed(1)
     idx = torch.randint(67, (2, 40))
-    model = load_pretrained(tmp_path)
+    model = load_pretrained(GPT, tmp_path)
     assert model.config.rope_theta == 500000.0
     with torch.no_grad():
-        torch.testing.assert_close(model(idx)[0], load_pretrained(tmp_path)(idx)[0])
+        torch.testing.assert_close(model(idx)[0], load_pretrained(GPT, tmp_path)(idx)[0])
 
 
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def test_shards(transformers, tmp_path):
     assert len(shards) > 2
     shards[1].unlink()
     with pytest.raises(UserError, match=f"{shards[1].name} is missing"):
-        load_pretrained(tmp_path)
+        load_pretrained(GPT, tmp_path)
 
 
 def reference_gpt2(tensors, idx, n_head):
@@ -180,7 +181,7 @@ def test_generated_gpt2_folder(tmp_path, prefix):
 def test_dtype_and_overrides(tmp_path):
     write_folder(tmp_path, gpt2_config(), gpt2_tensors())
     model = load_pretrained(
-        tmp_path, dtype=torch.bfloat16, block_size=8, dropout=0.1, attention_policy="recompute"
+        GPT, tmp_path, dtype=torch.bfloat16, block_size=8, dropout=0.1, attention_policy="recompute"
     )
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.config.block_size == 8 and model.transformer.wpe.weight.shape == (8, 24)
@@ -200,7 +201,7 @@ def test_dtype_and_overrides(tmp_path):
 def test_bad_overrides(tmp_path, overrides, words):
     write_folder(tmp_path, gpt2_config(), gpt2_tensors())
     with pytest.raises(UserError, match=words):
-        load_pretrained(tmp_path, **overrides)
+        load_pretrained(GPT, tmp_path, **overrides)
 
 
 def drop(name):
@@ -230,7 +231,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, damage, words):
     damage(tensors)
     write_folder(tmp_path, gpt2_config(), tensors)
     with pytest.raises(UserError, match=words):
-        load_pretrained(tmp_path)
+        load_pretrained(GPT, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +254,7 @@ def test_tensors_that_do_not_fit_are_named(tmp_path, damage, words):
 def test_unsupported_gpt2_configs(tmp_path, changes, words):
     write_folder(tmp_path, {**gpt2_config(), **changes}, gpt2_tensors())
     with pytest.raises(UserError, match=words):
-        load_pretrained(tmp_path)
+        load_pretrained(GPT, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -276,7 +277,7 @@ def test_unsupported_gpt2_configs(tmp_path, changes, words):
 def test_unsupported_llama_configs(tmp_path, changes, words):
     write_folder(tmp_path, {**LLAMA, "model_type": "llama", **changes}, {"x": torch.ones(1)})
     with pytest.raises(UserError, match=words):
-        load_pretrained(tmp_path)
+        load_pretrained(GPT, tmp_path)
 
 
 def test_damaged_and_partial_files(tmp_path):
@@ -286,12 +287,12 @@ def test_damaged_and_partial_files(tmp_path):
     for damaged in (whole[:-100], whole[:5], b"", b"\xff" * 64):
         file.write_bytes(damaged)
         with pytest.raises(UserError, match="model.safetensors"):
-            load_pretrained(tmp_path)
+            load_pretrained(GPT, tmp_path)
     file.write_bytes(whole)
     for text in ("{", "[]", ""):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match="config.json"):
-            load_pretrained(tmp_path)
+            load_pretrained(GPT, tmp_path)
 
 
 def test_pickles_are_refused(tmp_path):
@@ -299,7 +300,7 @@ def test_pickles_are_refused(tmp_path):
     torch.save({}, tmp_path / "pytorch_model.bin")
     for name in (tmp_path, tmp_path / "pytorch_model.bin"):
         with pytest.raises(UserError, match="could run code"):
-            load_pretrained(name)
+            load_pretrained(GPT, name)
 
 
 @pytest.mark.parametrize(
@@ -320,9 +321,8 @@ def test_names_that_are_nothing(tmp_path, monkeypatch, name, words):
 def test_hub_unreachable_is_one_line(tmp_path):
     pytest.importorskip("huggingface_hub")
     code = (
-        "from leangpt.weights.load import load_pretrained;"
-        "from leangpt.system.errors import exit_cleanly; "
-        "exit_cleanly(lambda: load_pretrained('gpt2'))"
+        "from model import GPT; from leangpt.system.errors import exit_cleanly; "
+        "exit_cleanly(lambda: GPT.from_pretrained('gpt2'))"
     )
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": "", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).resolve().parents[2]
@@ -338,7 +338,7 @@ def test_one_copy_of_the_weights(tmp_path):
     tensors = gpt2_tensors(vocab_size=512, n_embd=96)
     write_folder(tmp_path, gpt2_config(vocab_size=512, n_embd=96), tensors)
     mapped = (tmp_path / "model.safetensors").stat().st_size  # pages the kernel can drop
-    peak = measure_peak(lambda: load_pretrained(tmp_path)) - mapped
-    size = tensor_bytes(load_pretrained(tmp_path))
+    peak = measure_peak(lambda: load_pretrained(GPT, tmp_path)) - mapped
+    size = tensor_bytes(load_pretrained(GPT, tmp_path))
     largest = max(tensor.nbytes for tensor in tensors.values())
     assert size <= peak <= size + largest

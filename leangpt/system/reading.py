@@ -1,0 +1,34 @@
+"""Files that come from outside: ordinary ones only, JSON or one clear line why it is none."""
+
+import json
+import stat
+from pathlib import Path
+
+from leangpt.system.errors import UserError
+
+
+def regular_file(path):
+    """`path` as a Path, where an ordinary file is; the caller finds out itself where none is.
+
+    Raises UserError for anything else: a pipe's reader waits for a writer, a device has no end.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):  # not there, or no name a file could have
+        return path
+    if not stat.S_ISREG(mode):
+        kind = "folder" if stat.S_ISDIR(mode) else "pipe, socket or device"
+        raise UserError(f"{path} is a {kind}, not a file")
+    return path
+
+
+def read_json(path):
+    """A JSON object (dict) from a file; UserError where it is not one."""
+    try:
+        content = json.loads(regular_file(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content

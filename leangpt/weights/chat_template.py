@@ -1,0 +1,92 @@
+"""A chat template filled in, in a process of its own: its author is a stranger.
+
+Run as a program it reads {"template", "values"} as JSON from stdin and writes {"text"} or {"error"}
+to stdout. Jinja's sandbox keeps a template from reaching anything, not from running for ever: a few
+nested loops or doublings are enough. So the process has SECONDS of the processor and MEMORY, and
+ends when they are spent.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+
+SECONDS = 1.0  # of the processor, once jinja2 is there
+PATIENCE = 30  # seconds by the clock, on a machine with other things to do
+MEMORY = 2**30  # bytes of addresses beyond what the process has when it starts
+LONGEST = 2**24  # characters of text
+
+
+def render_alone(template: str, values: dict) -> str:
+    """render in another process. Raises ValueError with one line for whatever goes wrong there."""
+    asked = json.dumps({"template": template, "values": values})
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", __file__],  # -P: not the neighbours of this file for modules
+            input=asked,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=PATIENCE,
+        )
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"not done after {PATIENCE} s") from None
+    if done.returncode < 0:  # a signal
+        raise ValueError(f"it takes more than {SECONDS:g} s or {MEMORY >> 20} MiB")
+    if done.returncode:
+        raise ValueError((done.stderr.strip().splitlines() or ["no reason given"])[-1])
+    answer = json.loads(done.stdout)
+    if "error" in answer:
+        raise ValueError(answer["error"])
+    return answer["text"]
+
+
+def render(template: str, values: dict) -> str:
+    """The text of a Jinja template, as `transformers` renders chats. Raises what Jinja raises."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = raise_exception
+    return environment.from_string(template).render(**values)
+
+
+def limit_this_process():
+    """No more than SECONDS and MEMORY from here on, as far as the system keeps such limits."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # whose signal ends a process
+    try:
+        import resource
+
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[0])
+    except (ImportError, OSError):  # Windows; macOS, which does not keep this limit
+        return
+    addresses = pages * resource.getpagesize() + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (addresses, addresses))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def main():
+    import jinja2.ext  # noqa: F401  before the limits
+    import jinja2.sandbox  # noqa: F401
+
+    asked = json.loads(sys.stdin.buffer.read())
+    limit_this_process()
+    try:
+        text = render(asked["template"], asked["values"])
+        if len(text) > LONGEST:
+            raise ValueError(f"it makes {len(text):,} characters of a message")
+        answer = {"text": text}
+    except Exception as error:  # a stranger's program: it may fail in any way there is
+        answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+    sys.stdout.write(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()

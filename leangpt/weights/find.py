@@ -1,0 +1,80 @@
+"""Finding a published model by name: a folder, a GGUF file, or a hub id that is downloaded."""
+
+import re
+from pathlib import Path
+
+from leangpt.system.errors import UserError
+from leangpt.weights.gguf import GGUFWeights
+from leangpt.weights.hf_files import INDEX, SafetensorsWeights
+
+GPT2_SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+HUB_FILES = (  # what is downloaded of a model
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "chat_template*",
+    "model*.safetensors",
+    INDEX,
+)
+
+
+def find_pretrained(name_or_dir):
+    """The local folder or .gguf file of a model; hub ids are downloaded (and cached) first."""
+    name, path = str(name_or_dir), Path(name_or_dir).expanduser()
+    if path.suffix in PICKLES:
+        raise UserError(f"{path}: a foreign pickle could run code; convert it to safetensors")
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
+        return path
+    if path.suffix == ".gguf" or path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UserError(f"{name}: no such folder or .gguf file, and not the name of a hub model")
+    return _download(f"openai-community/{name}" if name in GPT2_SIZES else name)
+
+
+def _download(hub_id):
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError
+    except ImportError:
+        raise UserError(
+            f"{hub_id!r} is no local folder, and downloading needs huggingface_hub: "
+            "pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+    except HFValidationError as error:
+        raise UserError(f"{hub_id!r} is neither a folder nor a hub name ({error})") from None
+    except Exception as error:  # the hub client raises its own, httpx's and the OS's errors alike
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"{hub_id!r} is no local folder and could not be downloaded ({reason}); "
+            "give a local folder with config.json and safetensors"
+        ) from None
+
+
+def open_weights(path):
+    """SafetensorsWeights or GGUFWeights for a folder or file; UserError where there is neither."""
+    path = Path(path)
+    if path.suffix == ".gguf":
+        return GGUFWeights(path)
+    if (path / "config.json").exists() and _shards_exist(path):
+        return SafetensorsWeights(path)
+    files = sorted(path.glob("*.gguf"))
+    if len(files) == 1:
+        return GGUFWeights(files[0])
+    if files:
+        names = ", ".join(file.name for file in files)
+        raise UserError(f"{path} holds several GGUF files ({names}); name one of them")
+    if not (path / "config.json").exists():
+        raise UserError(f"{path} holds no config.json and no GGUF file: not a model's folder")
+    pickles = [file.name for file in path.iterdir() if file.suffix in PICKLES]
+    if pickles:
+        raise UserError(
+            f"{path} holds only pickled weights ({pickles[0]}), which could run code; "
+            "convert them to model.safetensors"
+        )
+    raise UserError(f"{path} holds no model.safetensors and no {INDEX}")
+
+
+def _shards_exist(path):
+    return (path / "model.safetensors").exists() or (path / INDEX).exists()

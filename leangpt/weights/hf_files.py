@@ -1,0 +1,73 @@
+"""Weights as Hugging Face keeps them: a folder of config.json and safetensors, whole or cut."""
+
+import re
+from pathlib import Path
+
+from leangpt.system.errors import UserError
+from leangpt.system.reading import read_json, regular_file
+from leangpt.weights.hf_names import config_from_hf, hf_pieces
+
+INDEX = "model.safetensors.index.json"
+# tensors older files hold that are no parameters: causal masks, rotary frequencies
+NOT_WEIGHTS = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|rotary_emb\.inv_freq)$")
+
+
+class SafetensorsWeights:
+    """Weights of a Hugging Face folder: `settings` (GPTConfig arguments), `pieces`, `read(name)`.
+
+    Names come without the "transformer." or "model." that some files put in front.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.settings = config_from_hf(read_json(path / "config.json"), path / "config.json")
+        single = path / "model.safetensors"
+        if single.exists():
+            files = [single]
+        else:
+            index = read_json(path / INDEX).get("weight_map")
+            if not isinstance(index, dict):
+                raise UserError(f"{path / INDEX} has no weight_map")
+            files = [path / Path(name).name for name in sorted(set(index.values()))]
+        self._where = {}  # name -> (its shard, its name there)
+        for file in files:
+            shard = self._open(file)
+            for stored in shard.keys():
+                name = re.sub(r"^(transformer|model)\.", "", stored)
+                if not NOT_WEIGHTS.search(name):
+                    self._where[name] = (shard, stored)
+
+    @staticmethod
+    def _open(file):
+        from safetensors import SafetensorError, safe_open
+
+        if not file.exists():
+            raise UserError(f"{file} is missing, though {INDEX} names it")
+        try:
+            return safe_open(regular_file(file), framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: not a safetensors file, or a part of one ({error})") from None
+
+    def names(self):
+        """Names of the tensors that belong to the model."""
+        return set(self._where)
+
+    def shape(self, name):
+        """Shape of a tensor as the file has it, without reading it."""
+        shard, stored = self._where[name]
+        return tuple(shard.get_slice(stored).get_shape())
+
+    def read(self, name):
+        """The tensor in the file's dtype."""
+        shard, stored = self._where[name]
+        tensor = shard.get_tensor(stored)
+        if not tensor.is_floating_point():
+            raise UserError(
+                f"{self.path}: tensor {name} is {tensor.dtype}; quantised weights are "
+                "read from GGUF files only"
+            )
+        return tensor
+
+    def pieces(self, config):
+        """Which of our parameters each tensor fills (hf_weights.Piece)."""
+        return hf_pieces(config)
