@@ -4,24 +4,11 @@ optim/momentum.py has it, and weights rounded without bias.
 A tile is (NB, 32): NB blocks of the 32 numbers that share a scale of quantised momenta. Noise is
 Philox (Salmon et al. 2011) of (place in the tensor, the parameter's number, step): a step repeats
 bit by bit, in another process too. Arithmetic is float32.
-
-TRITON_INTERPRET=1 runs the kernels on a CPU, slowly, for tests.
 """
 
-import os
+from leangpt.system.triton import tl, triton
 
-import torch
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-try:
-    import triton
-    import triton.language as tl
-
-    AVAILABLE = INTERPRETED or torch.cuda.is_available()
-except ImportError:
-    AVAILABLE = False
-
-if AVAILABLE:
+if triton is not None:
 
     @triton.jit
     def noise(at, number, step):

@@ -12,14 +12,10 @@ import torch
 
 from leangpt.optim.arithmetic import HUGEST
 from leangpt.optim.kernels import step_triton as kernels
-from leangpt.optim.kernels.momentum_triton import AVAILABLE, INTERPRETED
 from leangpt.optim.kernels.step_triton import WIDTH
+from leangpt.system.triton import AVAILABLE, INTERPRETED, tl, triton
 
-if AVAILABLE:
-    import triton
-    import triton.language as tl
-
-    TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+TYPES = {} if triton is None else {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
 LEAST = 1 << 18  # numbers of a stack that are worth a launch
 MOST = 1 << 25  # numbers that MuonSN orthogonalises at once: 64 MB of bfloat16

@@ -1,7 +1,7 @@
 """CUDA kernels of the optimizers, in Triton: every weight is read and written once a step.
 
 A launch takes all tensors of one shape: their addresses lie in a device table of int64, one line
-of WIDTH a tensor (see `line` in step_cuda.py):
+of WIDTH per tensor (see `line` in step_cuda.py):
 
     0 parameter   1 gradient   2 momentum or its codes   3 scales   4, 5 second moments
     6 the parameter's number in the optimizer
@@ -9,14 +9,11 @@ of WIDTH a tensor (see `line` in step_cuda.py):
 Sums run in a fixed order, so that a step repeats bit by bit. Arithmetic is float32.
 """
 
-from leangpt.optim.kernels.momentum_triton import AVAILABLE
+from leangpt.system.triton import tl, triton
 
 WIDTH = 8  # int64 of a line of the table
 
-if AVAILABLE:
-    import triton
-    import triton.language as tl
-
+if triton is not None:
     from leangpt.optim.kernels.momentum_triton import average, noise, pointers, store_weight
 
     # ------------------------------------------------------------------ AdamSN

@@ -12,8 +12,8 @@ from torch import nn
 
 from leangpt.optim import Adafactor, AdamSN, MuonSN
 from leangpt.optim.kernels import step_cuda
-from leangpt.optim.kernels.momentum_triton import AVAILABLE, INTERPRETED
 from leangpt.optim.momentum import dequantize
+from leangpt.system.triton import AVAILABLE, INTERPRETED
 
 pytestmark = pytest.mark.skipif(
     not AVAILABLE, reason="needs CUDA, or Triton and TRITON_INTERPRET=1"
