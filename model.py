@@ -159,10 +159,8 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.config = config
         C, kv_width = config.n_embd, config.kv_heads * config.head_dim
-        self.row_blocks = (C, kv_width, kv_width)  # of c_attn: q, k, v
+        self.row_blocks = (C, kv_width, kv_width)  # of c_attn: q, k, v; optim/roles.py reads it too
         self.c_attn = nn.Linear(C, C + 2 * kv_width, bias=config.bias)
-        self.c_attn.row_blocks = self.row_blocks  # optimizers may treat them apart
-        self.c_attn.head_dim = config.head_dim
         self.c_proj = nn.Linear(C, C, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 

@@ -330,7 +330,7 @@ def decode_one_token(model, idx, cache):
         turn = rope_table(D, positions.flatten(), config.rope_theta, config.rope_scaling)
     for block, layer in zip(model.transformer.h, cache.layers):
         qkv = linear(x, block.attn.c_attn, block.ln_1)
-        q, k, v = (part.view(B, -1, 1, D) for part in qkv.split(block.attn.c_attn.row_blocks, -1))
+        q, k, v = (part.view(B, -1, 1, D) for part in qkv.split(block.attn.row_blocks, -1))
         y = cache.kernel(q, k, v, layer.keys, layer.values, cache, turn)
         x = linear(y.view(B, -1), block.attn.c_proj, residual=x)
         h = linear(x, block.mlp.c_fc, block.ln_2, activation=config.mlp)

@@ -11,8 +11,6 @@ from leangpt.layers.int4_linear import Int4Linear, check_group_size
 from leangpt.system import huge_pages
 from leangpt.system.errors import UserError
 
-OF_THE_PLACE = ("row_blocks", "head_dim")  # how c_attn's rows are divided, whatever stands there
-
 
 def quantize_(module, group_size=32, calibrate=None):
     """Replace every nn.Linear in `module` by an Int4Linear, in place; returns module.
@@ -95,10 +93,6 @@ def empty_int4_(module, group_size=32):
 def swap_(module, layers):
     """Put layers, {name: layer}, where those of the same names in `module` stand."""
     for name, layer in layers.items():
-        old = module.get_submodule(name)
-        for attribute in OF_THE_PLACE:
-            if hasattr(old, attribute):
-                setattr(layer, attribute, getattr(old, attribute))
         parent, _, child = name.rpartition(".")
         setattr(module.get_submodule(parent), child, layer)
 

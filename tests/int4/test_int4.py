@@ -245,8 +245,6 @@ def test_quantize_replaces_every_linear_and_leaves_lookup_exact():
     assert not any(isinstance(m, nn.Linear) for m in model.modules())
     assert isinstance(model.lm_head, Int4Linear)
     assert torch.equal(model.transformer.wte.weight, wte)
-    c_attn = model.transformer.h[0].attn.c_attn
-    assert c_attn.row_blocks == (64, 64, 64) and c_attn.head_dim == 16
 
 
 @pytest.mark.parametrize("policy", ["cache", "recompute"])
