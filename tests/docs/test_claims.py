@@ -12,7 +12,7 @@ import bench
 import sample
 import train
 from experiments.report.front_tables import USABLE
-from leangpt.attention.block_tiles import tile_sizes
+from leangpt.attention.tile_sizes import tile_sizes
 from leangpt.optim import VARIANTS
 from model import GPTConfig
 
