@@ -4,9 +4,8 @@
     python train.py --optimizer_variant=muonsn8 --optimizer_options=momentum_bits=4,nu=0.9
 
 A variant is a class with tuned rates and options (leangpt/optim/variants.py); which parameter is
-updated how follows from its role (leangpt/optim/roles.py). Learning rates of a run scale all
-groups alike: the tuned ratio between linear weights and embeddings stays, and the schedule below
-multiplies every group's own rate.
+updated how follows from its role (leangpt/optim/roles.py). Rates that a run does not name follow
+the width of its model (leangpt/optim/rates.py); the schedule below multiplies every group's own.
 """
 
 import ast
@@ -19,6 +18,8 @@ import torch
 from leangpt.optim import VARIANTS, build_optimizer
 from leangpt.optim.base import COMMON
 from leangpt.optim.build import EMBEDDING_OPTIONS
+from leangpt.optim.rates import Rates, choose_rates, model_width
+from leangpt.optim.roles import place_parameters
 from leangpt.system.errors import UserError, exit_cleanly
 from leangpt.training.schedule import warmup_cosine
 
@@ -58,18 +59,26 @@ def make_optimizer(settings, model, runtime) -> torch.optim.Optimizer:
     )
 
 
-def lr_factor(iteration, settings) -> float:
+def run_rates(settings, model) -> Rates:
+    """The learning rates of a run, and where they come from."""
+    return choose_rates(
+        VARIANTS[settings.optimizer_variant],
+        model_width(place_parameters(model)),
+        settings.learning_rate,
+        settings.embedding_lr,
+        parse_options(settings.optimizer_options).get("role_rates"),
+    )
+
+
+def lr_factor(iteration, settings, peak) -> float:
     """What every group's `initial_lr` is multiplied by at an iteration (from 0).
 
-    Linear warmup over warmup_iters, then a cosine down to min_lr (a tenth unless set) at
+    peak: the rate of linear weights that min_lr is compared with. Linear warmup over warmup_iters, then a cosine down to min_lr (a tenth unless set) at
     lr_decay_iters (max_iters unless set); 1 throughout with decay_lr=False.
     """
     if not settings.decay_lr:
         return 1.0
-    floor = 0.1
-    if settings.min_lr is not None:
-        variant = VARIANTS[settings.optimizer_variant]
-        floor = settings.min_lr / (settings.learning_rate or variant.learning_rate)
+    floor = 0.1 if settings.min_lr is None else settings.min_lr / peak
     decay_iters = settings.max_iters if settings.lr_decay_iters is None else settings.lr_decay_iters
     return warmup_cosine(iteration, settings.warmup_iters, decay_iters, floor)
 
@@ -152,7 +161,7 @@ def default_options(cls) -> dict:
 
 
 def variant_table() -> str:
-    """The variants as text: what each is, its tuned rates, and the options it sets."""
+    """The variants as text: what each is, its rates as tuned 128 wide, the options it sets."""
     lines = [f"{'variant':<10} {'lr':>6} {'embedding_lr':>13}  what it is, in bytes of state"]
     for name, variant in VARIANTS.items():
         rates = f"{variant.learning_rate:>6g} {variant.embedding_lr:>13g}"

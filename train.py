@@ -46,7 +46,7 @@ from leangpt.training.start import (
 )
 from leangpt.training.summary import advise_oom, startup_summary
 from model import GPT, GPTConfig
-from optimizers import check_param_dtype, lr_factor, make_optimizer
+from optimizers import check_param_dtype, lr_factor, make_optimizer, run_rates
 
 MOST = 2**31 - 1  # of anything that is counted, so that no product of two overflows
 
@@ -92,8 +92,8 @@ class Settings:
     # optimizer
     optimizer_variant: str = field(default="adam", metadata={"help": " | ".join(VARIANTS)})
     optimizer_options: str = ""  # the variant's own, as in "partition=row,norm=mean"
-    learning_rate: float | None = None  # of linear weights; None: the variant's own
-    embedding_lr: float | None = None  # of everything else; None: the variant's own
+    learning_rate: float | None = None  # of everything; None: the variant's, by the model's width
+    embedding_lr: float | None = None  # of all but linear weights, where it differs
     weight_decay: float = 1e-1  # decoupled, on matrices
     beta1: float | None = None  # decay of momentum; None: the variant's own, mostly 0.9
     beta2: float | None = None  # decay of second moments; None: the variant's own, mostly 0.95
@@ -226,6 +226,7 @@ class Trainer:
         check_dataset(self.dataset, self.raw_model, checkpoint)
         self.raw_model.to(runtime.device).train()
         self.optimizer = make_optimizer(settings, self.raw_model, runtime)
+        self.rates = run_rates(settings, self.raw_model)
         half = runtime.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(runtime.device_type, enabled=half)
         learned = (self.raw_model, self.optimizer, self.scaler)
@@ -259,6 +260,7 @@ class Trainer:
                 self.dataset,
                 self.raw_model,
                 self.optimizer,
+                self.rates,
                 self.runtime,
                 compiled=self.compiled,
                 iteration=self.iteration,
@@ -283,7 +285,7 @@ class Trainer:
             if over:
                 self.record.finish(self.iteration)
                 return True
-            set_rates(self.optimizer, lr_factor(self.iteration, settings))
+            set_rates(self.optimizer, lr_factor(self.iteration, settings, self.rates.linear))
             self.losses.add(self.iteration, self.record.peak.of(self.step, self.norm))
             if self.iteration % settings.log_interval == 0:
                 self.record.report(self.iteration, self.losses.read()[-1], self.norm)

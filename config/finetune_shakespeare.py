@@ -19,5 +19,4 @@ max_iters = 20
 
 # the weights are good already: a low, constant rate for all of them
 learning_rate = 3e-5
-embedding_lr = 3e-5
 decay_lr = False

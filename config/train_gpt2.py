@@ -19,7 +19,6 @@ n_head = 12
 n_embd = 768
 
 learning_rate = 6e-4
-embedding_lr = 6e-4
 min_lr = 6e-5
 max_iters = 600000  # 300B tokens in all
 lr_decay_iters = 600000

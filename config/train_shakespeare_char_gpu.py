@@ -21,7 +21,6 @@ n_embd = 384
 dropout = 0.2
 
 learning_rate = 1e-3
-embedding_lr = 1e-3
 min_lr = 1e-4
 max_iters = 5000
 lr_decay_iters = 5000

@@ -32,7 +32,6 @@ from leangpt.system.errors import UserError, exit_cleanly
 NANOGPT = (
     "--optimizer_variant=adam",
     "--learning_rate=1e-3",
-    "--embedding_lr=1e-3",
     "--min_lr=1e-4",
     "--weight_decay=0.1",
     "--beta1=0.9",

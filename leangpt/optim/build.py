@@ -17,6 +17,7 @@ from leangpt.optim.adamsn import AdamSN
 from leangpt.optim.base import COMMON, MemoryOptimizer, say_once
 from leangpt.optim.fused_backward import fuse_into_backward
 from leangpt.optim.muonsn import MuonSN
+from leangpt.optim.rates import Rates, choose_rates, model_width
 from leangpt.optim.roles import LINEAR_ROLES, place_parameters
 from leangpt.optim.variants import VARIANTS
 from leangpt.system.errors import UserError
@@ -51,12 +52,13 @@ def build_optimizer(
     and is not decayed. Only linear weights are compressed (adafactor: every matrix), unless
     embedding_partition says otherwise.
 
-    learning_rate        of linear weights; None: the variant's tuned one
-    embedding_lr         of all the rest; None: the variant's tuned one, scaled as learning_rate is
+    learning_rate        of linear weights, and of everything where embedding_lr is not given; None:
+                         the variant's tuned one at the model's width (optim/rates.py)
+    embedding_lr         of all the rest; None: as learning_rate, tuned where that is not given
     weight_decay         decoupled (AdamW's), of matrices
     betas                None: (0.9, 0.95), or the variant's own; adafactor reads only betas[1]
-    role_rates           factors on learning_rate, a dict role -> number; None: the variant's; {}:
-                         one rate for all
+    role_rates           factors on the rate of linear weights, a dict role -> number; None: the
+                         variant's, or none where learning_rate is for all
     partition            adamsn: subsets of linear weights, a name or a dict role -> name
     embedding_partition  adamsn, muonsn: subsets of embeddings, e.g. "row" (default "element")
     embedding_momentum   adafactor: momentum of embeddings and vectors alone, 2% of GPT-2's weights
@@ -75,14 +77,17 @@ def build_optimizer(
         raise UserError("grad_clip is fused_backward's; without it call clip_grad_norm_ yourself")
     if betas is not None:
         options["betas"] = tuple(betas)
-    recipe = resolve_recipe(variant, learning_rate, embedding_lr, role_rates, partition, options)
-    groups = make_groups(model, recipe, weight_decay)
+    placed = place_parameters(model)
+    recipe = resolve_recipe(
+        variant, model_width(placed), learning_rate, embedding_lr, role_rates, partition, options
+    )
+    groups = make_groups(placed, recipe, weight_decay)
     if recipe.cls is torch.optim.AdamW:
         if fused_backward:
             raise UserError("adam cannot update inside backward: take adamsn, partition='element'")
         return torch_adamw(groups, recipe.options)
     clip = {"update_clip": 1.0} if fused_backward and not grad_clip else {}
-    optimizer = recipe.cls(groups, lr=recipe.learning_rate, **(clip | recipe.options))
+    optimizer = recipe.cls(groups, lr=recipe.rates.linear, **(clip | recipe.options))
     return fuse_into_backward(optimizer, grad_clip) if fused_backward else optimizer
 
 
@@ -94,15 +99,15 @@ class Recipe:
     """What a variant's defaults and the caller's wishes come to."""
 
     cls: type
-    learning_rate: float  # of linear weights
-    embedding_lr: float  # of the rest
-    role_rates: dict  # role of linear weights -> factor on learning_rate
+    rates: Rates
     partition: object  # AdamSN's, of linear weights: a name, an int, or a dict by role
     options: dict  # of the class
     embedding_options: dict  # of the groups that are no linear weights, where they differ
 
 
-def resolve_recipe(variant, learning_rate, embedding_lr, role_rates, partition, options) -> Recipe:
+def resolve_recipe(
+    variant, width, learning_rate, embedding_lr, role_rates, partition, options
+) -> Recipe:
     """The Recipe of a variant; None stands for its own. Raises UserError, as build_optimizer."""
     if variant not in VARIANTS:
         raise UserError(f"unknown optimizer variant {variant!r}: {closest(variant, VARIANTS)}")
@@ -110,9 +115,8 @@ def resolve_recipe(variant, learning_rate, embedding_lr, role_rates, partition, 
     for name, rate in (("learning_rate", learning_rate), ("embedding_lr", embedding_lr)):
         if rate is not None and not float(rate) > 0:
             raise UserError(f"{name} must be positive, not {rate}")
-    if embedding_lr is None:
-        scale = 1.0 if learning_rate is None else learning_rate / tuned.learning_rate
-        embedding_lr = tuned.embedding_lr * scale
+    if role_rates is not None:
+        check_rates(role_rates)
     if partition is not None and tuned.cls is not AdamSN:
         raise UserError(f"{variant} has no partition: it is adamsn's")
 
@@ -133,9 +137,7 @@ def resolve_recipe(variant, learning_rate, embedding_lr, role_rates, partition, 
         options["beta2"] = options.pop("betas")[1]
     return Recipe(
         cls=tuned.cls,
-        learning_rate=tuned.learning_rate if learning_rate is None else learning_rate,
-        embedding_lr=embedding_lr,
-        role_rates=tuned.role_rates if role_rates is None else checked_rates(role_rates),
+        rates=choose_rates(tuned, width, learning_rate, embedding_lr, role_rates),
         partition=partition,
         options=options,
         embedding_options=apart,
@@ -167,15 +169,14 @@ def closest(name, known, otherwise="one of "):
     return f"did you mean {near[0]!r}?" if near else otherwise + ", ".join(names)
 
 
-def checked_rates(role_rates):
-    """`role_rates` itself, if it is a dict of roles and positive numbers."""
+def check_rates(role_rates):
+    """Raise UserError unless `role_rates` is a dict of roles and positive numbers."""
     if not isinstance(role_rates, dict):
         raise UserError(f"role_rates must be a dict role -> factor, not {role_rates!r}")
     check_roles("role_rates", role_rates)
     for role, factor in role_rates.items():
         if not isinstance(factor, (int, float)) or not factor > 0:
             raise UserError(f"role_rates[{role!r}] must be a positive number, not {factor!r}")
-    return role_rates
 
 
 def check_roles(option, roles):
@@ -187,9 +188,9 @@ def check_roles(option, roles):
 # ---------------------------------------------------------------------- the groups
 
 
-def make_groups(model, recipe, weight_decay):
+def make_groups(placed, recipe, weight_decay):
     """Parameter groups of a Recipe, those of linear roles that share all settings joined."""
-    placed, alike = place_parameters(model), {}
+    alike, rates = {}, recipe.rates
     if not placed:
         raise UserError("the model has no trainable parameters")
     if recipe.cls is not torch.optim.AdamW:
@@ -200,8 +201,8 @@ def make_groups(model, recipe, weight_decay):
     groups = []
     for (role, row_blocks, transposed), params in alike.items():
         linear = role in LINEAR_ROLES
-        rate = recipe.learning_rate if linear else recipe.embedding_lr
-        rate = rate * recipe.role_rates[role] if recipe.role_rates.get(role, 1) != 1 else rate
+        rate = rates.linear if linear else rates.embedding
+        rate = rate * rates.role_rates[role] if rates.role_rates.get(role, 1) != 1 else rate
         group = {"name": role, "params": params, "lr": rate}
         group["weight_decay"] = 0.0 if role == "vector" else weight_decay
         if transposed and issubclass(recipe.cls, MemoryOptimizer):

@@ -21,10 +21,12 @@ class Variant:
 
     description: str
     cls: type
-    learning_rate: float  # of linear weights
-    embedding_lr: float  # of embeddings, an untied head, norms and biases
+    learning_rate: float  # of linear weights, in a model 128 wide
+    embedding_lr: float  # of embeddings, an untied head, norms and biases, likewise
     options: dict = field(default_factory=dict)
     role_rates: dict = field(default_factory=dict)  # role of linear weights -> factor on its rate
+    linear_power: float = 1.0  # learning_rate falls as width to this power (optim/rates.py)
+    embedding_power: float = 0.0  # and embedding_lr
 
 
 # Learning rates: the best of the grids in results/optimizer_quality.csv (seed setup: 4 layers, 128
@@ -45,6 +47,7 @@ VARIANTS = {
         1.6e-2,
         QUASI_HYPERBOLIC,
         MLP_RATES,
+        embedding_power=1.0,
     ),
     "adamsn8": Variant(
         "adamsn, momentum in 8 bits, a second moment per 32 numbers of embeddings: about 1.1 bytes",
@@ -68,6 +71,8 @@ VARIANTS = {
         6e-3,
         1.2e-2,
         dict(betas=(0.5, 0.95)),
+        linear_power=0.0,
+        embedding_power=1.0,
     ),
     "muonsn8": Variant(
         "muonsn with all momentum in 8 bits: about 1.1 bytes",
@@ -75,6 +80,8 @@ VARIANTS = {
         6e-3,
         1.2e-2,
         dict(betas=(0.5, 0.95), momentum_bits=8, embedding_partition="row"),
+        linear_power=0.0,
+        embedding_power=1.0,
     ),
     "muonsn4": Variant(
         "muonsn with all momentum in 4 bits: about 0.6 bytes",
@@ -82,6 +89,8 @@ VARIANTS = {
         8e-3,
         1.2e-2,
         dict(betas=(0.5, 0.95), momentum=0.9, momentum_bits=4, embedding_partition="row"),
+        linear_power=0.0,
+        embedding_power=1.0,
     ),
     "muonsn0": Variant(
         "muonsn without momentum: about 0.01 bytes",
@@ -89,5 +98,7 @@ VARIANTS = {
         1.6e-2,
         1.6e-2,
         dict(momentum=0.0, embedding_partition="row"),
+        linear_power=0.0,
+        embedding_power=1.0,
     ),
 }

@@ -8,10 +8,12 @@ from leangpt.optim import optimizer_table, planned_bytes, updates_inside_backwar
 from leangpt.text.dataset import describe
 
 
-def startup_summary(settings, dataset, model, optimizer, runtime, *, compiled, iteration, changes):
+def startup_summary(
+    settings, dataset, model, optimizer, rates, runtime, *, compiled, iteration, changes
+):
     """What is about to run, as lines of text.
 
-    iteration: the first one; changes: the settings that are not at their defaults, as text.
+    rates: of optim/rates.py; iteration: the first one; changes: the settings that are not at their defaults, as text.
     """
     weights = tensor_bytes(model.parameters())
     gradients = "freed one by one" if updates_inside_backward(optimizer) else megabytes(weights)
@@ -28,6 +30,7 @@ def startup_summary(settings, dataset, model, optimizer, runtime, *, compiled, i
         "memory": f"parameters {megabytes(weights)}, gradients {gradients}, optimizer state "
         f"{megabytes(optimizer_bytes(optimizer))} ({settings.optimizer_variant})",
         "optimizer": optimizer_table(model, optimizer).replace("\n", "\n" + " " * 11),
+        "rates": describe_rates(rates),
         "batch": f"{sequences * settings.block_size:,} tokens per iteration: "
         f"{settings.gradient_accumulation_steps} x {settings.batch_size} sequences "
         f"of {settings.block_size}",
@@ -36,6 +39,14 @@ def startup_summary(settings, dataset, model, optimizer, runtime, *, compiled, i
     if iteration:
         lines["resuming"] = f"from iteration {iteration} of {settings.out_dir}"
     return "\n".join(f"{name:<10} {line}" for name, line in lines.items())
+
+
+def describe_rates(rates):
+    """Rates of linear weights and of the rest, and where they come from, in words."""
+    roles = "".join(f", {role} {factor:g} times that" for role, factor in rates.role_rates.items())
+    if rates.linear == rates.embedding and not roles:
+        return f"{rates.linear:.3g} ({rates.origin})"
+    return f"linear {rates.linear:.3g}{roles}, the rest {rates.embedding:.3g} ({rates.origin})"
 
 
 def optimizer_bytes(optimizer):

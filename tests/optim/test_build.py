@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from leangpt.optim import VARIANTS, Adafactor, AdamSN, build_optimizer, optimizer_table, state_bytes
+from leangpt.optim.rates import choose_rates
 from leangpt.system.errors import UserError
 from model import GPT, GPTConfig
 
@@ -154,15 +155,46 @@ def test_linear_weights_alone_have_the_quasi_hyperbolic_momentum():
         assert found["linear"] == ((0.97, 0.99), 0.8)
 
 
-def test_rates_default_to_the_tuned_ones_and_scale_together():
-    net = Net()
-    for variant, recipe in VARIANTS.items():
-        rates = {g["name"]: g["lr"] for g in build_optimizer(net, variant).param_groups}
-        assert rates["linear"] == recipe.learning_rate
-        assert rates["vector"] == recipe.embedding_lr
-        half = build_optimizer(net, variant, learning_rate=recipe.learning_rate / 2)
-        rates = {g["name"]: g["lr"] for g in half.param_groups}
-        assert rates["embedding"] == pytest.approx(recipe.embedding_lr / 2)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rates_default_to_the_tuned_ones(variant):
+    net, recipe = Net(), VARIANTS[variant]
+    rates = {g["name"]: g["lr"] for g in build_optimizer(net, variant).param_groups}
+    assert rates["linear"] == recipe.learning_rate
+    assert rates["vector"] == recipe.embedding_lr
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_rate_given_for_all_is_for_all(variant):
+    """Whatever their role: fine-tuning at 3e-5 is at 3e-5."""
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, block_size=8, vocab_size=11))
+    for options in ({}, {"role_rates": {}}):
+        groups = build_optimizer(model, variant, learning_rate=3e-5, **options).param_groups
+        assert {group["lr"] for group in groups} == {3e-5}
+    by_role = {"mlp_in": 2.0}
+    groups = build_optimizer(model, variant, learning_rate=3e-5, role_rates=by_role).param_groups
+    assert {group["lr"] for group in groups} == {3e-5, 6e-5}  # as asked for
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_own_rates_follow_the_width(variant):
+    """Adam's kind divides the rate of linear weights, Muon's that of embeddings."""
+    recipe = VARIANTS[variant]
+    model = GPT(GPTConfig(n_layer=1, n_head=4, n_embd=512, block_size=8, vocab_size=11))
+    groups = {g["name"]: g["lr"] for g in build_optimizer(model, variant).param_groups}
+    muon = variant.startswith("muon")
+    linear = groups.get("linear", groups.get("qkv"))
+    assert linear == pytest.approx(recipe.learning_rate / (1 if muon else 4))
+    halved = muon or variant == "adamsn"
+    assert groups["embedding"] == pytest.approx(recipe.embedding_lr / (4 if halved else 1))
+
+
+def test_the_origin_of_rates_is_said():
+    variant = VARIANTS["adamsn8"]
+    assert choose_rates(variant, 128).origin == "tuned in a model 128 wide"
+    assert choose_rates(variant, 512).origin.endswith("; linear weights by 128/512")
+    assert choose_rates(variant, 64) == choose_rates(variant, 128)  # nothing is scaled up
+    words = choose_rates(variant, 512, learning_rate=3e-5).origin
+    assert words.startswith("as set, for all; its own: 0.001 / 0.008, tuned")
 
 
 def test_muonsn_without_momentum_stores_none():

@@ -229,15 +229,15 @@ def test_schedule_is_nanogpts():
         return 6e-5 + 0.5 * (1 + math.cos(math.pi * (it - 10) / 40)) * (6e-4 - 6e-5)
 
     for it in range(100):
-        assert 6e-4 * lr_factor(it, config) == pytest.approx(nanogpt(it), rel=1e-12), it
+        assert 6e-4 * lr_factor(it, config, 6e-4) == pytest.approx(nanogpt(it), rel=1e-12), it
 
 
 def test_schedule_defaults():
     config = settings("--max_iters=20", "--warmup_iters=0", "--optimizer_variant=adamsn")
-    assert lr_factor(0, config) == 1.0 and lr_factor(20, config) == lr_factor(99, config) == 0.1
+    assert lr_factor(0, config, 1e-3) == 1.0 and lr_factor(20, config, 1e-3) == lr_factor(99, config, 1e-3) == 0.1
     config = settings("--max_iters=20", "--warmup_iters=20")
-    assert lr_factor(19, config) == 20 / 21 and lr_factor(20, config) == 0.1
-    assert lr_factor(7, settings("--decay_lr=False")) == 1.0
+    assert lr_factor(19, config, 1e-3) == 20 / 21 and lr_factor(20, config, 1e-3) == 0.1
+    assert lr_factor(7, settings("--decay_lr=False"), 1e-3) == 1.0
 
 
 def test_every_group_follows_the_schedule(tmp_path):
