@@ -73,8 +73,9 @@ def run_rates(settings, model) -> Rates:
 def lr_factor(iteration, settings, peak) -> float:
     """What every group's `initial_lr` is multiplied by at an iteration (from 0).
 
-    peak: the rate of linear weights that min_lr is compared with. Linear warmup over warmup_iters, then a cosine down to min_lr (a tenth unless set) at
-    lr_decay_iters (max_iters unless set); 1 throughout with decay_lr=False.
+    Linear warmup over warmup_iters, then a cosine down to min_lr (a tenth unless set) at
+    lr_decay_iters (max_iters unless set); 1 throughout with decay_lr=False. peak: the rate of
+    linear weights, which min_lr is compared with.
     """
     if not settings.decay_lr:
         return 1.0

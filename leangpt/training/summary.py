@@ -13,7 +13,8 @@ def startup_summary(
 ):
     """What is about to run, as lines of text.
 
-    rates: of optim/rates.py; iteration: the first one; changes: the settings that are not at their defaults, as text.
+    rates: of optim/rates.py; iteration: the first one; changes: the settings that are not at their
+    defaults, as text.
     """
     weights = tensor_bytes(model.parameters())
     gradients = "freed one by one" if updates_inside_backward(optimizer) else megabytes(weights)

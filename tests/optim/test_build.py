@@ -117,7 +117,9 @@ def test_role_rates_multiply_the_rate_of_linear_weights():
     model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16))
 
     def rates(variant, **options):
-        optimizer = build_optimizer(model, variant, learning_rate=1e-2, **options)
+        optimizer = build_optimizer(
+            model, variant, learning_rate=1e-2, embedding_lr=1e-2, **options
+        )
         held = {p: group for group in optimizer.param_groups for p in group["params"]}
         block = model.transformer.h[1]
         assert all(group["initial_lr"] == group["lr"] for group in optimizer.param_groups)
