@@ -134,7 +134,7 @@ def test_role_rates_multiply_the_rate_of_linear_weights():
     llama = nn.ModuleDict(
         {"q_proj": nn.Linear(8, 8), "gate_proj": nn.Linear(8, 8), "down_proj": nn.Linear(8, 8)}
     )
-    groups = build_optimizer(llama, "adamsn", learning_rate=1e-2).param_groups
+    groups = build_optimizer(llama, "adamsn", 1e-2, embedding_lr=1e-2).param_groups
     assert {g["name"]: g["lr"] for g in groups if g["name"] != "vector"} == pytest.approx(
         {"qkv": 1e-2, "mlp_in": 2e-2, "mlp_out": 1.25e-3}
     )
