@@ -89,10 +89,11 @@ def check_option_types(variant, options):
 
 
 def lr_factor(iteration, settings):
-    """What every learning rate is multiplied by: linear warmup, then a cosine to min_lr.
+    """What every learning rate is multiplied by: linear warmup, then lr_schedule to min_lr.
 
     From 1 / (warmup_iters + 1) up to 1, down to min_lr / learning_rate (a tenth unless set) at
-    lr_decay_iters (max_iters unless set), and there it stays. nanoGPT's schedule, as a factor.
+    lr_decay_iters (max_iters unless set), and there it stays. nanoGPT's schedule, as a factor;
+    lr_schedule=linear goes down in a straight line instead of a cosine.
     """
     if not settings.decay_lr:
         return 1.0
@@ -106,4 +107,6 @@ def lr_factor(iteration, settings):
     if iteration >= decay_iters:
         return floor
     progress = (iteration - settings.warmup_iters) / (decay_iters - settings.warmup_iters)
+    if settings.lr_schedule == "linear":
+        return floor + (1.0 - progress) * (1.0 - floor)
     return floor + 0.5 * (1.0 + math.cos(math.pi * progress)) * (1.0 - floor)

@@ -99,7 +99,8 @@ class Settings:
     beta1: float | None = None  # decay of momentum; None: the variant's own, mostly 0.9
     beta2: float | None = None  # decay of second moments; None: the variant's own, mostly 0.95
     grad_clip: float = 1.0  # largest norm of all gradients together; 0.0: no clipping
-    decay_lr: bool = True  # warm up, then a cosine down to min_lr; False: constant
+    decay_lr: bool = True  # warm up, then lr_schedule down to min_lr; False: constant
+    lr_schedule: str = "cosine"  # cosine | linear
     warmup_iters: int = 2000  # iterations of warmup
     lr_decay_iters: int | None = None  # iteration that reaches min_lr; None: max_iters
     min_lr: float | None = None  # last learning rate; None: a tenth of learning_rate
@@ -119,6 +120,8 @@ class Settings:
                      "weight_decay"):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"{name} must not be negative, but is {getattr(self, name)}")
+        if self.lr_schedule not in ("cosine", "linear"):
+            raise UserError(f"unknown lr_schedule {self.lr_schedule!r}; use cosine or linear")
         check_param_dtype(self)
         if self.int4:
             raise UserError("int4=True packs weights for use, not for training: train without it, "

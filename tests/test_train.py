@@ -195,6 +195,15 @@ def test_schedule_defaults():
     assert lr_factor(7, settings("--decay_lr=False")) == 1.0
 
 
+def test_linear_schedule_reaches_zero():
+    config = settings("--max_iters=30", "--warmup_iters=10", "--lr_schedule=linear", "--min_lr=0")
+    assert lr_factor(9, config) == 10 / 11 and lr_factor(10, config) == 1.0
+    assert lr_factor(15, config) == 0.75 and lr_factor(29, config) == pytest.approx(0.05)
+    assert lr_factor(30, config) == 0.0
+    with pytest.raises(UserError, match="lr_schedule 'square'; use cosine or linear"):
+        settings("--lr_schedule=square")
+
+
 def test_every_group_follows_the_schedule(tmp_path):
     train.main(arguments(tmp_path, "run", *SHORT, "--embedding_lr=0.003", "--beta2=0.99"))
     groups = load_checkpoint(tmp_path / "run" / LAST)["optimizer"]["param_groups"]
