@@ -60,7 +60,7 @@ class Settings:
     init_from: str = "scratch"  # scratch | resume | gpt2* | a hub id or folder of a model
     seed: int = 1337  # of the initial weights, the data order and dropout
     max_iters: int = 600000  # iterations in all
-    eval_interval: int = 2000  # iterations between evaluations, each followed by a save
+    eval_interval: int = 2000  # iterations between evaluations, each with a save; 0: at the end
     eval_iters: int = 0  # batches an evaluation samples; 0: the whole validation split
     eval_only: bool = False  # evaluate once and stop, writing nothing
     log_interval: int = 10  # iterations between log lines
@@ -112,12 +112,11 @@ class Settings:
     backend: str = "auto"  # of several processes: auto | nccl | gloo
 
     def __post_init__(self):
-        for name in ("eval_interval", "log_interval", "gradient_accumulation_steps", "batch_size",
-                     "block_size"):
+        for name in ("log_interval", "gradient_accumulation_steps", "batch_size", "block_size"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("seed", "max_iters", "eval_iters", "warmup_iters", "grad_clip", "min_lr",
-                     "weight_decay"):
+        for name in ("seed", "max_iters", "eval_interval", "eval_iters", "warmup_iters",
+                     "grad_clip", "min_lr", "weight_decay"):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"{name} must not be negative, but is {getattr(self, name)}")
         if self.lr_schedule not in ("cosine", "linear"):
@@ -240,7 +239,7 @@ class Trainer:
         settings = self.settings
         self.clock.start()
         while self.iteration < settings.max_iters and not self.stopping():
-            if self.iteration % settings.eval_interval == 0 and not self.evaluate_and_save():
+            if self.evaluation_is_due() and not self.evaluate_and_save():
                 break
             self.set_learning_rate()
             if not self.losses:
@@ -257,6 +256,11 @@ class Trainer:
         best = f"best val loss {self.best_val_loss:.4f}, in {self.out_dir / BEST}"
         self.log.close(f"done: {self.iteration} iterations, {self.clock.total:.1f} s of training; "
                        + (best if math.isfinite(self.best_val_loss) else "nothing to keep"))
+
+    def evaluation_is_due(self):
+        """Before this iteration? With eval_interval=0 the only one is after the last iteration."""
+        interval = self.settings.eval_interval
+        return interval > 0 and self.iteration % interval == 0
 
     def step(self):
         """One iteration: gradients of its whole batch, clipped, and an update -> its loss."""
@@ -423,8 +427,8 @@ class Trainer:
         self.reported = self.iteration + 1, seconds
         each = (seconds - seconds_then) / (self.iteration + 1 - iteration_then)
         remaining = settings.max_iters - self.iteration - 1
-        evaluations = settings.max_iters // settings.eval_interval \
-            - self.iteration // settings.eval_interval
+        interval = settings.eval_interval or settings.max_iters
+        evaluations = settings.max_iters // interval - self.iteration // interval
         peak, peak_of = self.runtime.peak_memory()
         self.log.iteration(
             remaining * each + evaluations * self.eval_seconds, peak_of, **self._progress(),

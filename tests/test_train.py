@@ -169,6 +169,14 @@ def test_policies_train_alike(tmp_path, flags):
     assert [float(v) for v in got] == pytest.approx([float(v) for v in wanted], abs=1e-5)
 
 
+def test_evaluated_at_the_end_alone(tmp_path):
+    train.main(arguments(tmp_path, "often", "--max_iters=4", "--eval_interval=4"))
+    train.main(arguments(tmp_path, "once", "--max_iters=4", "--eval_interval=0"))
+    often, once = (determined(tmp_path / name) for name in ("often", "once"))
+    assert [row for row in once if row[4]] == [row for row in often if row[4]][1:]
+    assert (tmp_path / "once" / BEST).exists()
+
+
 # ------------------------------------------------------------------ learning rate and options
 
 
@@ -329,7 +337,7 @@ MISTAKES = [
     ("--batch_size=0", "batch_size must be positive"),
     ("--block_size=-1", "block_size must be positive"),
     ("--log_interval=0", "log_interval must be positive"),
-    ("--eval_interval=0", "eval_interval must be positive"),
+    ("--eval_interval=-1", "eval_interval must not be negative"),
     ("--gradient_accumulation_steps=0", "gradient_accumulation_steps must be positive"),
     ("--max_iters=-1", "max_iters must not be negative"),
     ("--grad_clip=-1", "grad_clip must not be negative"),
