@@ -33,6 +33,7 @@ from dataset import load_dataset
 from errors import UserError
 from evaluation import evaluate
 from memory import is_out_of_memory
+from one_pass import one_pass
 from optimizer_setup import check_param_dtype, lr_factor, make_optimizer
 from optimizers import VARIANTS
 from processor import keep_freed_memory
@@ -72,6 +73,7 @@ class Settings:
     # data
     dataset: str = "openwebtext"  # a folder of data/ that has been prepared
     data_dir: str = "data"  # the folder of data sets
+    data_order: str = "random"  # random: windows anywhere | once: one pass over shuffled blocks
     gradient_accumulation_steps: int = 40  # micro-batches an iteration, over all processes
     batch_size: int = 12  # sequences a micro-batch
     block_size: int = 1024  # tokens a sequence
@@ -173,6 +175,7 @@ class Trainer:
         self.raw_model = build_model(settings, given, self.dataset, checkpoint)
         self.settings = settings = adopt_model_args(settings, given, self.raw_model)
         check_dataset(self.dataset, self.raw_model, checkpoint)
+        self.one_pass = one_pass(settings, self.dataset)
         self.raw_model.to(runtime.device).train()
         self.optimizer = make_optimizer(settings, self.raw_model, runtime)
         self.scaler = torch.amp.GradScaler(
@@ -236,10 +239,10 @@ class Trainer:
                 f"val loss {losses['val']:.4f}")
 
     def _train(self):
-        settings = self.settings
+        settings, interval = self.settings, self.settings.eval_interval
         self.clock.start()
         while self.iteration < settings.max_iters and not self.stopping():
-            if self.evaluation_is_due() and not self.evaluate_and_save():
+            if interval and self.iteration % interval == 0 and not self.evaluate_and_save():
                 break
             self.set_learning_rate()
             if not self.losses:
@@ -256,11 +259,6 @@ class Trainer:
         best = f"best val loss {self.best_val_loss:.4f}, in {self.out_dir / BEST}"
         self.log.close(f"done: {self.iteration} iterations, {self.clock.total:.1f} s of training; "
                        + (best if math.isfinite(self.best_val_loss) else "nothing to keep"))
-
-    def evaluation_is_due(self):
-        """Before this iteration? With eval_interval=0 the only one is after the last iteration."""
-        interval = self.settings.eval_interval
-        return interval > 0 and self.iteration % interval == 0
 
     def step(self):
         """One iteration: gradients of its whole batch, clipped, and an update -> its loss."""
@@ -298,8 +296,12 @@ class Trainer:
             iteration_seed(settings.seed, self.iteration, DATA_STREAM))
         for index in range(settings.gradient_accumulation_steps):
             mine = index % runtime.world_size == runtime.rank
-            batch = self.dataset.batch("train", settings.batch_size, settings.block_size,
-                                       generator, runtime.device if mine else "cpu")
+            device = runtime.device if mine else "cpu"
+            if self.one_pass:
+                batch = self.one_pass.batch(self.iteration, index, device)
+            else:
+                batch = self.dataset.batch("train", settings.batch_size, settings.block_size,
+                                           generator, device)
             if mine:
                 yield batch
 
