@@ -60,7 +60,7 @@ INLINE float sum_squares(const float *x, int64_t n) {
     return s;
 }
 
-/* The dither v of quantized_state.py: its first word for a block of this scale; all in a block. */
+/* The dither v of momentum.py: its first word for a block of this scale; all in a block. */
 INLINE uint32_t dither_word(uint16_t scale, uint32_t step) { return mix(scale + step * GOLDEN); }
 
 /* Sixteen numbers at once; gcc 12 by itself takes four where bytes come in. */
@@ -101,7 +101,8 @@ INLINE void average8(const float *restrict x, float *restrict m, int8_t *restric
             for (int j = 0; j < 16; j++) wide[j] = codes[at + j];
             LOAD(code, wide);
             LOAD(fed, x + at);
-            const F16 old = (FLOATS(code) + (0.5f - dither16(word[b], lanes[half]))) * scale[b];
+            F16 old = (FLOATS(code) - dither16(word[b], lanes[half])) * scale[b];
+            old = (F16)((I16)old & (code >= -127)); /* the lowest code is zero's */
             const F16 now = old + fresh * (fed - old);
             const I16 size = (I16)now & 0x7fffffff, more = size > top;
             top = (size & more) | (top & ~more);
@@ -115,7 +116,7 @@ INLINE void average8(const float *restrict x, float *restrict m, int8_t *restric
     }
 #pragma omp simd
     for (int b = 0; b < blocks; b++) {
-        scales[b] = store_bf16(most[b] * ((1 + 0x1p-7f) / 127.5f)); /* up: |m| / scale <= 127.5 */
+        scales[b] = store_bf16(most[b] * ((1 + 0x1p-7f) / 127)); /* up: |m| / scale <= 127 */
         word[b] = dither_word(scales[b], step);
         const float new = load_bf16(scales[b]);
         inverse[b] = 1 / (new > FLT_MIN ? new : FLT_MIN);
@@ -125,9 +126,11 @@ INLINE void average8(const float *restrict x, float *restrict m, int8_t *restric
             const int at = b * BLOCK + half * 16;
             F16 now;
             LOAD(now, m + at);
-            now = now * inverse[b] + dither16(word[b], lanes[half]);
+            const I16 zero = now == 0;
+            now = now * inverse[b] + dither16(word[b], lanes[half]) + 0.5f;
             I16 whole = __builtin_convertvector(now, I16); /* towards zero; nan: the least int */
             whole += FLOATS(whole) > now;                  /* -1 where that was up */
+            whole = (whole & ~zero) | (zero & -128);
             const B16 code = __builtin_convertvector(whole, B16); /* in [-128, 127]; nan: 0 */
             STORE(codes + at, code);
         }

@@ -84,26 +84,27 @@ if AVAILABLE:
             scales = tl.load(entry + 3).to(tl.pointer_type(tl.bfloat16))
             some = tl.max(mask.to(tl.int32), 1) > 0  # rows are whole blocks
             scale = tl.load(scales + block, some, 0.0)
-            ahead = 0.5 - dither(scale, step - 1)  # of the code that was floored
+            LEVELS: tl.constexpr = 127.0 if BITS == 8 else 7.0
             if BITS == 8:
                 codes = address.to(tl.pointer_type(tl.int8))
                 codes = tl.multiple_of(codes, 16)
-                old = tl.load(codes + at, mask, 0).to(tl.float32)
+                old = tl.load(codes + at, mask, -128).to(tl.float32)
             else:  # low nibble: the block's first half; high nibble: its second
                 codes = address.to(tl.pointer_type(tl.uint8))
                 codes = tl.multiple_of(codes, 16)
                 lane = tl.arange(0, 32)[None, :]
-                pair = tl.load(codes + block[:, None] * 16 + lane % 16, mask, 0x88).to(tl.int32)
+                pair = tl.load(codes + block[:, None] * 16 + lane % 16, mask, 0).to(tl.int32)
                 old = (((pair >> ((lane // 16) * 4)) & 15) - 8).to(tl.float32)
-            old = (old + ahead) * scale.to(tl.float32)[:, None]
+            value = (old - dither(scale, step - 1)) * scale.to(tl.float32)[:, None]
+            old = tl.where(old < -LEVELS, 0.0, value)  # the lowest code is zero's
             new = old + fresh * (x - old)
-            LEVELS: tl.constexpr = 127.0 if BITS == 8 else 7.0
-            scale = (tl.max(tl.abs(new), 1) * ((1 + 2**-7) / (LEVELS + 0.5))).to(tl.bfloat16)
+            scale = (tl.max(tl.abs(new), 1) * ((1 + 2**-7) / LEVELS)).to(tl.bfloat16)
             tl.store(scales + block, scale, some)
             v = dither(scale, step)
             scale = tl.maximum(scale.to(tl.float32), 1.1754943508222875e-38)
-            code = tl.floor(new / scale[:, None] + v)
-            code = tl.minimum(tl.maximum(code, -LEVELS - 1), LEVELS).to(tl.int32)
+            code = tl.floor(new / scale[:, None] + v + 0.5)
+            code = tl.minimum(tl.maximum(code, -LEVELS), LEVELS)
+            code = tl.where(new == 0.0, -LEVELS - 1, code).to(tl.int32)
             if BITS == 8:
                 tl.store(codes + at, code.to(tl.int8), mask)
             else:

@@ -6,11 +6,14 @@ A momentum moves by (1 - beta) of a gradient a step, often less than half a code
 nearest would lose that for ever. So the rounding is dithered, and the dither is taken off again
 where the codes are read (subtractive dither: Roberts 1962; Schuchman 1964):
 
-    code  = floor(x / scale + v)          v uniform in [-1/2, 1/2)
-    value = scale (code + 1/2 - v)
+    code  = round(x / scale + v)          v uniform in [-1/2, 1/2)
+    value = scale (code - v)
 
 The error is uniform within half a code whatever x is: its mean is zero and its variance scale²/12,
-half of what stochastic rounding has on average. v costs no memory. It follows from what both
+half of what stochastic rounding has on average. But for zero: it has a code of its own, the lowest,
+and stays zero. A weight that never had a gradient must not move, and MuonSN makes the columns of
+its momentum equally long: noise in the column of a dead unit would become a step of full length.
+v costs no memory. It follows from what both
 sides know, the bits of the scale and the step of the writing: the first v of a block is their
 hash, each next one is the golden ratio further (modulo 1).
 
@@ -23,7 +26,7 @@ Every function works on a batch: the first dimension N counts independent tensor
 import torch
 
 BLOCK = 32  # numbers that share a scale
-LEVELS = {8: 127, 4: 7}  # the largest code; the smallest is one further from zero
+LEVELS = {8: 127, 4: 7}  # the largest code; the smallest is its negative, and one below is zero
 GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: its multiples mod 2^32 lie evenly spread
 MOMENTUM_BITS = (32, 16, 8, 4)
 
@@ -41,7 +44,8 @@ def new_momentum(like, bits):
         return {"momentum": torch.zeros_like(like, dtype=dtype)}
     blocks = -(-like.numel() // BLOCK)
     width, dtype = (BLOCK, torch.int8) if bits == 8 else (BLOCK // 2, torch.uint8)
-    codes = torch.full((blocks, width), 0 if bits == 8 else 0x88, dtype=dtype, device=like.device)
+    zero = -LEVELS[bits] - 1 if bits == 8 else 0  # two nibbles of the lowest code, stored as 0
+    codes = torch.full((blocks, width), zero, dtype=dtype, device=like.device)
     scales = torch.zeros(blocks, 1, dtype=torch.bfloat16, device=like.device)
     return {"momentum": codes, "momentum_scale": scales}
 
@@ -74,9 +78,11 @@ def dequantize(codes, scales, step, shape):
 
     codes: (N, blocks, 32) int8 or (N, blocks, 16) uint8; scales: (N, blocks, 1) bfloat16.
     """
+    levels = LEVELS[4 if codes.dtype == torch.uint8 else 8]
     if codes.dtype == torch.uint8:  # low nibble: the block's first half; high nibble: its second
         codes = torch.cat([codes & 15, codes >> 4], dim=-1).to(torch.int8) - 8
-    values = dither(scales, step).neg_().add_(codes).add_(0.5).mul_(scales.float())
+    values = dither(scales, step).neg_().add_(codes).mul_(scales.float())
+    values.masked_fill_(codes < -levels, 0.0)
     return values.flatten(1)[:, : shape[1:].numel()].reshape(shape)
 
 
@@ -88,10 +94,11 @@ def quantize_into(codes, scales, step, value):
     if padding:
         flat = torch.nn.functional.pad(flat, (0, padding))
     blocks = flat.view(*scales.shape[:2], BLOCK)
-    # one bfloat16 step above the largest magnitude, so that |value / scale| <= levels + 1/2
-    scales.copy_(blocks.abs().amax(-1, keepdim=True).mul_((1 + 2**-7) / (levels + 0.5)))
+    # one bfloat16 step above the largest magnitude, so that |value / scale| <= levels
+    scales.copy_(blocks.abs().amax(-1, keepdim=True).mul_((1 + 2**-7) / levels))
     rounded = blocks / scales.float().clamp_min_(torch.finfo(torch.float32).tiny)
-    rounded = rounded.add_(dither(scales, step)).floor_().clamp_(-levels - 1, levels)
+    rounded = rounded.add_(dither(scales, step)).add_(0.5).floor_().clamp_(-levels, levels)
+    rounded.masked_fill_(blocks == 0, -levels - 1)
     if codes.dtype == torch.int8:
         codes.copy_(rounded)
     else:

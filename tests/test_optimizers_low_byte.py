@@ -55,8 +55,8 @@ def test_the_error_of_a_quantised_momentum_is_uniform(bits):
     steps = torch.arange(1, draws + 1).view(-1, 1, 1)
     quantize_into(codes, scales, steps, value)
     width = scales[0].item()
-    assert block.abs().max() / (LEVELS[bits] + 0.5) <= width
-    assert width <= 1.02 * block.abs().max() / (LEVELS[bits] + 0.5)
+    assert block.abs().max() / LEVELS[bits] <= width
+    assert width <= 1.02 * block.abs().max() / LEVELS[bits]
     error = (dequantize(codes, scales, steps, value.shape).double() - block) / width
     assert error.abs().max() <= 0.5001
     assert (error.mean(0).abs() <= 4 * (1 / 12 / draws) ** 0.5).all()
