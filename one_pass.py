@@ -1,7 +1,9 @@
 """data_order=once: every block of the training text is read once, in an order the seed decides.
 
 Random windows read some tokens several times and others never; comparisons of optimizers in one
-pass want neither. A batch is a function of (seed, its number), so a resumed run goes on exactly.
+pass want neither. Blocks are shuffled in groups of a million tokens or so, group after group: what
+a run reads depends on neither the length of the text nor the run's own, so that a short run is the
+beginning of a long one and a resumed one goes on exactly. The text itself should be in no order.
 """
 
 import numpy as np
@@ -9,6 +11,8 @@ import torch
 
 from dataset import to_device
 from errors import UserError
+
+GROUP = 1024  # blocks that are shuffled together
 
 
 class OnePass:
@@ -20,7 +24,11 @@ class OnePass:
         self.batch_size, self.block_size = batch_size, block_size
         self.micro_batches = micro_batches
         count = (len(self.tokens) - 1) // block_size  # each with the token after it
-        self.order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
+        generator = torch.Generator().manual_seed(seed)
+        groups = [first + torch.randperm(GROUP, generator=generator)
+                  for first in range(0, count, GROUP)]
+        order = torch.cat(groups or [torch.zeros(0, dtype=torch.int64)])
+        self.order = order[order < count].numpy()
 
     def batch(self, iteration, index=0, device="cpu"):
         """An iteration's micro-batch number `index`: x, y (B, T) int64 on `device`."""

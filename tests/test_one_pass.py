@@ -1,5 +1,9 @@
 """data_order=once: every token once, in an order of the seed's; resumed and shared out alike."""
 
+import sys
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 from test_resume import assert_same_run, stop_at
 from tiny_run import arguments, determined
@@ -8,7 +12,7 @@ import train
 from configurator import parse_config
 from dataset import load_dataset
 from errors import UserError
-from one_pass import one_pass
+from one_pass import OnePass, one_pass
 
 ONCE = ["--data_order=once", "--max_iters=6", "--eval_interval=0",
         "--gradient_accumulation_steps=2"]
@@ -44,6 +48,16 @@ def test_the_seed_decides_the_order(dataset):
     one, same, other = (one_pass(settings("--block_size=16", "--batch_size=4", f"--seed={seed}"),
                                  dataset) for seed in (1, 1, 2))
     assert one.batch(3)[0].equal(same.batch(3)[0]) and not one.batch(3)[0].equal(other.batch(3)[0])
+
+
+def test_a_short_text_is_read_as_the_beginning_of_a_long_one(monkeypatch):
+    monkeypatch.setattr(sys.modules["one_pass"], "GROUP", 8)
+    tokens = np.arange(16 * 50 + 1, dtype=np.uint16)
+    short, long = (OnePass(SimpleNamespace(train=tokens[:length]), 4, 16, 2, seed=3)
+                   for length in (16 * 30 + 1, len(tokens)))
+    assert (short.order[:24] == long.order[:24]).all() and len(short.order) == 30
+    assert sorted(short.order) == list(range(30)) and sorted(long.order) == list(range(50))
+    assert short.batch(2, 1)[0].equal(long.batch(2, 1)[0])
 
 
 def test_too_few_tokens_and_unknown_orders_are_said(dataset):
