@@ -133,7 +133,8 @@ class TrainingStopped(RuntimeError):
     """The run cannot go on, for a reason that is not the user's input. Exit status 1."""
 
 
-def main(argv=None):
+def main(argv=None, make_optimizer=make_optimizer):
+    """make_optimizer(settings, model, runtime): another one, for optimizers that are not ours."""
     settings, given = parse_config(Settings, argv)
     checkpoint = None
     if settings.init_from == "resume":
@@ -145,7 +146,7 @@ def main(argv=None):
         keep_freed_memory()
     trainer = None
     try:
-        trainer = Trainer(settings, given, runtime, checkpoint)
+        trainer = Trainer(settings, given, runtime, checkpoint, make_optimizer)
         checkpoint = None  # its memory is the run's from here on
         trainer.run()
     except TrainingStopped as reason:
@@ -165,7 +166,7 @@ def main(argv=None):
 class Trainer:
     """One run: what it needs, its loop, what it reports and saves."""
 
-    def __init__(self, settings, given, runtime, checkpoint=None):
+    def __init__(self, settings, given, runtime, checkpoint=None, make_optimizer=make_optimizer):
         """Build data set, model and optimizer. Raises UserError; writes nothing."""
         if settings.gradient_accumulation_steps % runtime.world_size:
             raise UserError(f"gradient_accumulation_steps={settings.gradient_accumulation_steps} "
