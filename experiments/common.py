@@ -16,7 +16,7 @@ from whole_files import written_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-HASHES = ("commit", "sha256")  # columns
+HASHES = ("commit", "sha256", "protocol", "data")  # columns
 
 
 def provenance(device="cpu"):

@@ -2,7 +2,7 @@
 
     work/files/PACKAGE/00 ... ff   wanted files, in 256 buckets by the first byte of their key
     work/chosen.txt                a line a file that is kept, in order: its part, split and name
-    text/part-1-of-7.tar.xz        the kept files: val/... first, then train/...
+    text/part-1-of-7.tar.xz        the kept files of the first part: val/..., train/...
 
 A file's key is the sha256 of "package/path", and everything happens in the order of keys, so the
 result depends on nothing else: neither on the order of packages nor on the number of processes.
@@ -15,10 +15,11 @@ import json
 import os
 import shutil
 import struct
+import sys
 import tarfile
+import threading
 from collections import Counter
-from multiprocessing import get_context
-from pathlib import Path
+from multiprocessing import get_context, parent_process
 
 from tqdm import tqdm
 
@@ -40,8 +41,7 @@ def make_archives(packages, folder, settings):
     identity = {"packages": {each.name: each.version for each in packages},
                 "val_tokens": settings.val_tokens, "part_mb": settings.part_mb}
     try:
-        made = json.loads((text / "made.json").read_text())
-        if {key: made[key] for key in identity} != identity:
+        if json.loads((text / "made.json").read_text()) != identity:
             raise UserError(f"{text} was made with other settings: delete it and {work} to start "
                             "again")
         return sorted(text.glob("part-*.tar.xz"), key=part_number)
@@ -59,18 +59,31 @@ def make_archives(packages, folder, settings):
     parts = json.loads(counts.read_text())["parts"]
     paths = [text / f"part-{number}-of-{parts}.tar.xz" for number in range(1, parts + 1)]
     missing = [path for path in paths if not path.is_file()]
-    with get_context("spawn").Pool(min(settings.processes, max(1, len(missing)))) as pool:
+    with processes(min(settings.processes, max(1, len(missing)))) as pool:
         jobs = [(path, chosen, work / "files", [p.name for p in packages]) for path in missing]
         for path in tqdm(pool.imap(_pack, jobs), "packing", len(jobs), unit="part", disable=None):
             say(f"packed {path.name}: {path.stat().st_size / 1e6:.1f} MB")
     with written_whole(text / "made.json") as temporary:
-        temporary.write_text(json.dumps(json.loads(counts.read_text())["identity"], indent=2))
+        temporary.write_text(json.dumps(identity, indent=2))
     return paths
 
 
 def say(text):
     """A line, above the progress bar if there is one."""
     tqdm.write(text)
+    sys.stdout.flush()
+
+
+def processes(count, prepare=None, *arguments):
+    """A pool of processes that each call prepare(*arguments) first, and end with this one."""
+    return get_context("spawn").Pool(count, _start_process, (prepare, *arguments))
+
+
+def _start_process(prepare, *arguments):
+    parent = parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    if prepare is not None:
+        prepare(*arguments)
 
 
 def part_number(path):
@@ -152,7 +165,9 @@ def choose(packages, work, settings, identity):
     index, val_tokens, part, part_bytes = None, 0, 1, 0
     counts, sizes = Counter(), Counter()
     with written_whole(work / "chosen.txt") as temporary, open(temporary, "w") as file:
-        for bucket in tqdm(BUCKETS, "choosing", unit="bucket", disable=None):
+        for number, bucket in enumerate(tqdm(BUCKETS, "choosing", unit="bucket", disable=None)):
+            if number % 64 == 0:
+                say(f"choosing among the collected files: {number} of {len(BUCKETS)} buckets done")
             for _, name, text in read_bucket(bucket, work / "files", [p.name for p in packages]):
                 digest = hashlib.sha256(text).digest()[:16]
                 if digest in hashes:
@@ -185,8 +200,8 @@ def choose(packages, work, settings, identity):
                         f"{counts['train']} files for training: too few for "
                         f"val_tokens={settings.val_tokens}")
     with written_whole(work / "chosen.json") as temporary:
-        temporary.write_text(json.dumps({"identity": identity | {"files": counts}, "parts": part},
-                                        indent=2))
+        temporary.write_text(json.dumps({"identity": identity, "files": counts, "bytes": sizes,
+                                        "parts": part}, indent=2))
     say("chosen: " + ", ".join(f"{count:,} {reason}" for reason, count in counts.most_common())
         + f"; {sizes['val'] / 1e6:.0f} MB of validation and {sizes['train'] / 1e6:.0f} MB of "
         f"training text in {part} parts")
@@ -200,7 +215,10 @@ def _pack(job):
 
 
 def pack(path, chosen, folder, names):
-    """Write one part: the files that chosen.txt gives its number, in order -> its path."""
+    """Write one part: the files that chosen.txt gives its number -> its path.
+
+    Inside, they lie by name and not by key, so that related ones are neighbours: a tenth smaller.
+    """
     number, splits = str(part_number(path)), {}
     with open(chosen) as file:
         for line in file:
@@ -208,21 +226,25 @@ def pack(path, chosen, folder, names):
             if part == number:
                 splits[name] = split
     buckets = sorted({key_of(name)[:2] for name in splits})
+    files = [(name, text) for bucket in buckets for _, name, text in
+             read_bucket(bucket, folder, names) if name in splits]
     with written_whole(path) as temporary, tarfile.open(temporary, "w:xz", preset=6) as tar:
-        for bucket in buckets:
-            for _, name, text in read_bucket(bucket, folder, names):
-                if name in splits:
-                    member = tarfile.TarInfo(f"{splits[name]}/{name}")
-                    member.size = len(text)
-                    tar.addfile(member, io.BytesIO(text))
+        for name, text in sorted(files):
+            member = tarfile.TarInfo(f"{splits[name]}/{name}")
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text))
     return path
 
 
 def read_part(path):
-    """Yield (split, text) of a part's files, in order. Raises UserError for a broken archive."""
+    """A part's files in the order of their keys, validation first: [(split, text), ...]. Raises
+    UserError for a broken archive."""
+    files = []
     try:
         with tarfile.open(path, "r|xz") as tar:
             for member in tar:
-                yield Path(member.name).parts[0], tar.extractfile(member).read().decode()
+                split, _, name = member.name.partition("/")
+                files.append((key_of(name), split, tar.extractfile(member).read().decode()))
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(f"{path} cannot be read ({error}): make it again") from error
+    return [(split, text) for _, split, text in sorted(files)]

@@ -17,6 +17,7 @@ tokens are kept, and the result has the same bytes.
 """
 
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class Settings:
     packages: str | None = None  # a folder of the pinned .deb files; None: they come through apt
     tokens: int | None = None  # training tokens to write; None: all there are
     val_tokens: int = 10_000_000  # of the validation set
-    part_mb: int = 170  # text in an archive, in 10^6 bytes: about a fourth of that packed
+    part_mb: float = 170.0  # text in an archive, in 10^6 bytes: about a fourth of that packed
     workers: int | None = None  # processes; None: as many as cores
     out_dir: str = str(Path(__file__).resolve().parent)  # the dataset's folder
 
@@ -47,7 +48,7 @@ class Settings:
             raise UserError(f"--stage={self.stage}: choose text, tokens or all")
         for name in ("tokens", "val_tokens", "part_mb", "workers"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and value <= 0:
                 raise UserError(f"{name} must be positive, not {value}")
         if self.packages is not None and not os.path.isdir(self.packages):
             raise UserError(f"--packages={self.packages} is not a folder")
@@ -60,6 +61,7 @@ class Settings:
 
 def main(argv=None, packages=PACKAGES):
     settings, _ = parse_config(Settings, argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its processes end with it
     folder = Path(settings.out_dir)
     try:
         if settings.stage == "tokens":

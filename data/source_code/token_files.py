@@ -7,12 +7,11 @@ import hashlib
 import itertools
 import json
 import os
-from multiprocessing import get_context
 
 import numpy as np
 from tqdm import tqdm
 
-from data.source_code.archives import part_number, read_part, say
+from data.source_code.archives import part_number, processes, read_part, say
 from data.sources import gpt2_encoding, write_atomically
 from data.tokens import GPT2_VOCAB_SIZE
 from errors import UserError
@@ -40,8 +39,8 @@ def make_token_files(parts, folder, settings):
     try:
         for split, file in files.items():  # what was written after the last record is redone
             file.truncate(2 * progress[split])
-        with get_context("spawn").Pool(settings.processes, _start_process,
-                                       (os.environ.get("TIKTOKEN_CACHE_DIR"),)) as pool:
+        gpt2_encoding()  # fetched once, not by each process
+        with processes(settings.processes, _load_encoding) as pool:
             for path in parts[progress["parts"]:have]:
                 if wanted["train"] is not None and progress["train"] >= wanted["train"]:
                     break
@@ -87,10 +86,8 @@ def _batches(files):
 _encoding = None  # of this process
 
 
-def _start_process(cache):
+def _load_encoding():
     global _encoding
-    if cache:
-        os.environ["TIKTOKEN_CACHE_DIR"] = cache
     _encoding = gpt2_encoding()
 
 
@@ -117,11 +114,8 @@ def _read_progress(folder, identity):
     fresh = {"identity": identity, "parts": 0, "val": 0, "train": 0}
     if progress.get("identity") != identity:
         return fresh
-    for split in SPLITS:
-        part, named = folder / f"{split}.part", folder / f"{split}.bin"
-        size = 2 * progress[split]
-        if not part.is_file() and named.is_file() and named.stat().st_size == size:
-            os.replace(named, part)  # it had its name, but meta.json was not written
+    for split in SPLITS:  # killed between its last two writes: begin again
+        part, size = folder / f"{split}.part", 2 * progress[split]
         if size and not (part.is_file() and part.stat().st_size >= size):
             return fresh
     return progress

@@ -23,8 +23,9 @@ from runtime import run_script  # noqa: E402
 class Several:
     """Optimizers of disjoint parameters as one, as far as a training loop asks."""
 
-    def __init__(self, optimizers):
-        self.optimizers = optimizers
+    def __init__(self, optimizers, tensor_rates=False):
+        """tensor_rates: do they want learning rates as tensors, which compiled kernels read?"""
+        self.optimizers, self.tensor_rates = optimizers, tensor_rates
 
     @property
     def param_groups(self):
@@ -38,8 +39,13 @@ class Several:
 
     def step(self):
         """One update of every parameter."""
+        rates = [group["lr"] for group in self.param_groups]
+        for group, rate in zip(self.param_groups, rates):
+            group["lr"] = torch.tensor(rate) if self.tensor_rates else rate
         for optimizer in self.optimizers:
             optimizer.step()
+        for group, rate in zip(self.param_groups, rates):
+            group["lr"] = rate
 
     def zero_grad(self, set_to_none=True):
         """Forget all gradients."""
@@ -92,7 +98,10 @@ def _torchao(name, settings, model):
     except ImportError as error:
         raise UserError(f"{name} needs the torchao package: pip install torchao") from error
     linear, rest = groups_of(settings, model)
-    return Several([getattr(optim, name)([*linear, *rest], betas=betas_of(settings))])
+    optimizer = getattr(optim, name)([*linear, *rest], betas=betas_of(settings))
+    for group in optimizer.param_groups:
+        group["lr"] = float(group["lr"])
+    return Several([optimizer], tensor_rates=True)
 
 
 def torchao_adamw8bit(settings, model, runtime):

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
 import sys
 import time
@@ -32,13 +33,13 @@ from experiments.scale.entrants import ENTRANTS  # noqa: E402
 from experiments.scale.plan import NAMES, finals, loss_of, run_of, tuning  # noqa: E402
 
 STAGES = ("tune", "final")
-ITERATIONS = {"tune": 400, "final": 4000}
 PROTOCOL = (
     "--n_layer=12", "--n_head=12", "--n_embd=768", "--block_size=1024", "--data_order=once",
     "--lr_schedule=linear", "--min_lr=0", "--eval_interval=0", "--eval_iters=0",
     "--grad_clip=1.0", "--dropout=0.0",
 )  # fmt: skip
-WARMUP_PART = 0.1  # of the iterations: at most 250 of them
+LONGEST_WARMUP = 250  # iterations
+SCHEDULE = ("tune_iterations", "final_iterations", "warmup")  # settings that are held fixed too
 TINY = ("--n_layer=2", "--n_head=2", "--n_embd=16", "--block_size=16", "--batch_size=4",
         "--gradient_accumulation_steps=1", "--device=cpu", "--compile=False")
 WEIGHTS = ("ckpt.pt", "ckpt_last.pt")
@@ -48,9 +49,13 @@ WEIGHTS = ("ckpt.pt", "ckpt_last.pt")
 class Settings:
     """Make the runs of the comparison that are not in its table yet."""
 
-    stage: str = "tune"  # tune: 400 iterations, over rates | final: 4,000 iterations of the best
+    stage: str = "tune"  # tune: short runs over rates | final: the best at full length
     entrants: str = ""  # names with commas between, first things first; "": all of them
+    tune_iterations: int = 400  # of a run that searches rates
+    final_iterations: int = 4000  # of one at full length
+    warmup: float = 0.1  # part of the iterations, up to 250
     seeds: int = 3  # of the best setting of an entrant, in finals
+    early: bool = False  # finals also of entrants whose tuning is not finished
     gpus: int = 1  # runs at a time, one a GPU
     minutes: float | None = None  # start no run that would end later than this
     dataset: str = "source_code"  # prepared by data/source_code/prepare.py
@@ -80,11 +85,13 @@ class Settings:
     @property
     def max_iters(self):
         """Iterations of a run."""
-        return self.rehearse or (6 if self.tiny else ITERATIONS[self.stage])
+        stages = {"tune": self.tune_iterations, "final": self.final_iterations}
+        return self.rehearse or (6 if self.tiny else stages[self.stage])
 
 
 def main(argv=None):
     settings, _ = parse_config(Settings, argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the queue stops its runs
     Comparison(settings).run()
 
 
@@ -102,6 +109,9 @@ class Comparison:
         meta = self._meta()
         self.data_sha256 = str(meta.get("val_sha256") or meta.get("sha256"))
         everything = [PROTOCOL, settings.tiny and TINY, settings.rehearse, self.data_sha256]
+        default = Settings()  # another schedule is another protocol
+        everything += [f"{name}={getattr(settings, name)}" for name in SCHEDULE
+                       if getattr(settings, name) != getattr(default, name)]
         self.protocol = hashlib.sha256(json.dumps(everything).encode()).hexdigest()[:8]
         self.rows = read_csv(self.table) if self.table.is_file() else []
 
@@ -143,7 +153,7 @@ class Comparison:
             return tuning(name, [])[:1]
         if self.settings.stage == "tune":
             return tuning(name, self.mine())
-        return finals(name, self.mine(), self.settings.seeds)
+        return finals(name, self.mine(), self.settings.seeds, self.settings.early)
 
     def next_run(self, running):
         """The first run that is wanted and not under way, if there is time for it."""
@@ -168,7 +178,7 @@ class Comparison:
         script = ["train.py", f"--optimizer_variant={entrant.variant}"]
         if entrant.foreign:
             script = ["experiments/scale/foreign.py", entrant.variant]
-        warmup = min(250, math.ceil(WARMUP_PART * iterations))
+        warmup = min(LONGEST_WARMUP, math.ceil(self.settings.warmup * iterations))
         flags = [*PROTOCOL, *entrant.flags, *(TINY if self.settings.tiny else ())]
         return [sys.executable, *script, *flags, f"--dataset={self.settings.dataset}",
                 f"--data_dir={Path(self.settings.data_dir).resolve()}",

@@ -83,14 +83,16 @@ def _rounded(rate):
     return float(f"{rate:.6g}")
 
 
-def finals(entrant, rows, seeds):
+def finals(entrant, rows, seeds, early=False):
     """The full-length runs of an entrant that can be made now: the best three of the tuning, then
-    seeds 2 ... `seeds` of the best of these. Empty where it is not tuned, or all are made."""
-    tuned = sorted((loss_of(row), run_of(row)) for row in rows
-                   if row["stage"] == "tune" and row["entrant"] == entrant
-                   ) if _comparable(rows, entrant) else []
-    finalists = [replace(run, stage="final", seed=1) for loss, run in tuned[:FINALISTS]
-                 if math.isfinite(loss)]
+    seeds 2 ... `seeds` of the best of these. Empty where all are made, or its tuning is not
+    finished and `early` is False."""
+    if tuning(entrant, rows) and not early:
+        return []
+    tuned = [row for row in rows if row["stage"] == "tune" and row["entrant"] == entrant
+             and math.isfinite(loss_of(row))]
+    finalists = [replace(run_of(row), stage="final")
+                 for row in sorted(tuned, key=loss_of)[:FINALISTS]]
     losses = {run_of(row): loss_of(row) for row in rows
               if row["stage"] == "final" and row["entrant"] == entrant}
     missing = [run for run in finalists if run not in losses]
@@ -99,7 +101,3 @@ def finals(entrant, rows, seeds):
     best = min(finalists, key=losses.get)
     more = [replace(best, seed=seed) for seed in range(2, seeds + 1)]
     return [run for run in more if run not in losses]
-
-
-def _comparable(rows, entrant):
-    return not tuning(entrant, rows)
