@@ -21,7 +21,7 @@ from leangpt.optim.build import EMBEDDING_OPTIONS
 from leangpt.optim.rates import Rates, choose_rates, model_width
 from leangpt.optim.roles import place_parameters
 from leangpt.system.errors import UserError, exit_cleanly
-from leangpt.training.schedule import warmup_cosine
+from leangpt.training.schedule import warmup_and_decay
 
 
 def make_optimizer(settings, model, runtime) -> torch.optim.Optimizer:
@@ -73,7 +73,7 @@ def run_rates(settings, model) -> Rates:
 def lr_factor(iteration, settings, peak) -> float:
     """What every group's `initial_lr` is multiplied by at an iteration (from 0).
 
-    Linear warmup over warmup_iters, then a cosine down to min_lr (a tenth unless set) at
+    Linear warmup over warmup_iters, then lr_schedule down to min_lr (a tenth unless set) at
     lr_decay_iters (max_iters unless set); 1 throughout with decay_lr=False. peak: the rate of
     linear weights, which min_lr is compared with.
     """
@@ -81,7 +81,8 @@ def lr_factor(iteration, settings, peak) -> float:
         return 1.0
     floor = 0.1 if settings.min_lr is None else settings.min_lr / peak
     decay_iters = settings.max_iters if settings.lr_decay_iters is None else settings.lr_decay_iters
-    return warmup_cosine(iteration, settings.warmup_iters, decay_iters, floor)
+    warmup, schedule = settings.warmup_iters, settings.lr_schedule
+    return warmup_and_decay(iteration, warmup, decay_iters, floor, schedule)
 
 
 def check_param_dtype(settings):

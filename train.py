@@ -31,13 +31,14 @@ from leangpt.system.runtime import (
 )
 from leangpt.system.stopping import Agreement, StopSignal
 from leangpt.text.dataset import load_dataset
+from leangpt.text.one_pass import one_pass
 from leangpt.training.batches import iteration_batches
 from leangpt.training.checkpoint import LAST, model_from_checkpoint
 from leangpt.training.evaluation import evaluate
 from leangpt.training.losses import Losses, NotFinite
 from leangpt.training.record import RunRecord
 from leangpt.training.run_folder import RunFolder
-from leangpt.training.schedule import set_rates
+from leangpt.training.schedule import SCHEDULES, set_rates
 from leangpt.training.start import (
     adopt_model_args,
     check_dataset,
@@ -59,7 +60,7 @@ class Settings:
     init_from: str = "scratch"  # scratch | resume | auto: either | gpt2* | a hub id or folder
     seed: int = 1337  # of the initial weights, the data order and dropout
     max_iters: int = 600000  # iterations in all
-    eval_interval: int = 2000  # iterations between evaluations, each followed by a save
+    eval_interval: int = 2000  # iterations between evaluations, each with a save; 0: at the end
     eval_iters: int = 0  # batches an evaluation samples; 0: the whole validation split
     eval_only: bool = False  # evaluate once and stop, writing nothing
     log_interval: int = 10  # iterations between log lines
@@ -71,6 +72,7 @@ class Settings:
     # data
     dataset: str = "openwebtext"  # a folder of data/ that has been prepared
     data_dir: str = "data"  # the folder of data sets
+    data_order: str = "random"  # random: windows anywhere | once: one pass over shuffled blocks
     gradient_accumulation_steps: int = 40  # micro-batches an iteration, over all processes
     batch_size: int = 12  # sequences a micro-batch
     block_size: int = 1024  # tokens a sequence
@@ -98,7 +100,8 @@ class Settings:
     beta1: float | None = None  # decay of momentum; None: the variant's own, mostly 0.9
     beta2: float | None = None  # decay of second moments; None: the variant's own, mostly 0.95
     grad_clip: float = 1.0  # largest norm of all gradients together; 0.0: no clipping
-    decay_lr: bool = True  # warm up, then a cosine down to min_lr; False: constant
+    decay_lr: bool = True  # warm up, then lr_schedule down to min_lr; False: constant
+    lr_schedule: str = "cosine"  # cosine | linear
     warmup_iters: int = 2000  # iterations of warmup
     lr_decay_iters: int | None = None  # iteration that reaches min_lr; None: max_iters
     min_lr: float | None = None  # last learning rate; None: a tenth of learning_rate
@@ -112,13 +115,7 @@ class Settings:
     def __post_init__(self):
         positive = {
             name: getattr(self, name)
-            for name in (
-                "eval_interval",
-                "log_interval",
-                "gradient_accumulation_steps",
-                "batch_size",
-                "block_size",
-            )
+            for name in ("log_interval", "gradient_accumulation_steps", "batch_size", "block_size")
         }
         for name, value in positive.items():
             if value <= 0:
@@ -126,6 +123,7 @@ class Settings:
         for name in (
             "seed",
             "max_iters",
+            "eval_interval",
             "eval_iters",
             "warmup_iters",
             "grad_clip",
@@ -141,6 +139,9 @@ class Settings:
                 raise UserError(f"{name} must be at most {MOST:,}, not {value:,}")
         if self.overwrite and self.init_from == "resume":
             raise UserError("overwrite=True erases what init_from=resume would go on from")
+        if self.lr_schedule not in SCHEDULES:
+            known = " or ".join(SCHEDULES)
+            raise UserError(f"unknown lr_schedule {self.lr_schedule!r}; use {known}")
         check_param_dtype(self)
         if self.int4:
             raise UserError(
@@ -149,7 +150,8 @@ class Settings:
             )
 
 
-def main(argv=None):
+def main(argv=None, make_optimizer=make_optimizer):
+    """make_optimizer(settings, model, runtime): another one, for optimizers that are not ours."""
     settings, given = parse_config(Settings, argv)
     trainer = checkpoint = None
     with RunFolder(settings.out_dir, is_main_process()) as folder:
@@ -163,7 +165,7 @@ def main(argv=None):
         if runtime.device_type == "cpu":
             keep_freed_memory()
         try:
-            trainer = Trainer(settings, given, runtime, checkpoint)
+            trainer = Trainer(settings, given, runtime, checkpoint, make_optimizer)
             checkpoint = None  # its memory is the run's from here on
             trainer.run(folder)
         except NotFinite as reason:
@@ -212,7 +214,7 @@ def build_model(settings, given, dataset, checkpoint=None):
 class Trainer:
     """One run: what it needs, and its loop."""
 
-    def __init__(self, settings, given, runtime, checkpoint=None):
+    def __init__(self, settings, given, runtime, checkpoint=None, make_optimizer=make_optimizer):
         """Build data set, model and optimizer. Raises UserError; writes nothing."""
         if settings.gradient_accumulation_steps % runtime.world_size:
             raise UserError(
@@ -224,6 +226,7 @@ class Trainer:
         self.raw_model = build_model(settings, given, self.dataset, checkpoint)
         self.settings = settings = adopt_model_args(settings, given, self.raw_model)
         check_dataset(self.dataset, self.raw_model, checkpoint)
+        self.one_pass = one_pass(settings, self.dataset)
         self.raw_model.to(runtime.device).train()
         self.optimizer = make_optimizer(settings, self.raw_model, runtime)
         self.rates = run_rates(settings, self.raw_model)
@@ -275,11 +278,11 @@ class Trainer:
 
     def train(self):
         """The loop -> True, or False where a signal ended it early."""
-        settings = self.settings
+        settings, interval = self.settings, self.settings.eval_interval
         self.record.clock.start()
         while not self.stopping():
             over = self.iteration >= settings.max_iters
-            if over or self.iteration % settings.eval_interval == 0:
+            if over or interval and self.iteration % interval == 0:
                 if not self.evaluate():
                     return False
             if over:
@@ -302,7 +305,7 @@ class Trainer:
         runtime.seed(iteration_seed(settings.seed, self.iteration, 1 + runtime.rank))
         count = settings.gradient_accumulation_steps // runtime.world_size
         total = 0.0
-        batches = iteration_batches(self.dataset, settings, runtime, self.iteration)
+        batches = iteration_batches(self.dataset, settings, runtime, self.iteration, self.one_pass)
         for index, (x, y) in enumerate(batches):
             tick()
             if runtime.world_size > 1:  # gradients are averaged once, after the last one

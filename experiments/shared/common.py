@@ -16,7 +16,7 @@ from leangpt.system.whole_files import written_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "experiments" / "results"
-HASHES = ("commit", "sha256")  # columns
+HASHES = ("commit", "sha256", "protocol", "data")  # columns
 
 
 def provenance(device="cpu"):

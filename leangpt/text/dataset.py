@@ -59,7 +59,7 @@ class Dataset:
         last = len(tokens) - block_size
         starts = torch.randint(last, (batch_size, 1), generator=generator).numpy()
         windows = tokens[starts + np.arange(block_size + 1)]  # (B, T + 1)
-        return _to_device(windows, device)
+        return to_device(windows, device)
 
     def full_split_batches(self, split, block_size, batch_size, device="cpu"):
         """Yield (x, y), each (b, T) int64 with b <= B, over the whole split in order.
@@ -72,7 +72,7 @@ class Dataset:
         blocks = (len(tokens) - 1) // block_size
         for first in range(0, blocks, batch_size):
             starts = np.arange(first, min(first + batch_size, blocks))[:, None] * block_size
-            yield _to_device(tokens[starts + np.arange(block_size + 1)], device)
+            yield to_device(tokens[starts + np.arange(block_size + 1)], device)
 
     def check_block_size(self, block_size):
         """Raise UserError where a split has no block of T tokens and the one after them."""
@@ -138,7 +138,7 @@ def _open_tokens(directory, split):
     return read_uint16(path)
 
 
-def _to_device(windows, device):
+def to_device(windows, device):
     """(B, T + 1) uint16 -> x (B, T), y (B, T), int64, copied without waiting where that helps."""
     windows = torch.from_numpy(windows.astype(np.int64))
     x, y = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()

@@ -124,9 +124,8 @@ class TrainingLog:
 
 def remaining_seconds(settings, iteration, seconds_each, evaluation_seconds):
     """How long a run still takes after `iteration` iterations, at the pace of the last ones."""
-    evaluations = settings.max_iters // settings.eval_interval - (
-        (iteration - 1) // settings.eval_interval
-    )
+    interval = settings.eval_interval or settings.max_iters
+    evaluations = settings.max_iters // interval - (iteration - 1) // interval
     return (settings.max_iters - iteration) * seconds_each + evaluations * evaluation_seconds
 
 

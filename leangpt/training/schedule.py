@@ -2,9 +2,17 @@
 
 import math
 
+SCHEDULES = {  # share of the way down, from 0 to 1 -> share of the rate that is left
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1.0 - progress,
+}
 
-def warmup_cosine(iteration: int, warmup_iters: int, decay_iters: int, floor: float) -> float:
-    """What a learning rate is multiplied by: linear warmup, then a cosine (nanoGPT's schedule).
+
+def warmup_and_decay(
+    iteration: int, warmup_iters: int, decay_iters: int, floor: float, schedule: str = "cosine"
+) -> float:
+    """What a learning rate is multiplied by: linear warmup, then a cosine (nanoGPT's schedule), or
+    another of SCHEDULES.
 
     From 1 / (warmup_iters + 1) at iteration 0 up to 1, down to `floor` at decay_iters, and there it
     stays.
@@ -14,7 +22,7 @@ def warmup_cosine(iteration: int, warmup_iters: int, decay_iters: int, floor: fl
     if iteration >= decay_iters:
         return floor
     progress = (iteration - warmup_iters) / (decay_iters - warmup_iters)
-    return floor + 0.5 * (1.0 + math.cos(math.pi * progress)) * (1.0 - floor)
+    return floor + SCHEDULES[schedule](progress) * (1.0 - floor)
 
 
 def set_rates(optimizer, factor: float):

@@ -209,6 +209,14 @@ def test_policies_train_alike(tmp_path, flags):
     assert [float(v) for v in got] == pytest.approx([float(v) for v in wanted], abs=1e-5)
 
 
+def test_evaluated_at_the_end_alone(tmp_path):
+    train.main(arguments(tmp_path, "often", "--max_iters=4", "--eval_interval=4"))
+    train.main(arguments(tmp_path, "once", "--max_iters=4", "--eval_interval=0"))
+    often, once = (determined(tmp_path / name) for name in ("often", "once"))
+    assert [row for row in once if row[4]] == [row for row in often if row[4]][1:]
+    assert (tmp_path / "once" / BEST).exists()
+
+
 # ------------------------------------------------------------------ learning rate and options
 
 
@@ -238,6 +246,17 @@ def test_schedule_defaults():
     config = settings("--max_iters=20", "--warmup_iters=20")
     assert lr_factor(19, config, 1e-3) == 20 / 21 and lr_factor(20, config, 1e-3) == 0.1
     assert lr_factor(7, settings("--decay_lr=False"), 1e-3) == 1.0
+
+
+def test_linear_schedule_reaches_zero():
+    config = settings("--max_iters=30", "--warmup_iters=10", "--lr_schedule=linear", "--min_lr=0")
+    assert lr_factor(9, config, 1e-3) == 10 / 11 and lr_factor(10, config, 1e-3) == 1.0
+    assert lr_factor(15, config, 1e-3) == 0.75 and lr_factor(29, config, 1e-3) == pytest.approx(
+        0.05
+    )
+    assert lr_factor(30, config, 1e-3) == 0.0
+    with pytest.raises(UserError, match="lr_schedule 'square'; use cosine or linear"):
+        settings("--lr_schedule=square")
 
 
 def test_every_group_follows_the_schedule(tmp_path):
@@ -421,7 +440,7 @@ MISTAKES = [
     ("--batch_size=0", "batch_size must be positive"),
     ("--block_size=-1", "block_size must be positive"),
     ("--log_interval=0", "log_interval must be positive"),
-    ("--eval_interval=0", "eval_interval must be positive"),
+    ("--eval_interval=-1", "eval_interval must not be negative"),
     ("--gradient_accumulation_steps=0", "gradient_accumulation_steps must be positive"),
     ("--max_iters=-1", "max_iters must not be negative"),
     ("--grad_clip=-1", "grad_clip must not be negative"),
