@@ -89,6 +89,7 @@ SHOWN = (
     "status",
     "message",
 )  # on the screen
+LONGEST = 2_000_000  # seconds that waiting for a process can take
 WIDTHS = (8, 10, 8, 8, 9, 10, 10, 10, 13, 11, 12, 8, 0)
 
 
@@ -142,6 +143,8 @@ def grid(settings):
     for name in ("runs", "batch", "timeout"):
         if getattr(settings, name) <= 0:
             raise UserError(f"--{name} must be positive, not {getattr(settings, name)}")
+    if settings.timeout > LONGEST:
+        raise UserError(f"--timeout must be at most {LONGEST:,} seconds, not {settings.timeout:g}")
     for name in ("seq", "policy"):
         if not getattr(settings, name):
             raise UserError(f"--{name} is empty: give at least one, as in --seq=1024,4096")

@@ -19,6 +19,7 @@ with `_`, modules, functions and classes. Anything unknown or ill-typed is a Use
 """
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -36,40 +37,51 @@ from pathlib import Path
 from leangpt.system.errors import UserError
 
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
+LARGEST = 2**63 - 1  # what 64 bits hold
+HOW_TO_WRITE = "settings are written --key=value, and a value with spaces needs quotes"
 
 
-def parse_config(settings, argv=None):
+def parse_config(settings, argv=None, config_files=True):
     """Build the settings dataclass from `argv` (default: this process's arguments).
 
     Returns (config, given): `config` is an instance of `settings`; `given` maps each key that a
     config file or a flag set to its value, in the order in which they were first set.
-    Accepted: CONFIG.py, --key=value, --key value, and a bare --key for a bool (meaning True).
-    Dashes inside a key are underscores. `--help` prints every key and exits with status 0.
-    Where the metadata of a tuple[str, ...] field says "positional", words that are no flags are
-    gathered there, and there are no config files.
-    Raises UserError on an unknown key, a value of the wrong type, or an unreadable config file.
+    Accepted, in any order: CONFIG.py, --key=value, --key value, a bare --key for a bool (meaning
+    True), and lists as --key=1,2 or --key 1 2, up to the next flag or CONFIG.py. Dashes inside a
+    key are underscores; the metadata of a field may give it a second name, "alias".
+    `--help` prints every key and exits with status 0. Where the metadata of a tuple[str, ...] field
+    says "positional", words that are no flags are gathered there, and there are no config files;
+    with config_files=False such words are refused.
+    Raises UserError on an unknown key, a value of the wrong type, a number that 64 bits do not
+    hold, or an unreadable config file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--help" in argv or "-h" in argv:
-        print(help_text(settings))
+        print(help_text(settings, config_files))
         sys.exit(0)
-    kinds, positional = _field_types(settings), _positional(settings)
+    kinds, names = _field_types(settings), _names(settings)
+    positional = _positional(settings)
     given, words = {}, argv
     while words:
         word, words = words[0], words[1:]
-        if positional and not word.startswith("-"):
-            given[positional] = (*given.get(positional, ()), word)
-            continue
         if not word.startswith("-"):
-            given.update(_read_config_file(word, kinds))
+            if positional:
+                given[positional] = (*given.get(positional, ()), word)
+            elif config_files:
+                given.update(_read_config_file(word, kinds, names))
+            else:
+                raise UserError(f"unexpected {_short(word)!r}: {HOW_TO_WRITE}")
             continue
-        name, equals, text = word.partition("=")
-        key = name[2:].replace("-", "_")
-        if not name.startswith("--") or key not in kinds:
-            raise UserError(_unknown([name], kinds, "on the command line"))
+        flag, equals, text = word.partition("=")
+        key = names.get(flag[2:].replace("-", "_"))
+        if not flag.startswith("--") or key is None:
+            raise UserError(_unknown([flag], names, "on the command line"))
         if not equals:
-            text, words = _value_after(name, kinds[key], words)
-        given[key] = _from_text(key, kinds[key], text)
+            text, words = _value_after(flag, kinds[key], words)
+        if _is_list(kinds[key]):
+            count = _length_of_list(words)
+            text, words = ",".join([text, *words[:count]]), words[count:]
+        given[key] = _from_text(flag, kinds[key], text)
     return settings(**given), given
 
 
@@ -89,14 +101,16 @@ def describe_changes(config):
     return ", ".join(changes) if changes else "all settings at their defaults"
 
 
-def help_text(settings):
+def help_text(settings, config_files=True):
     """What the script is for, in its own words, then every key with its type, default and comment,
     under the headings of the source."""
     comments, headings = _read_comments(settings)
     script = Path(sys.argv[0]).name or "script.py"
     positional = _positional(settings)
-    words = f"{positional.upper()} ..." if positional else "[CONFIG.py ...]"
-    lines = [f"usage: python {script} {words} [--key=value ...]"]
+    words = "[CONFIG.py ...] " if config_files else ""
+    if positional:
+        words = f"{positional.upper()} ... "
+    lines = [f"usage: python {script} {words}[--key=value ...]"]
     purpose = settings.__doc__
     if not purpose or purpose.startswith(f"{settings.__name__}("):  # dataclass's own
         purpose = sys.modules[settings.__module__].__doc__
@@ -110,6 +124,8 @@ def help_text(settings):
             lines += ["", headings[field.name]]
         left = f"  --{field.name}: {_type_name(kinds[field.name])} = {_default(field)!r}"
         comment = field.metadata.get("help", comments.get(field.name, ""))
+        if alias := field.metadata.get("alias"):
+            comment += f" (or --{alias})"
         separator = "  " if len(left) <= 42 else "\n" + " " * 44
         lines.append(f"{left:<42}{separator}{comment}".rstrip())
     return "\n".join(lines)
@@ -118,20 +134,28 @@ def help_text(settings):
 # ---- the command line ---------------------------------------------------------------------------
 
 
-def _value_after(name, kind, words):
-    """The value of a flag written without `=`: the next word, or True for a bool."""
+def _value_after(flag, kind, words):
+    """(the value of a flag written without `=`, the words after it): True for a bare bool."""
     following = words[0] if words else None
     if bool in _alternatives(kind):
         if following is not None and following.lower() in TRUE | FALSE:
             return following, words[1:]
         return "True", words
-    if following is None or following.startswith("--"):
-        raise UserError(f"{name} needs a value ({_type_name(kind)}): write {name}=VALUE")
+    ends = _is_list(kind) and _length_of_list(words) == 0
+    if following is None or ends or following.startswith("--"):
+        raise UserError(f"{flag} needs a value ({_type_name(kind)}): write {flag}=VALUE")
     return following, words[1:]
 
 
-def _from_text(key, kind, text):
+def _length_of_list(words):
+    """How many words there are before the next flag or config file."""
+    ends = (i for i, word in enumerate(words) if word.startswith("--") or word.endswith(".py"))
+    return next(ends, len(words))
+
+
+def _from_text(flag, kind, text):
     """Read the text of a flag as the field's type."""
+    expected = f"expected {_type_name(kind)}"
     for option in _alternatives(kind):
         if option is type(None):
             if text.lower() in ("none", "null"):
@@ -139,38 +163,53 @@ def _from_text(key, kind, text):
             continue
         try:
             return _convert(option, text)
+        except OverflowError as error:
+            expected = error
         except ValueError:
             continue
-    raise UserError(f"--{key}={text}: expected {_type_name(kind)}")
+    raise UserError(f"{flag}={_short(text)}: {expected}")
 
 
 def _convert(option, text):
-    """`text` as one plain type; ValueError where it is not one."""
+    """`text` as one plain type; ValueError where it is not one, OverflowError where it is too
+    large."""
     if option is bool:
         if text.lower() not in TRUE | FALSE:
             raise ValueError(text)
         return text.lower() in TRUE
     if typing.get_origin(option) is tuple:
-        return tuple(
-            _convert(typing.get_args(option)[0], part.strip())
-            for part in text.split(",")
-            if part.strip()
-        )
-    value = option(text)
+        parts = (part.strip() for part in text.split(","))
+        return tuple(_convert(typing.get_args(option)[0], part) for part in parts if part)
+    return _in_range(option(text))
+
+
+def _in_range(value):
+    """A number that 64 bits hold, or anything else -> itself. Raises OverflowError, ValueError."""
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise OverflowError(f"too large, at most {LARGEST:,}")
+    if isinstance(value, float) and math.isinf(value):
+        raise OverflowError(f"too large, at most {sys.float_info.max:.2g}")
     if isinstance(value, float) and math.isnan(value):
-        raise ValueError(text)
+        raise ValueError(value)
     return value
+
+
+def _short(text):
+    """A user's words, to be repeated in one line."""
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 # ---- config files -------------------------------------------------------------------------------
 
 
-def _read_config_file(path, kinds):
+def _read_config_file(path, kinds, names):
     """Run a config file in a fresh namespace; return the settings it leaves behind, checked."""
     if not os.path.isfile(path):
-        key = path.partition("=")[0].replace("-", "_")
-        hint = f"did you mean --{path}?" if key in kinds else "settings are written --key=value"
-        raise UserError(f"no config file {path!r}: {hint}")
+        key, near = path.partition("=")[0].replace("-", "_"), _near_file(path)
+        hint = f"did you mean {near}?" if near else HOW_TO_WRITE
+        if key in names:
+            hint = f"did you mean --{_short(path)}?"
+        raise UserError(f"no config file {_short(path)!r}: {hint}")
     try:
         namespace = runpy.run_path(path)
     except SyntaxError as error:
@@ -185,10 +224,23 @@ def _read_config_file(path, kinds):
         for key, value in namespace.items()
         if not key.startswith("_") and not isinstance(value, ignored)
     }
-    unknown = [key for key in values if key not in kinds]
+    unknown = [key for key in values if key not in names]
     if unknown:
-        raise UserError(_unknown(unknown, kinds, f"in {path}"))
+        raise UserError(_unknown(unknown, names, f"in {path}"))
+    values = {names[key]: value for key, value in values.items()}
     return {key: _checked(key, kinds[key], value, path) for key, value in values.items()}
+
+
+def _near_file(path):
+    """The config file in the same folder or in config/ whose name is most like `path`, or None."""
+    folder, name = os.path.split(path)
+    found = {}
+    for place in (folder, "config"):
+        with contextlib.suppress(OSError, ValueError):
+            names = [name for name in os.listdir(place or ".") if name.endswith(".py")]
+            found |= {name: os.path.join(place, name) for name in names if name not in found}
+    near = difflib.get_close_matches(name.removesuffix(".py") + ".py", found, 1, 0.8)
+    return found[near[0]] if near else None
 
 
 def _line_in(path, error):
@@ -202,7 +254,12 @@ def _line_in(path, error):
 
 
 def _checked(key, kind, value, path):
-    """A Python value from a config file, if it has the field's type."""
+    """A Python value from a config file, if it has the field's type and 64 bits hold it."""
+    try:
+        for number in value if isinstance(value, (tuple, list)) else (value,):
+            _in_range(number)
+    except (OverflowError, ValueError) as error:
+        raise UserError(f"{path}: {key}: {error}") from None
     for option in _alternatives(kind):
         if typing.get_origin(option) is tuple:
             item = typing.get_args(option)[0]
@@ -221,6 +278,17 @@ def _checked(key, kind, value, path):
 def _field_types(settings):
     hints = typing.get_type_hints(settings)
     return {field.name: hints[field.name] for field in dataclasses.fields(settings)}
+
+
+def _names(settings):
+    """What each field may be called -> its own name."""
+    fields = dataclasses.fields(settings)
+    aliases = {f.metadata["alias"]: f.name for f in fields if "alias" in f.metadata}
+    return {field.name: field.name for field in fields} | aliases
+
+
+def _is_list(kind):
+    return any(typing.get_origin(option) is tuple for option in _alternatives(kind))
 
 
 def _positional(settings):
@@ -254,12 +322,12 @@ def _default(field):
     return field.default_factory()
 
 
-def _unknown(keys, kinds, where):
+def _unknown(keys, names, where):
     """An error message that names each unknown key and the nearest key that exists."""
     described = []
     for key in keys:
-        near = difflib.get_close_matches(key.lstrip("-").replace("-", "_"), kinds, 1, 0.6)
-        described.append(f"{key} (did you mean {near[0]}?)" if near else key)
+        near = difflib.get_close_matches(key.lstrip("-").replace("-", "_"), names, 1, 0.6)
+        described.append(_short(key) + (f" (did you mean {near[0]}?)" if near else ""))
     word = "unknown setting" if len(keys) == 1 else "unknown settings"
     return f"{word} {where}: {', '.join(described)}; --help lists every setting"
 

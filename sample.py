@@ -10,11 +10,12 @@ beside the bytes of weights and cache that each step has to read, which is what 
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from attention_policies import POLICIES
 from configurator import parse_config
 from leangpt.decoding.generate import bytes_read, check_count, generate
 from leangpt.decoding.printer import Printer, until_stop
@@ -41,7 +42,10 @@ class Settings:
     init_from: str = "resume"  # resume | gpt2* | a hub id, folder, .gguf, 4-bit .safetensors
     out_dir: str = "out"  # where ckpt.pt is, for init_from=resume
     data_dir: str = "data"  # data sets, for a checkpoint that does not carry its tokenizer
-    attention_policy: str | None = None  # cache | grouped | recompute; None: as trained
+    attention_policy: str | None = field(
+        default=None,
+        metadata={"alias": "policy", "help": f"{' | '.join(POLICIES)}; None: as trained"},
+    )
     int4: bool = False  # pack the linear layers' weights in 4 bits
     group_size: int = 32  # weights that share a scale in 4 bits: 32 | 64 | 128
     int4_tune: int = 0  # steps that fit 4-bit scales to the exact model's predictions, e.g. 600

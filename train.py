@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from attention_policies import POLICIES
 from configurator import config_dict, describe_changes, parse_config
 from leangpt.memory.meter import is_out_of_memory
 from leangpt.optim import VARIANTS, updates_inside_backward
@@ -49,7 +50,8 @@ from leangpt.training.summary import advise_oom, startup_summary
 from model import GPT, GPTConfig
 from optimizers import check_param_dtype, lr_factor, make_optimizer, run_rates
 
-MOST = 2**31 - 1  # of anything that is counted, so that no product of two overflows
+MOST = 2**31 - 1  # of anything that is counted: no product of two overflows
+MOST_TOKENS = 2**27  # of a micro-batch: more than any memory takes
 
 
 @dataclass
@@ -84,8 +86,13 @@ class Settings:
     attention_dropout: float | None = None  # on attention weights; None: as dropout
     bias: bool = False  # in linear and norm layers
     position: str = "learned"  # learned | rope | none
-    n_kv_head: int | None = None  # key/value heads; None: n_head, or n_head/4 for `grouped`
-    attention_policy: str = "cache"  # cache | grouped | recompute
+    n_kv_head: int | None = field(
+        default=None,
+        metadata={"alias": "kv_heads", "help": "key/value heads; None: n_head, or n_head/4"},
+    )
+    attention_policy: str = field(
+        default="cache", metadata={"alias": "policy", "help": " | ".join(POLICIES)}
+    )
     q_chunk: int | None = None  # rows a tile; None: chosen by the policy
     k_chunk: int | None = None  # key/value rows a tile; None: chosen by the policy
     checkpoint_layers: bool = False  # keep each layer's input only, compute the rest again
@@ -133,10 +140,11 @@ class Settings:
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"{name} must not be negative, but is {getattr(self, name)}")
         sizes = {name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd")}
-        tokens = {"batch_size * block_size": self.batch_size * self.block_size}
-        for name, value in {**positive, **sizes, **tokens}.items():
+        for name, value in {**positive, **sizes}.items():
             if value > MOST:
                 raise UserError(f"{name} must be at most {MOST:,}, not {value:,}")
+        if (tokens := self.batch_size * self.block_size) > MOST_TOKENS:
+            raise UserError(f"a micro-batch has at most {MOST_TOKENS:,} tokens, not {tokens:,}")
         if self.overwrite and self.init_from == "resume":
             raise UserError("overwrite=True erases what init_from=resume would go on from")
         if self.lr_schedule not in SCHEDULES:

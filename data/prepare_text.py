@@ -34,7 +34,7 @@ class Settings:
 
 
 def main():
-    config, _ = parse_config(Settings)
+    config, _ = parse_config(Settings, config_files=False)
     if config.input is None or config.name is None:
         raise UserError("needed: --input FILE --name NAME")
     if not re.fullmatch(r"\w[\w.-]*", config.name):
@@ -57,7 +57,7 @@ class ShakespeareSettings:
 
 def shakespeare_script(path, tokenizer):
     """The whole of a Shakespeare folder's prepare.py, which lies at `path`."""
-    config, _ = parse_config(ShakespeareSettings)
+    config, _ = parse_config(ShakespeareSettings, config_files=False)
     prepare_shakespeare(config.input, Path(path).resolve().parent, tokenizer)
 
 

@@ -47,7 +47,7 @@ class Settings:
 
 
 def main(argv=None):
-    config, _ = parse_config(Settings, argv)
+    config, _ = parse_config(Settings, argv, config_files=False)
     directory = Path(config.out_dir)
     with one_at_a_time(directory):
         if not report_if_prepared(directory, "gpt2"):

@@ -33,7 +33,7 @@ class Settings:
 
 
 def main():
-    parse_config(Settings)
+    parse_config(Settings, config_files=False)
     try:
         fetch(HERE / MODEL)
     except OSError as error:  # folder not writable, disk full
