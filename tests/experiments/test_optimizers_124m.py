@@ -190,7 +190,7 @@ def test_a_tiny_comparison(tmp_path, flags, monkeypatch):
         for path in (tmp_path / "out").rglob("*")
         if path.is_file() and "cache" not in path.parts
     ]
-    assert sorted(set(left)) == ["config.json", "log.txt", "metrics.csv"]
+    assert sorted(set(left)) == ["config.json", "log.txt", "metrics.csv", "run.json"]
 
     again = run_script(*SCRIPT, *flags, "--entrants=torch_muon", "--rehearse=4")
     assert "2 rows are there" in again.stdout and "start" not in again.stdout
