@@ -26,6 +26,7 @@ from leangpt.layers import mlp_triton
 from leangpt.layers.loss import chunked_cross_entropy
 from leangpt.layers.rope import apply_rope, rope_table
 from leangpt.system.errors import UserError
+from leangpt.system.reading import check_types
 from leangpt.weights.load import load_pretrained
 
 __all__ = ["GPT", "Block", "GPTConfig"]
@@ -108,6 +109,7 @@ class GPTConfig:
         unknown = sorted(set(model_args) - {field.name for field in fields(cls)})
         if unknown:
             raise UserError(f"the checkpoint's model_args have keys this model lacks: {unknown}")
+        check_types(model_args, cls, "the checkpoint's model_args")
         return cls(**model_args)
 
     @property

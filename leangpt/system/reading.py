@@ -2,6 +2,7 @@
 
 import json
 import stat
+import typing
 from pathlib import Path
 
 from leangpt.system.errors import UserError
@@ -32,3 +33,19 @@ def read_json(path):
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(content).__name__}")
     return content
+
+
+def check_types(values, annotated, where):
+    """Raise UserError, beginning with `where`, for a value of another type than it should have.
+
+    values: a dict from a file; annotated: a class whose annotations name the types (of plain
+    values: int, float, bool, str, dict, None, or one of several). An int does for a float, a bool
+    for nothing but a bool.
+    """
+    hints = typing.get_type_hints(annotated)
+    for name, value in values.items():
+        kinds = typing.get_args(hints[name]) or (hints[name],)
+        allowed = kinds + (int,) if float in kinds else kinds
+        if bool not in kinds if isinstance(value, bool) else not isinstance(value, allowed):
+            wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+            raise UserError(f"{where}: {name} must be {wanted}, not {repr(value)[:50]}")

@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 
 from leangpt.system.errors import UserError
+from leangpt.system.reading import regular_file
 from leangpt.system.whole_files import written_whole
+from leangpt.weights.empty_model import allocate, shapes_of
 
 BEST, LAST = "ckpt.pt", "ckpt_last.pt"
 REQUIRED = ("model", "model_args", "iter_num")
@@ -77,7 +79,9 @@ def load_checkpoint(path, device="cpu", mmap=False):
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # torch's, about files that fail below
-            checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+            checkpoint = torch.load(
+                regular_file(path), map_location=device, weights_only=True, mmap=mmap
+            )
     except FileNotFoundError:
         raise UserError(
             f"no checkpoint at {path}; train first, or set out_dir to a folder that has one"
@@ -119,13 +123,25 @@ def model_from_checkpoint(GPT, checkpoint, **overrides):
     fixed = sorted(set(overrides) - set(GPT.config_class.FREE))
     if fixed:
         raise UserError(f"a checkpoint's {', '.join(fixed)} cannot be changed")
-    model = GPT(GPT.config_class.from_dict({**checkpoint["model_args"], **overrides}))
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the checkpoint's weights do not fit its model_args: {reason}") from None
+    config = GPT.config_class.from_dict({**checkpoint["model_args"], **overrides})
+    weights = checkpoint["model"]
+    model = shapes_of(GPT, config, len(weights), "the checkpoint's model_args")
+    _check_shapes(weights, model.state_dict())  # before memory of any size is asked for
+    model = allocate(model)
+    model.load_state_dict(weights)
     return model
+
+
+def _check_shapes(weights, wanted):
+    """Raise UserError naming a weight that is missing, left over or misshapen."""
+    for name in sorted(wanted.keys() | weights.keys()):
+        need = list(wanted[name].shape) if name in wanted else "none"
+        have = list(weights[name].shape) if name in weights else "none"
+        if need != have:
+            raise UserError(
+                f"the checkpoint's weights do not fit its model_args: {name} should have shape "
+                f"{need}, and has {have}"
+            )
 
 
 def model_args(model):

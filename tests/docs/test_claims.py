@@ -25,9 +25,16 @@ def fenced(kind):
 
 def test_the_python_runs():
     torch.manual_seed(0)
+    transformers = pytest.importorskip("transformers")
+    shape = dict(num_hidden_layers=1, num_attention_heads=2, hidden_size=32, vocab_size=50)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, intermediate_size=64))
+    idx = torch.randint(50, (1, 12))
+    before = llama(idx, labels=idx).loss
     model = torch.nn.Sequential(torch.nn.Embedding(50, 32), torch.nn.Linear(32, 32))
     hidden, targets = torch.randn(2, 5, 32, requires_grad=True), torch.randint(50, (2, 5))
-    names = dict(model=model, head=torch.nn.Linear(32, 50), hidden=hidden, targets=targets)
+    names = dict(
+        llama=llama, model=model, head=torch.nn.Linear(32, 50), hidden=hidden, targets=targets
+    )
     (code,) = fenced("python")
     exec(code, names)
     assert isinstance(names["optimizer"], torch.optim.Optimizer)
@@ -35,6 +42,7 @@ def test_the_python_runs():
     assert held == {id(p) for p in model.parameters()}
     logits = hidden @ names["head"].weight.T
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert llama(idx, labels=idx).loss.item() == pytest.approx(before.item(), rel=1e-5)
     assert names["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 

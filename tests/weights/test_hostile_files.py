@@ -1,0 +1,220 @@
+"""Small files that ask for everything: one line each, within two seconds, no memory to speak of."""
+
+import os
+import random
+import signal
+import struct
+import time
+from functools import partial
+
+import pytest
+import torch
+from pretrained_files import gpt2_config, gpt2_tensors, write_folder
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from leangpt.system.errors import UserError
+from leangpt.training.checkpoint import load_checkpoint, model_args, model_from_checkpoint
+from leangpt.weights.chat_template import render_alone
+from leangpt.weights.chat_text import PretrainedText, load_pretrained_text
+from leangpt.weights.gguf_header import check_header
+from leangpt.weights.load import load_pretrained
+from model import GPT, GPTConfig
+
+
+@pytest.fixture
+def soon():
+    """Two seconds of the processor, or a minute of waiting inside a system call, and the test
+    fails; by the clock a busy machine would be late with anything."""
+
+    def late(number, frame):
+        raise TimeoutError("not done in time")
+
+    timers = {signal.SIGPROF: (signal.ITIMER_PROF, 2), signal.SIGALRM: (signal.ITIMER_REAL, 60)}
+    usual = {number: signal.signal(number, late) for number in timers}
+    for timer, seconds in timers.values():
+        signal.setitimer(timer, seconds)
+    yield
+    for timer, _ in timers.values():
+        signal.setitimer(timer, 0)
+    for number, handler in usual.items():
+        signal.signal(number, handler)
+
+
+def refused(call, words=""):
+    with pytest.raises(UserError, match=words) as error:
+        call()
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+# ---- what a file announces ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(n_layer=10**7), "10000000 layers are announced"),
+        (dict(n_embd=2**40, n_head=2), "shape|announced sizes"),
+        (dict(n_embd=10**30, n_head=2), "announced sizes"),
+        (dict(vocab_size=10**12), "shape"),
+        (dict(n_positions=10**12), "shape"),
+    ],
+)
+def test_sizes_in_a_config_json(tmp_path, changes, words, soon):
+    write_folder(tmp_path, gpt2_config() | changes, gpt2_tensors())
+    refused(lambda: load_pretrained(GPT, tmp_path), words)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(n_layer=10**7), "10000000 layers are announced"),
+        (dict(n_embd=2**28), "should have shape"),
+        (dict(n_embd=10**30), "announced sizes"),
+        (dict(vocab_size=10**12), "should have shape"),
+        (dict(block_size=10**12), "wpe.weight should have shape"),
+        (dict(n_layer="2"), "n_layer must be int"),
+    ],
+)
+def test_sizes_in_a_checkpoint(tmp_path, changes, words, soon):
+    model = GPT(GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=2, n_embd=8))
+    arguments = model_args(model) | changes
+    checkpoint = {"model": model.state_dict(), "model_args": arguments, "iter_num": 3}
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    loaded = load_checkpoint(tmp_path / "ckpt.pt")
+    refused(lambda: model_from_checkpoint(GPT, loaded), words)
+
+
+# ---- GGUF ---------------------------------------------------------------------------------------
+
+
+def text(name):
+    return struct.pack("<Q", len(name)) + name.encode()
+
+
+def header(tensors=0, pairs=1, rest=b"", version=3, magic=b"GGUF"):
+    return magic + struct.pack("<IQQ", version, tensors, pairs) + rest
+
+
+def array(kind, count):
+    return text("general.list") + struct.pack("<IIQ", 9, kind, count)
+
+
+GGUF_BOMBS = {
+    "2**60 numbers": header(rest=array(4, 2**60) + bytes(24)),
+    "2**60 texts": header(rest=array(8, 2**60) + bytes(24)),
+    "2**60 lists": header(rest=array(9, 2**60) + bytes(24)),
+    "lists in lists": header(rest=array(9, 1) + struct.pack("<IQ", 9, 1) * 1000),
+    "2**60 settings": header(pairs=2**60),
+    "2**60 tensors": header(2**60, 0, bytes(24)),
+    "a long name": header(rest=struct.pack("<Q", 2**60) + bytes(24)),
+    "a value of no type": header(rest=text("a") + struct.pack("<IQ", 99, 0)),
+    "2**31 dimensions": header(1, 0, text("a") + struct.pack("<I", 2**31) + bytes(64)),
+    "huge dimensions": header(
+        1, 0, text("a") + struct.pack("<I4QIQ", 4, *(2**62,) * 4, 0, 0) + bytes(64)
+    ),
+    "no alignment": header(
+        1,
+        1,
+        text("general.alignment")
+        + struct.pack("<II", 4, 0)
+        + text("a")
+        + struct.pack("<IQIQ", 1, 4, 0, 0)
+        + bytes(64),
+    ),
+    "another version": header(version=77),
+    "something else": header(magic=b"GGML"),
+    "nothing": b"",
+    "four letters": b"GGUF",
+}
+
+
+@pytest.mark.parametrize("name", GGUF_BOMBS)
+def test_what_a_gguf_file_announces(tmp_path, name, soon):
+    (tmp_path / "model.gguf").write_bytes(GGUF_BOMBS[name])
+    refused(lambda: load_pretrained(GPT, tmp_path / "model.gguf"), "model.gguf")
+
+
+def test_a_whole_gguf_file_passes_and_its_parts_do_not(tmp_path):
+    pytest.importorskip("gguf")
+    from test_gguf import gguf_llama, toy_vocabulary
+
+    path = gguf_llama(tmp_path / "tiny.gguf", changes=toy_vocabulary())
+    check_header(path)
+    whole, rng = path.read_bytes(), random.Random(0)
+    for _ in range(50):
+        path.write_bytes(whole[: rng.randrange(len(whole) // 2)])
+        refused(lambda: load_pretrained(GPT, path), "tiny.gguf")
+    for _ in range(100):  # a flipped bit may leave a model, or be refused
+        damaged = bytearray(whole)
+        damaged[rng.randrange(3000)] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            load_pretrained(GPT, path)
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+# ---- chat templates -----------------------------------------------------------------------------
+
+
+TEMPLATES = {
+    "loops in loops": "{% for a in range(99999) %}" * 6 + "{% endfor %}" * 6,
+    "a power": "{{ 9 ** (9 ** (9 ** 9)) }}",
+    "a long text": "{{ 'a' * 10**11 }}",
+    "doubling": "{% set n = namespace(x='ab') %}{% for i in range(60) %}"
+    "{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+    "wide formats": "{{ '%0999999999999d' % 1 }}",
+    "a long answer": "{% for a in range(99999) %}{{ 'b' * 1000 }}{% endfor %}",
+    "itself": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+    "division by zero": "{{ 1 / 0 }}",
+    "no such method": "{{ messages.frobnicate() }}",
+    "an error of its own": "{{ raise_exception('roles\nmust alternate') }}",
+    "parentheses": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_render_under_limits(name):
+    began = time.process_time() + sum(os.times()[2:4])
+    toy = PretrainedText(tokenizer=None, template=TEMPLATES[name])
+    refused(lambda: toy.chat("Hi"), "the model's chat format cannot be filled in")
+    spent = time.process_time() + sum(os.times()[2:4]) - began
+    assert spent < 2, f"{spent:.1f} s of the processor"
+
+
+def test_what_a_template_gets_comes_back_as_it_was():
+    odd = 'line\nends, "quotes", {{ braces }}, \u00e9, \u4f60, \U0001f600, \ud800'
+    assert render_alone("{{ a }}|{{ b[0] }}", {"a": odd, "b": [3]}) == odd + "|3"
+
+
+# ---- pipes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config.json",
+        "model.safetensors",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+    ],
+)
+def test_a_pipe_in_a_models_folder_is_not_waited_for(tmp_path, name, soon):
+    write_folder(tmp_path, gpt2_config(), gpt2_tensors())
+    (tmp_path / "tokenizer.json").write_text(Tokenizer(WordLevel({"a": 0}, "a")).to_str())
+    (tmp_path / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / name)
+    weights = name in ("config.json", "model.safetensors")
+    load = partial(load_pretrained, GPT) if weights else load_pretrained_text
+    refused(lambda: load(tmp_path), f"{name} is a pipe, socket or device")
+
+
+def test_other_pipes_are_not_waited_for_either(tmp_path, soon):
+    os.mkfifo(tmp_path / "model.gguf")
+    refused(lambda: load_pretrained(GPT, tmp_path / "model.gguf"), "no such folder or .gguf file")
+    refused(lambda: check_header(tmp_path / "model.gguf"), "is a pipe")
+    os.mkfifo(tmp_path / "ckpt.pt")
+    refused(lambda: load_checkpoint(tmp_path / "ckpt.pt"), "is a pipe")
+    refused(lambda: load_checkpoint("/dev/zero"), "is a pipe, socket or device")
