@@ -134,44 +134,6 @@ def test_quantised_cache_writes_nearly_the_same_logits():
     assert same > 0.9 and torch.equal(exact[:, :16], close[:, :16])
 
 
-def test_sample_token_draws_from_the_distribution():
-    logits = torch.tensor([1.0, -1.0, 0.5, 3.0, 2.0])
-    generator = torch.Generator().manual_seed(0)
-    n = 20000
-    for options, kept in (
-        ({}, 5),
-        ({"top_k": 3}, 3),
-        ({"top_p": 0.7}, 2),
-        ({"top_p": 1e-6}, 1),
-        ({"top_k": 4, "top_p": 0.9}, 3),
-    ):
-        drawn, _ = sample_token(logits.expand(n, 5), 1.3, generator=generator, **options)
-        p = (logits / 1.3).softmax(-1)
-        keep = p.topk(kept).indices
-        want = torch.zeros(5).index_copy(0, keep, p[keep] / p[keep].sum())
-        got = drawn.bincount(minlength=5) / n
-        assert (got - want).abs().max() < 4 * (0.25 / n) ** 0.5, options
-        assert (got[want == 0] == 0).all()
-
-
-def test_sample_token_never_takes_an_impossible_token():
-    logits = torch.full((4096, 50), -torch.inf)
-    logits[:, 7] = 0.0
-    assert (sample_token(logits, generator=torch.Generator().manual_seed(0))[0] == 7).all()
-    wide = torch.randn(64, 3000, generator=torch.Generator().manual_seed(1)) * 4
-    best = wide.argmax(-1)
-    for options in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 0}, {"temperature": 1e-4}):
-        assert torch.equal(sample_token(wide, **options)[0], best)
-
-
-def test_top_p_beyond_the_shortlist_is_exact():
-    flat = torch.zeros(2, 3000)
-    drawn, _ = sample_token(
-        flat.expand(2, -1).repeat(4000, 1), top_p=0.9, generator=torch.Generator().manual_seed(0)
-    )
-    assert 2500 < len(drawn.unique()) <= 2701  # of 3000
-
-
 def test_vocab_size_hides_padded_ids():
     model = make()
     got = generate(model, prompt(vocab=5), 30, vocab_size=5, temperature=5.0)
@@ -194,6 +156,27 @@ def test_model_generate_delegates():
     model = make()
     want = generate(model, prompt(), 6, temperature=0)
     assert torch.equal(model.generate(prompt(), 6, temperature=0), want)
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-40, 1.0])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_end_in_one_line(bad, temperature):
+    model, seen = make(position="rope"), []
+    model.lm_head.weight.data[3] = bad
+    with pytest.raises(UserError, match="NaN or infinite") as error:
+        generate(model, prompt(), 5, temperature, stream=seen.append)
+    assert "\n" not in str(error.value) and not seen
+
+
+def test_one_bad_token_late_in_a_text_is_enough():
+    """Its row of the table is damaged: all goes well until it is looked up."""
+    model, seen = make(position="none", tie_embeddings=False), []
+    text = generate(model, prompt(1), 6, temperature=0)[0].tolist()
+    token = next(t for t in text[5:-1] if t not in text[:5])
+    model.transformer.wte.weight.data[token] = torch.nan
+    with pytest.raises(UserError, match="NaN or infinite"):
+        generate(model, prompt(1), 6, temperature=0, stream=seen.append)
+    assert seen[-1] == [token]
 
 
 @pytest.mark.parametrize(

@@ -217,3 +217,19 @@ def test_the_script_exits_with_2_and_one_line(out_dir, tmp_path):
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: the prompt") and done.stderr.count("\n") == 1
+
+
+def test_a_temperature_towards_zero_is_greedy_and_damaged_weights_are_one_line(
+    capsys, out_dir, tmp_path
+):
+    flags = "--num_samples=1", "--top_k=None"
+    cold, greedy = (
+        run(capsys, out_dir, t, *flags)[0] for t in ("--temperature=1e-40", "--temperature=0")
+    )
+    assert cold == greedy
+    checkpoint = torch.load(out_dir / "ckpt.pt", weights_only=True)
+    checkpoint["model"]["transformer.h.1.mlp.c_fc.weight"][0, 0] = torch.nan
+    (tmp_path / "damaged").mkdir()
+    torch.save(checkpoint, tmp_path / "damaged" / "ckpt.pt")
+    with pytest.raises(UserError, match="NaN or infinite"):
+        run(capsys, tmp_path / "damaged", "--stream=True")
