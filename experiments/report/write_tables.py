@@ -24,6 +24,7 @@ from experiments.report import (  # noqa: F401  each registers its tables
     generation_tables,
     memory_tables,
     optimizer_tables,
+    scale_tables,
     tree_tables,
 )
 from experiments.report.table_tools import FIGURES, TABLES
