@@ -79,6 +79,7 @@ def installed(tmp_path_factory):
     return install
 
 
+@pytest.mark.slow
 @pytest.mark.xfail(reason="build_optimizer is on its way into the package", strict=False)
 @pytest.mark.parametrize("kind", ("checkout", "wheel"))
 def test_installed_it_works_beside_modules_of_the_same_names(installed, kind, tmp_path):

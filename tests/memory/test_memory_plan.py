@@ -65,6 +65,7 @@ def measured(config, B, T):
     return forward_peak, training_peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("B, T", [(1, 2048), (2, 1024)])
 def test_predictions_hold_against_measured_peaks(name, B, T):
@@ -74,6 +75,7 @@ def test_predictions_hold_against_measured_peaks(name, B, T):
     assert 0.9 < predict_training_peak(config, B, T) / training < 1.35
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["cache", "grouped", "recompute"])
 @pytest.mark.parametrize(
     "T, q_chunk, k_chunk",
@@ -101,6 +103,7 @@ def test_a_large_vocabulary_costs_one_chunk_of_logits_not_all_of_them():
     assert training < 2 * 2048 * 8192 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", ["plain", "checkpointed"])
@@ -151,6 +154,7 @@ def test_advice_on_a_gpu_counts_what_is_free_there(dtype, fused, monkeypatch):
     assert f"of {room / 1e6:.0f} MB at hand" in wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share, policy", [(0.5, "cache"), (0.25, "recompute")])
 def test_the_advice_fits_and_what_it_replaces_does_not(share, policy):
     """What is advised is then run, and its peak measured."""
