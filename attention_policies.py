@@ -120,12 +120,12 @@ def prefill_block(block, x, step, layer):
     return block.finish(x, y)
 
 
-def decode_block(block, x, step, positions, layer):
+def decode_block(block, x, step, rotation, layer):
     """One new token a sequence: x (B, 1, C); the past in a cache's layer -> (B, 1, C).
 
-    positions: the step's, (1,) or (B, 1), or attn.rotation of them.
+    rotation: attn.rotation of the step's positions, all layers' alike.
     """
     x_norm = block.ln_1(x)
-    new = block.attn.project(x_norm, positions, layer.parts)
+    new = block.attn.project(x_norm, rotation, layer.parts)
     y = layer.attend_new(step, x_norm, block.attn, *new)
     return block.finish(x, y)

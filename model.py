@@ -29,8 +29,6 @@ from leangpt.system.errors import UserError
 from leangpt.system.reading import check_types
 from leangpt.weights.load import load_pretrained
 
-__all__ = ["GPT", "Block", "GPTConfig"]
-
 POSITIONS = ("learned", "rope", "none")
 NORMS = ("layernorm", "rmsnorm")
 MLPS = ("gelu", "gelu_tanh", "swiglu")
@@ -218,14 +216,11 @@ class CausalSelfAttention(nn.Module):
 
     def rotation(self, positions):
         """Rope's (cos, sin) for positions (t,) or (B, t): all layers' alike. None without rope."""
-        if self.config.position != "rope" or isinstance(positions, tuple):
+        config = self.config
+        if config.position != "rope" or isinstance(positions, tuple):
             return positions if isinstance(positions, tuple) else None
-        table = rope_table(
-            self.config.head_dim,
-            positions.flatten(),
-            self.config.rope_theta,
-            self.config.rope_scaling,
-        )
+        theta, scaling = config.rope_theta, config.rope_scaling
+        table = rope_table(config.head_dim, positions.flatten(), theta, scaling)
         if positions.ndim == 2:  # each row of the batch at positions of its own
             table = (part.view(len(positions), 1, -1, part.size(-1)) for part in table)
         return tuple(table)
@@ -431,12 +426,10 @@ class GPT(nn.Module):
     def decode_one_token(self, idx, cache):
         """One more token a row, idx (B, 1), after the cache's others -> logits (B, V)."""
         step = cache.begin(1)
-        positions = step.positions
-        x = self.embed(idx, positions)
-        if self.config.position == "rope":  # one table for all layers
-            positions = self.transformer.h[0].attn.rotation(positions)
+        x = self.embed(idx, step.positions)
+        rotation = self.transformer.h[0].attn.rotation(step.positions)  # all layers' alike
         for block, layer in zip(self.transformer.h, cache.layers):
-            x = decode_block(block, x, step, positions, layer)
+            x = decode_block(block, x, step, rotation, layer)
         cache.advance(1)
         return self.lm_head(self.transformer.ln_f(x[:, -1]))
 

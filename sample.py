@@ -194,13 +194,12 @@ def text_of(pretrained=None, dataset=None):
 
 def set_policy(model, policy):
     """Run the model's weights under another attention policy."""
-    kv_heads = model.config.kv_heads
-    if policy == "grouped" and kv_heads == model.config.n_head:
+    changed = replace(model.config, attention_policy=policy)  # which checks it
+    if changed.kv_heads != model.config.kv_heads:
         raise UserError(
-            "attention_policy='grouped' needs weights trained with fewer key/value "
+            f"attention_policy={policy!r} needs weights trained with fewer key/value "
             "heads than heads; these have as many: use cache or recompute"
         )
-    replace(model.config, attention_policy=policy)  # which checks it
     model.config.attention_policy = policy
 
 

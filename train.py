@@ -189,7 +189,9 @@ def main(argv=None, make_optimizer=make_optimizer):
             if not is_out_of_memory(error):
                 raise
             built = (trainer.raw_model, trainer.optimizer) if trainer else ()
-            print(f"error: {advise_oom(settings, runtime, *built)}", file=sys.stderr)
+            policy = POLICIES[settings.attention_policy]
+            advice = advise_oom(settings, policy.leaner, runtime, *built)
+            print(f"error: {advice}", file=sys.stderr)
             sys.exit(1)
         finally:
             trainer = None

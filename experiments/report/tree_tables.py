@@ -1,4 +1,4 @@
-"""The table of docs/ARCHITECTURE.md: every file of the package, by what it says it is."""
+"""The tables of docs/ARCHITECTURE.md: who imports whom, and what every file says it is."""
 
 import ast
 import re
@@ -23,15 +23,39 @@ def summary(path):
     return sentence.replace("|", "/")
 
 
+def folders():
+    """Folders of the package, the lowest floor first."""
+    found = [path for path in (ROOT / "leangpt").iterdir() if (path / "__init__.py").exists()]
+    place = {name: number for number, name in enumerate(FLOORS)}
+    return sorted(found, key=lambda path: (place.get(path.name, len(place)), path.name))
+
+
+def imported(path):
+    """Folders of the package that a Python file imports from."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        yield from (name.split(".")[1] for name in names if name.startswith("leangpt."))
+
+
+@table("imports")
+def imports():
+    """A line per folder, the highest floor first: the folders it imports from."""
+    lines = []
+    for folder in reversed(folders()):
+        names = {name for path in folder.rglob("*.py") for name in imported(path)} - {folder.name}
+        order = [path.name for path in folders() if path.name in names]
+        lines.append([f"`{folder.name}`", ", ".join(order) or "nothing of ours"])
+    return markdown(["folder", "imports"], lines, words=2)
+
+
 @table("files")
 def files():
     """A line per file, folder by folder, the lowest floor first."""
-    folders = [path for path in (ROOT / "leangpt").iterdir() if (path / "__init__.py").exists()]
-    place = {name: number for number, name in enumerate(FLOORS)}
-    folders.sort(key=lambda path: (place.get(path.name, len(place)), path.name))
-    lines = []
-    for folder in folders:
-        for path in sorted(folder.rglob("*.py")):
-            if path.name != "__init__.py":
-                lines.append([f"`{path.relative_to(ROOT)}`", summary(path)])
+    lines = [
+        [f"`{path.relative_to(ROOT)}`", summary(path)]
+        for folder in folders()
+        for path in sorted(folder.rglob("*.py"))
+        if path.name != "__init__.py"
+    ]
     return markdown(["file", "what it is"], lines, words=2)

@@ -1,17 +1,17 @@
-"""Means with confidence intervals and paired tests, from Student's t, in a few lines of torch."""
+"""Means with confidence intervals and paired tests, from Student's t, in a few lines of NumPy."""
 
 import math
 
-import torch
+import numpy as np
 
 
 def mean_interval(values, confidence=0.95):
     """(mean, half width of the confidence interval) of independent values; nan width for one."""
-    values = torch.tensor(values, dtype=torch.float64)
+    values = np.asarray(values, dtype=np.float64)
     if len(values) < 2:
-        return values.mean().item(), math.nan
-    error = values.std().item() / math.sqrt(len(values))
-    return values.mean().item(), t_quantile(0.5 + confidence / 2, len(values) - 1) * error
+        return float(values.mean()), math.nan
+    error = float(values.std(ddof=1)) / math.sqrt(len(values))
+    return float(values.mean()), t_quantile(0.5 + confidence / 2, len(values) - 1) * error
 
 
 def paired_difference(values, reference):
@@ -29,12 +29,12 @@ def paired_difference(values, reference):
 def t_distribution(t, freedom):
     """P(T <= t) for Student's t: Simpson's rule on the density, substituting x = tan(angle)."""
     n = 2000
-    angles = torch.linspace(0, math.atan(abs(t) / math.sqrt(freedom)), n + 1, dtype=torch.float64)
-    density = angles.cos() ** (freedom - 1)  # of the angle, up to a constant
-    weights = torch.full_like(angles, 2.0)
+    angles = np.linspace(0, math.atan(abs(t) / math.sqrt(freedom)), n + 1)
+    density = np.cos(angles) ** (freedom - 1)  # of the angle, up to a constant
+    weights = np.full_like(angles, 2.0)
     weights[1::2] = 4.0
     weights[[0, -1]] = 1.0
-    area = (density * weights).sum().item() * (angles[1] - angles[0]).item() / 3
+    area = float((density * weights).sum() * (angles[1] - angles[0])) / 3
     log_constant = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
     half = area * math.exp(log_constant) / math.sqrt(math.pi)
     return 0.5 + math.copysign(half, t)

@@ -59,11 +59,12 @@ def optimizer_bytes(optimizer):
     )
 
 
-def advise_oom(settings, runtime=None, model=None, optimizer=None):
+def advise_oom(settings, leaner=None, runtime=None, model=None, optimizer=None):
     """One line: what did not fit, and what would.
 
     By the planner's formulas where the GPU's free memory and the model are known, else the settings
-    that lower it and are not used yet. runtime, model and optimizer: as far as they exist.
+    that lower it and are not used yet. leaner: the attention policy that takes less than the
+    run's, if any. runtime, model and optimizer: as far as they exist.
     """
     if optimizer is not None and runtime.device_type == "cuda":
         # what others left free, and what this process holds already, its allocator's cache included
@@ -85,8 +86,8 @@ def advise_oom(settings, runtime=None, model=None, optimizer=None):
         )
         return f"out of memory: {advice}{low_byte_advice(settings)}"
     advice = []
-    if settings.attention_policy != "recompute":
-        advice.append("--attention_policy=recompute")
+    if leaner:
+        advice.append(f"--attention_policy={leaner}")
     if not settings.checkpoint_layers:
         advice.append("--checkpoint_layers=True")
     if settings.batch_size > 1:

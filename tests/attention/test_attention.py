@@ -203,6 +203,7 @@ def test_small_gradients_in_float16_stay_finite():
     assert relative_error(weight_gradient(torch.float16), weight_gradient(torch.float32)) < 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", (1, 2, 4))
 def test_gradcheck_of_the_tiled_block(monkeypatch, heads):
     """The output is a random projection, to keep the Jacobian small."""
@@ -306,6 +307,7 @@ def test_recompute_peak_does_not_grow_with_length():
     assert long < plain / 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads,rows", ((1, 3.5), (2, 4), (4, 4)))
 def test_training_peak_grows_by_few_rows(monkeypatch, heads, rows):
     """Backward: the output, attention's output (then its gradient) and dx; of the heads taken at
@@ -320,6 +322,7 @@ def test_training_peak_grows_by_few_rows(monkeypatch, heads, rows):
     assert plain > 15 * unit
 
 
+@pytest.mark.slow
 def test_backward_of_a_long_sequence_takes_a_quarter_of_plain_memory():
     """Rows of 256 channels and 8 heads, as in the README's table, here of 32 tiles; one layer."""
     config = dict(n_head=8, n_embd=256, backward=True)
@@ -330,6 +333,7 @@ def test_backward_of_a_long_sequence_takes_a_quarter_of_plain_memory():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", (False, True))
 def test_checkpointed_whole_sequences(monkeypatch, compiled):
     """As a CUDA device does it: no tiles where one would hold whole sequences."""

@@ -35,6 +35,7 @@ def test_a_recipe_is_the_optimizer_of_its_name(variant, family, overrides, lette
         assert abs(loss - row["val_loss"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_every_recipe_trains(letters):
     for name, recipe in recipes_named("4,3").items():
         (loss,) = run_batch(replace(SETUP, iterations=2), [(recipe, 1)], letters, "cpu", optimizers)

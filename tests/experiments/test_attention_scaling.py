@@ -3,12 +3,14 @@
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 from experiments.attention import attention_scaling
 from experiments.shared.common import interleaved, read_csv, write_csv
 
 
+@pytest.mark.slow
 def test_attention_scaling_writes_its_files(tmp_path):
     done = subprocess.run(
         [

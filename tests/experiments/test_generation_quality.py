@@ -9,6 +9,7 @@ from leangpt.system.errors import UserError
 from model import GPT, GPTConfig
 
 
+@pytest.mark.slow
 def test_every_rounding_is_measured():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=48, vocab_size=65, n_layer=2, n_head=2, n_embd=64)).eval()

@@ -36,6 +36,7 @@ def test_a_recipe_of_defaults_is_muonsn(variant, overrides, letters):
         assert abs(loss - row["val_loss"]) < 5e-4
 
 
+@pytest.mark.slow
 def test_every_recipe_trains(letters):
     for name, overrides in recipes_named("all").items():
         setup = replace(SETUP, iterations=3)

@@ -35,6 +35,7 @@ def test_memory_of_one_case_adds_up():
     assert small["gradient_bytes"] == 0 and small["bytes_per_parameter"] < 3.2
 
 
+@pytest.mark.slow
 def test_speed_writes_a_row_a_variant_and_keeps_other_devices(tmp_path):
     out = tmp_path / "speed.csv"
     for shape, variants in (("seed", "adamsn"), ("seed", "adamsn,adafactor")):
@@ -53,6 +54,7 @@ def test_speed_writes_a_row_a_variant_and_keeps_other_devices(tmp_path):
     assert all(row["step_ms"] > 0 and row["state_bytes"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, flag, message",
     [

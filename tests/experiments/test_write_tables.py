@@ -253,6 +253,7 @@ def test_no_optimizer_is_left_out_of_the_picture():
     assert len(legend) == len(LOOK) and {"muonsn8", "APOLLO-Mini", "torch Adafactor"} <= legend
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_whenever_asked_and_only_checked_with_check(tmp_path):
     def script(*flags):
         return subprocess.run(

@@ -29,6 +29,7 @@ def layers_of(model):
     return list(int4_layers(model).values())
 
 
+@pytest.mark.slow
 def test_fitted_scales_are_nearer_to_the_exact_predictions(model, tmp_path):
     exact, rounded = copy.deepcopy(model), copy.deepcopy(model)
     quantize_gpt_(rounded, 32, calibration(rounded))

@@ -85,6 +85,7 @@ def test_pytorchs_own_cpu_kernel_agrees(out_features, bias, monkeypatch):
     assert torch.equal(int4_layouts.unpack(saved), codes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_processors_orders(capability):
     """The kernel's byte order depends on the register width; ours is found out at run time."""

@@ -62,6 +62,7 @@ def test_long_sequences_are_compared_on_a_sample_and_huge_ones_not_at_all(monkey
     assert forward_error(block, block, random_input(config, 1, 5000)) is None
 
 
+@pytest.mark.slow
 def test_recompute_needs_no_more_memory_for_a_longer_sequence():
     """What a pass without gradients allocates beyond its input does not depend on T."""
 
@@ -78,6 +79,7 @@ def test_recompute_needs_no_more_memory_for_a_longer_sequence():
     assert abs(peak("grouped", 2048) - peak("grouped", 1024) - stream) < 0.02 * stream
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["plain", "cache", "grouped", "recompute"])
 @pytest.mark.parametrize("B, T", [(1, 4096), (2, 2048)])
 def test_the_peak_of_a_block_is_what_the_formula_says(policy, B, T):

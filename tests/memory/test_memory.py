@@ -125,6 +125,7 @@ def test_fused_attention_holds_its_output_and_one_tile_not_the_scores():
     assert output < peak < scores / 4
 
 
+@pytest.mark.slow
 def test_compiled_code_is_measured_like_eager_code():
     x = floats(4).zero_()
 

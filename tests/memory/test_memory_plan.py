@@ -21,7 +21,7 @@ from leangpt.memory.plan import (
     predict_training_peak,
 )
 from leangpt.optim import build_optimizer
-from leangpt.training import log
+from leangpt.training import summary
 from model import GPT, Block, GPTConfig
 
 SMALL = GPTConfig(block_size=4096, vocab_size=96, n_layer=3, n_head=4, n_embd=64, position="none")
@@ -65,6 +65,7 @@ def measured(config, B, T):
     return forward_peak, training_peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("B, T", [(1, 2048), (2, 1024)])
 def test_predictions_hold_against_measured_peaks(name, B, T):
@@ -74,6 +75,7 @@ def test_predictions_hold_against_measured_peaks(name, B, T):
     assert 0.9 < predict_training_peak(config, B, T) / training < 1.35
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["cache", "grouped", "recompute"])
 @pytest.mark.parametrize(
     "T, q_chunk, k_chunk",
@@ -101,6 +103,7 @@ def test_a_large_vocabulary_costs_one_chunk_of_logits_not_all_of_them():
     assert training < 2 * 2048 * 8192 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", ["plain", "checkpointed"])
@@ -135,22 +138,24 @@ def test_advice_on_a_gpu_counts_what_is_free_there(dtype, fused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 10**9))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
     runtime = SimpleNamespace(device_type="cuda", device=torch.device("cuda"), dtype=dtype)
-    trainer = SimpleNamespace(raw_model=model, runtime=runtime, optimizer=optimizer)
     settings = SimpleNamespace(
         batch_size=1,
         block_size=65536,
         optimizer_options="x",
         param_dtype=str(dtype).removeprefix("torch."),
     )
-    room = free + reserved - tensor_bytes(model) - log.optimizer_bytes(optimizer)
+    room = free + reserved - tensor_bytes(model) - summary.optimizer_bytes(optimizer)
     size = dtype.itemsize
     wanted = advise_oom(
         SMALL, 1, 65536, room, size, "cuda", gradient_size=size, fused_backward=fused
     )
-    assert log.advise_oom(settings, trainer) == "out of memory: " + wanted
+    assert (
+        summary.advise_oom(settings, None, runtime, model, optimizer) == "out of memory: " + wanted
+    )
     assert f"of {room / 1e6:.0f} MB at hand" in wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share, policy", [(0.5, "cache"), (0.25, "recompute")])
 def test_the_advice_fits_and_what_it_replaces_does_not(share, policy):
     """What is advised is then run, and its peak measured."""

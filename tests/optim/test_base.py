@@ -219,6 +219,7 @@ torch.save(p.detach(), sys.argv[1] + ".out")
 """
 
 
+@pytest.mark.slow
 def test_resume_in_another_process_is_bitwise(tmp_path):
     """Rounding noise is a function of the step count, so nothing else need be restored."""
     p = nn.Parameter(torch.linspace(-1, 1, 640).view(32, 20).bfloat16())

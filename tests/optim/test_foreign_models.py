@@ -387,6 +387,7 @@ def test_stacked_rows_are_said_by_the_layer_or_by_what_holds_it():
     assert found["0.out.weight"].row_blocks is None  # another number of rows
     assert found["1.weight"].row_blocks == (6, 4)
     assert found["0.both.weight"].role == found["1.weight"].role == "qkv"
-    for wrapped in (torch.compile(model), nn.ModuleDict({"_checkpoint_wrapped_module": model})):
+    for wrapper in ("_orig_mod", "_checkpoint_wrapped_module"):  # torch.compile's, and another
+        wrapped = nn.ModuleDict({wrapper: model})
         placements = [placement for _, _, placement in place_parameters(wrapped)]
         assert placements == list(found.values())

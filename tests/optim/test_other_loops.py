@@ -56,7 +56,9 @@ def train(folder, variant, resume=None):
     return model
 
 
-@pytest.mark.parametrize("variant", OURS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=[pytest.mark.slow] * (v != "muonsn8")) for v in OURS]
+)
 def test_trainer_resumes_bit_by_bit(variant, tmp_path):
     start = make_model()
     whole = train(tmp_path / "whole", variant)

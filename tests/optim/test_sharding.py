@@ -114,6 +114,7 @@ def check_quantized(rank, failures):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_sharded_training_equals_one_process():
     assert not failures_of(work)

@@ -48,6 +48,7 @@ def run_bench(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_the_default_grid_gives_a_row_a_policy_in_the_known_columns(tmp_path):
     path = tmp_path / "bench.csv"
     done = run_bench(
@@ -134,6 +135,7 @@ def test_a_bad_setting_exits_with_2_and_one_line():
     assert done.stderr.startswith("error: unknown policy") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_cells_that_cannot_finish_become_rows():
     slow = bench.run_in_process(TINY, timeout=0.01)
     assert slow["status"] == "timeout" and slow["seq"] == 64 and slow["time_s"] == ""

@@ -284,6 +284,7 @@ def test_few_and_broken_losses_are_drawn(tmp_path, losses):
     curves_figure([read_run(write_run(tmp_path / "a", losses))]).savefig(tmp_path / "a.svg")
 
 
+@pytest.mark.slow
 def test_no_display_is_needed(tmp_path):
     write_run(tmp_path / "a")
     done = run_compare(tmp_path, "a", "--out", "b.pdf", DISPLAY="", MPLBACKEND="tkagg", TERM="dumb")
@@ -319,6 +320,7 @@ def error_of(tmp_path, *words):
     return done.stderr
 
 
+@pytest.mark.slow
 def test_folders_without_a_run_are_named_together(tmp_path):
     write_run(tmp_path / "a")
     (tmp_path / "empty").mkdir()
@@ -368,6 +370,7 @@ def test_a_damaged_file_is_named(tmp_path, file, content, message):
     assert message in str(error.value) and f"a/{file}" in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_where_nothing_else_tells(tmp_path):
     folder = nanogpt_checkpoint(tmp_path / "theirs")
     (folder / "ckpt.pt").write_bytes((folder / "ckpt.pt").read_bytes()[:500])

@@ -139,6 +139,7 @@ def test_crop_block_size():
         model.crop_block_size(17)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ("cache", "recompute"))
 def test_torch_compile_gives_the_same_loss_and_gradients(policy):
     """The tiled block and the chunked loss are graph breaks; the rest is compiled around them."""

@@ -275,6 +275,7 @@ def test_interrupted_preparation_is_done_again(tmp_path, tiny):
     assert (folder / "val.bin").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_of_three_prepares_at_once_one_works_and_two_wait(clone):
     command = [sys.executable, "data/prepare_text.py", "--input", "book.txt", "--name", "mine"]
     running = [

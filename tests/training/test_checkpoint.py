@@ -228,6 +228,7 @@ def test_full_disk_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == kept and os.listdir(tmp_path) == [BEST]
 
 
+@pytest.mark.slow
 def test_scripts_say_it_in_one_line(tmp_path):
     (tmp_path / BEST).write_bytes(b"half a file")
     result = run_script("train.py", "--init_from=resume", f"--out_dir={tmp_path}")

@@ -34,6 +34,7 @@ def numbers(out_dir):
     return [[float(value or 0) for value in row[:3] + row[4:]] for row in determined(out_dir)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "policy", (["--attention_policy=cache"], ["--attention_policy=recompute", "--q_chunk=8"])
 )
@@ -66,6 +67,7 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, policy):
         assert tensor.allclose(two[name], atol=1e-4), name
 
 
+@pytest.mark.slow
 def test_a_signal_stops_all_processes_together_and_the_run_continues(tmp_path):
     """Within seconds, though they log next in a million iterations."""
     flags = [
@@ -106,6 +108,7 @@ def test_a_signal_stops_all_processes_together_and_the_run_continues(tmp_path):
     assert numbers(tmp_path / "cut") == numbers(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags, says",
     (

@@ -59,6 +59,7 @@ def work(rank, failures):
             failures.append(f"rank {rank}, {variant}: {difference}, rounding {rounding}")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 def test_two_processes():
     assert not failures_of(work)

@@ -210,6 +210,7 @@ for kill_at in range(2, total + 1, 3):
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_file_operation(tmp_path):
     """SIGKILL before, between and within saves; only the checkpoints' own promises help then."""
     flags = arguments(

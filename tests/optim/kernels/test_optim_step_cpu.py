@@ -308,6 +308,7 @@ torch.save(net.state_dict(), sys.argv[1] + ".out")
 """
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize(
     "variant, options",
