@@ -1,4 +1,4 @@
-"""A decoding step on the CPU as one call of layers/linear_cpu.c, which loops over the blocks.
+"""A decoding step on the CPU as one call of C, step_cpu.c, which loops over the blocks.
 
 A step of a small model takes a few milliseconds, of which a Python loop over a dozen operators a
 block takes half: what each costs to call, and the weights' stream through memory broken off by it.
@@ -10,6 +10,8 @@ float32; the rest goes through model.decode_one_token.
 """
 
 import ctypes
+import functools
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -22,11 +24,22 @@ from leangpt.layers.int4_linear import Int4Linear
 from leangpt.layers.linear_cpu import HALF, LinearArguments
 from leangpt.layers.rope import rope_table
 
+SOURCE = Path(__file__).with_name("step_cpu.c")
 WIDEST_HEAD = 256
 FEW_ROWS = {"plain": 1, "vnni": LAYOUTS["vnni"].few_rows}  # most sequences, by kind of weights
 NORMS = ("layernorm", "rmsnorm")
 MLPS = ("gelu", "gelu_tanh", "swiglu")
 POINTER, NUMBER = ctypes.c_void_p, ctypes.c_int64
+
+
+@functools.cache
+def library():
+    """The step, built if need be; None where it cannot run."""
+    loaded = linear_cpu.load(SOURCE)
+    if loaded is not None:
+        loaded.decode.argtypes = [POINTER] * 4 + [NUMBER] + [POINTER] * 2
+        loaded.decode.restype = None
+    return loaded
 
 
 class NormArguments(ctypes.Structure):
@@ -104,7 +117,7 @@ class Step:
             table = rope_table(config.head_dim, positions, config.rope_theta, config.rope_scaling)
             cos, sin = (part.contiguous() for part in table)
         logits = torch.empty(len(idx), config.vocab_size)
-        linear_cpu.library().decode(
+        library().decode(
             ctypes.addressof(self.arguments),
             x.data_ptr(),
             logits.data_ptr(),
@@ -145,7 +158,7 @@ def supports(model, cache):
     return (
         weight.device.type == "cpu"
         and weight.dtype in HALF
-        and linear_cpu.available()
+        and library() is not None
         and not model.training
         and not torch.is_autocast_enabled("cpu")
         and cache.batch_size <= rows

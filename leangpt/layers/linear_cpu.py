@@ -1,10 +1,8 @@
-"""Kernels for processors with AVX-512 and its integer products (VNNI), in C: layers/linear_cpu.c.
+"""4-bit products for processors with AVX-512 and its integer products (VNNI), in C: linear_cpu.c.
 
 The C compiler `cc` builds them on first use (system/c_library.py). Where there is no compiler, or
 the processor is another, `available()` is false and PyTorch's own operators do the same, slower.
 ATEN_CPU_CAPABILITY=avx2 has that effect too, as it has on PyTorch's.
-
-Here: 4-bit products. decoding/step_cpu.py has whole decoding steps.
 """
 
 import ctypes
@@ -17,11 +15,12 @@ import torch
 from leangpt.system import c_library
 
 SOURCE = Path(__file__).with_name("linear_cpu.c")
+HEADER = SOURCE.with_suffix(".h")
 HALF = {torch.bfloat16: 1, torch.float32: 0}  # the dtypes they know
 
 
 class LinearArguments(ctypes.Structure):
-    """layers/linear_cpu.c's Linear: a layer's tensors and sizes."""
+    """linear_cpu.h's Linear: a layer's tensors and sizes."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("weight", "scale_zero", "bias")),
@@ -29,18 +28,23 @@ class LinearArguments(ctypes.Structure):
     ]
 
 
-@functools.cache
-def library():
-    """The kernels, built if need be; None where they cannot run."""
+def load(source):
+    """A C file of ours that includes linear_cpu.h, as a ctypes.CDLL; None where it cannot run."""
     if platform.system() != "Linux" or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
-    loaded = c_library.load(SOURCE) if "avx512_vnni" in c_library.processor_flags() else None
-    if loaded is None:
+    if "avx512_vnni" not in c_library.processor_flags():
         return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    loaded.int4_rows.argtypes = [pointer] * 3 + [number] * 2
-    loaded.decode.argtypes = [pointer] * 4 + [number] + [pointer] * 2
-    loaded.int4_rows.restype = loaded.decode.restype = None
+    return c_library.load(source, headers=[HEADER])
+
+
+@functools.cache
+def library():
+    """The products, built if need be; None where they cannot run."""
+    loaded = load(SOURCE)
+    if loaded is not None:
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        loaded.int4_rows.argtypes = [pointer] * 3 + [number] * 2
+        loaded.int4_rows.restype = None
     return loaded
 
 
@@ -49,7 +53,7 @@ def available():
 
 
 def pack_int4(packed):
-    """Plain order (N, K/2) uint8, K a multiple of 8 -> the kernel's: see layers/linear_cpu.c."""
+    """Plain order (N, K/2) uint8, K a multiple of 8 -> the kernel's: see linear_cpu.h."""
     codes = torch.stack([packed >> 4, packed & 15], dim=-1).flatten(1)
     parts = []
     for rows in split_blocks(codes):

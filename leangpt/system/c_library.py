@@ -21,18 +21,20 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fPIC")
 DIGEST = hashlib.sha256().digest_size
 
 
-def load(source, flags=FLAGS):
+def load(source, flags=FLAGS, headers=()):
     """The C file `source` (a Path) as a ctypes.CDLL, compiled if need be; None where that fails.
 
-    It shares PyTorch's OpenMP threads. Only Linux is tried.
+    headers: those of ours that it includes, Paths. It shares PyTorch's OpenMP threads. Only Linux
+    is tried.
     """
     if platform.system() != "Linux":
         return None
     try:
-        recipe = source.read_bytes() + repr((flags, processor_flags())).encode()
+        contents = [path.read_bytes() for path in (source, *headers)]
+        recipe = b"".join(contents) + repr((flags, processor_flags())).encode()
         path = cache_folder() / f"{source.stem}-{hashlib.sha256(recipe).hexdigest()[:16]}.so"
         if not usable(path, source):
-            build(source, flags, path)
+            build(source, (*flags, *(f"-I{header.parent}" for header in headers)), path)
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError):
         return None

@@ -11,7 +11,7 @@ import torch
 
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parents[2]  # the checkout's, or what the package is installed in
-SOURCES = ("*.py", "*.c")  # a change of these is another program
+SOURCES = ("*.py", "*.c", "*.h")  # a change of these is another program
 
 
 def timed(fn, device="cpu"):

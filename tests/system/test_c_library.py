@@ -95,3 +95,13 @@ def test_a_compiler_that_dies_leaves_nothing(source, tmp_path, monkeypatch, cc):
     monkeypatch.chdir(tmp_path)
     assert c_library.load(source) is None
     assert builds(tmp_path) == []
+
+
+def test_a_headers_change_is_another_build(source, tmp_path):
+    header = tmp_path / "include" / "answer.h"
+    header.parent.mkdir()
+    source.write_text('#include "answer.h"\nint answer(void) { return ANSWER; }\n')
+    for number in (1, 2):
+        header.write_text(f"#define ANSWER {number}\n")
+        assert c_library.load(source, headers=[header]).answer() == number
+    assert len(builds(tmp_path)) == 2
