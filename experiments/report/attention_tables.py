@@ -237,6 +237,24 @@ def long_training(rows):
     ) + made_on(rows)
 
 
+@table("hf_llama_tiles", "hf_llama_tiles.csv")
+def hf_llama_tiles(rows):
+    """Training a Hugging Face Llama's layers: as they are, checkpointed, by tiles."""
+    return markdown(
+        ["layers run", "peak", "of the original's", "error of output", "of gradients"],
+        [
+            [
+                row["name"],
+                megabytes(row["peak_MB"]),
+                f"{row['peak_MB'] / rows[0]['peak_MB']:.0%}",
+                f"{row['out_error']:.0e}" if row["out_error"] else "0",
+                f"{row['grad_error']:.0e}" if row["grad_error"] else "0",
+            ]
+            for row in rows
+        ],
+    ) + made_on(rows)
+
+
 @figure("long_training_peak", "long_training.csv")
 def long_training_peak(rows):
     """The least of the policies."""

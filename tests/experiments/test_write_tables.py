@@ -166,6 +166,7 @@ def test_a_fresh_copy_has_what_git_tracks_and_nothing_else(tmp_path, repository,
     files = [path for path in (tmp_path / "copy").rglob("*") if path.is_file()]
     assert {path.name: path.read_text() for path in files} == {
         "code.py": "edited\n",
+        "kernel.c": "1;\n",
         "notes.txt": "2\n",
     }
 
