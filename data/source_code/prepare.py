@@ -1,6 +1,6 @@
 """Source code as GPT-2 tokens: more than 500M of them, from pinned Debian packages.
 
-    python data/source_code/prepare.py                      # everything: about a quarter of an hour on two cores
+    python data/source_code/prepare.py                      # everything: a quarter of an hour
     python data/source_code/prepare.py --tokens=55000000    # the first 55M training tokens only
     python data/source_code/prepare.py --stage=text         # only text/part-*.tar.xz, to carry
     python data/source_code/prepare.py --stage=tokens       # only from there to train.bin, val.bin
