@@ -253,7 +253,7 @@ def pack(path, chosen, folder, names):
         for _, name, text in read_bucket(bucket, folder, names)
         if name in splits
     ]
-    with written_whole(path) as temporary, tarfile.open(temporary, "w:xz", preset=6) as tar:
+    with written_whole(path) as temporary, tarfile.open(temporary, "w:xz", preset=3) as tar:
         for name, text in sorted(files):
             member = tarfile.TarInfo(f"{splits[name]}/{name}")
             member.size = len(text)

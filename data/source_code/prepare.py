@@ -1,6 +1,6 @@
 """Source code as GPT-2 tokens: more than 500M of them, from pinned Debian packages.
 
-    python data/source_code/prepare.py                      # everything: about half an hour
+    python data/source_code/prepare.py                      # everything: a quarter of an hour
     python data/source_code/prepare.py --tokens=55000000    # the first 55M training tokens only
     python data/source_code/prepare.py --stage=text         # only text/part-*.tar.xz, to carry
     python data/source_code/prepare.py --stage=tokens       # only from there to train.bin, val.bin
@@ -61,7 +61,7 @@ class Settings:
 
 def main(argv=None, packages=PACKAGES):
     settings, _ = parse_config(Settings, argv)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that its processes end with it
+    signal.signal(signal.SIGTERM, stop)
     folder = Path(settings.out_dir)
     try:
         if settings.stage == "tokens":
@@ -74,6 +74,12 @@ def main(argv=None, packages=PACKAGES):
             make_token_files(parts, folder, settings)
     except OSError as error:  # disk full, folder not writable
         raise UserError(f"{folder}: {error}; run it again to go on from there") from error
+
+
+def stop(number, frame):
+    """On SIGTERM: end in order, its processes too."""
+    print("stopped by SIGTERM; run it again to go on from there", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

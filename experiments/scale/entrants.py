@@ -41,9 +41,11 @@ ENTRANTS = {
     "adamsn": Entrant("adamsn"),
     "muonsn8_low_byte": Entrant("muonsn8", MUON_RATES, flags=LOW_BYTE),
     "adamsn8_low_byte": Entrant("adamsn8", flags=LOW_BYTE),
+    "muon_8bit": Entrant("muon_8bit", foreign=True),
     "muonsn0": Entrant("muonsn0", (4e-3, 8e-3, 1.6e-2, 3.2e-2)),
     "torchao_adamw8bit": Entrant("torchao_adamw8bit", foreign=True, package="torchao"),
     "torchao_adamw4bit": Entrant("torchao_adamw4bit", foreign=True, package="torchao"),
+    "soap": Entrant("soap", foreign=True, package="pytorch_optimizer"),
 }
 OTHER_BETA2 = 0.99  # tried at the best rates, after them
 OTHER_WEIGHT_DECAY = 0.3

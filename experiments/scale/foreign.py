@@ -12,6 +12,7 @@ import torch
 
 import train
 from experiments.optimizers.peers import state_bytes_of
+from experiments.scale.muon_8bit import Muon8bit
 from leangpt.optim.roles import LINEAR_ROLES, place_parameters
 from leangpt.system.errors import UserError
 from leangpt.system.runtime import run_script
@@ -98,6 +99,23 @@ def torch_muon(settings, model, runtime):
     )
 
 
+def muon_8bit(settings, model, runtime):
+    """The same with Muon's momentum in 8 bits (2509.23106), and float32 AdamW for the rest."""
+    linear, rest = groups_of(settings, model)
+    return Several([Muon8bit(linear, adjust_lr_fn="match_rms_adamw"), adamw(rest, settings)])
+
+
+def soap(settings, model, runtime):
+    """SOAP (2409.11321) of the package pytorch_optimizer on linear weights; AdamW for the rest."""
+    try:
+        from pytorch_optimizer import SOAP
+    except ImportError as error:
+        raise UserError("soap needs pytorch_optimizer: pip install pytorch-optimizer") from error
+    linear, rest = groups_of(settings, model)
+    beta1 = 0.95 if settings.beta1 is None else settings.beta1  # its own default
+    return Several([SOAP(linear, betas=(beta1, betas_of(settings)[1])), adamw(rest, settings)])
+
+
 def _torchao(name, settings, model):
     try:
         from torchao import optim
@@ -121,7 +139,8 @@ def torchao_adamw4bit(settings, model, runtime):
 
 
 FOREIGN = {
-    function.__name__: function for function in (torch_muon, torchao_adamw8bit, torchao_adamw4bit)
+    function.__name__: function
+    for function in (torch_muon, muon_8bit, soap, torchao_adamw8bit, torchao_adamw4bit)
 }
 
 

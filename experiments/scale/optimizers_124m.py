@@ -185,8 +185,12 @@ class Comparison:
             left = 60 * self.settings.minutes - (time.monotonic() - self.began)
             if left < max(self.wall[-2 * self.settings.gpus :], default=0.0):
                 return None
-        for name in self.settings.names:
-            for run in self.wanted(name) if name not in self.broken else ():
+        names = [name for name in self.settings.names if name not in self.broken]
+        if self.settings.stage == "final":  # by turns: the best of each comes first
+            made = [run_of(row) for row in self.mine() if row["stage"] == "final"]
+            names.sort(key=lambda name: sum(run.entrant == name for run in [*made, *running]))
+        for name in names:
+            for run in self.wanted(name):
                 if run not in running:
                     return run
         return None

@@ -208,6 +208,20 @@ def test_another_schedule_is_another_protocol(tmp_path, flags):
     assert "--max_iters=800" in command and "--warmup_iters=200" in command
 
 
+def test_entrants_take_turns_in_finals(flags):
+    given = {key[2:]: value for key, value in (flag.split("=") for flag in flags[1:])}
+    comparison = Comparison(Settings(**given, stage="final", entrants="adam,muonsn8"))
+    comparison.rows = [
+        row | {"protocol": comparison.protocol}
+        for row in tuned("adam", bowl(2e-3, 2e-3)) + tuned("muonsn8", bowl(4e-3, 2e-3))
+    ]
+    running = []
+    for _ in range(4):
+        running.append(comparison.next_run(running))
+    assert [run.entrant for run in running] == ["adam", "muonsn8", "adam", "muonsn8"]
+    assert len(set(running)) == 4 and {run.stage for run in running} == {"final"}
+
+
 def test_a_run_that_fails_takes_its_entrant_out_and_writes_no_row(tmp_path, flags, capsys):
     comparison = Comparison(
         Settings(
