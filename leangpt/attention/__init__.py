@@ -4,7 +4,7 @@
 
     tile_layers(model)                 # a Hugging Face Llama, Mistral or Qwen: trains as before
 
-    from leangpt.attention import run_tiles, tile_sizes     # a block of your own: TileableBlock
+    from leangpt.attention import run_tiles     # a block of your own, that is a TileableBlock
 
 Names are loaded when first asked for.
 """
@@ -22,7 +22,6 @@ _HOME = {
     "build_cache": "kv_cache",
     "run_tiles": "block_tiles",
     "tile_layers": "hf_layers",
-    "tile_sizes": "tile_sizes",
 }
 __all__ = sorted(_HOME)
 

@@ -157,3 +157,27 @@ def test_torch_compile_gives_the_same_loss_and_gradients(policy):
     assert abs(loss.item() - compiled.item()) < 1e-6
     for p, want in zip(model.parameters(), wanted):
         assert relative_error(p.grad, want) < 1e-5
+
+
+@pytest.mark.parametrize("heads", (1, 4))
+def test_compiled_rows_give_the_same_loss_and_gradients(monkeypatch, heads):
+    """One graph for all layers, of each way that tiles call a part."""
+    monkeypatch.setattr("leangpt.attention.block_tiles.heads_at_once", lambda *_: heads)
+    options = dict(attention_policy="recompute", q_chunk=8, k_chunk=5, position="rope")
+    model, idx = small(n_layer=3, **options), tokens(T=29)
+    expected = [model(idx, idx)[1]]
+    expected += torch.autograd.grad(expected[0], list(model.parameters()))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.compile_rows(backend="aot_eager")
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for _ in range(2):
+            found = [model(idx, idx)[1]]
+            found += torch.autograd.grad(found[0], list(model.parameters()))
+    for a, b in zip(found, expected):
+        assert relative_error(a, b) < 1e-5
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 4 <= graphs < 24  # "q", "kv", "qkv", finish; ragged tiles, some heads
+    assert not torch._dynamo.utils.counters["graph_break"]
+    with torch.no_grad():
+        assert torch.allclose(model(idx)[0][:, :28], model(idx[:, :28])[0], atol=1e-5)

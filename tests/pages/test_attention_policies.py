@@ -1,0 +1,79 @@
+"""The table of policies: all that a new one needs, and nobody who compares names."""
+
+import re
+from dataclasses import asdict
+
+import pytest
+import torch
+from conftest import ROOT
+
+import attention_policies
+from attention_policies import POLICIES, Policy
+from leangpt.attention.kv_cache import KeysValues, build_cache
+from leangpt.attention.kv_source import RecomputedRows
+from leangpt.memory.plan import advise_oom, predict_training_peak
+from leangpt.system.errors import UserError
+from model import GPT, GPTConfig
+
+SMALL = dict(block_size=32, vocab_size=50, n_layer=2, n_head=4, n_embd=32, position="rope")
+
+
+def test_a_policy_is_one_entry_and_its_classes(monkeypatch):
+    """A policy that recomputes while training and stores keys and values while decoding."""
+    asked = []
+
+    class Counted(RecomputedRows):
+        def rows(self, start, stop):
+            asked.append((start, stop))
+            return super().rows(start, stop)
+
+    class Halves(KeysValues):
+        pass
+
+    new = Policy("counted", "as recompute, counted", source=Counted, cache_layer=Halves)
+    monkeypatch.setitem(attention_policies.POLICIES, "counted", new)
+    torch.manual_seed(0)
+    plain = GPT(GPTConfig(**SMALL))
+    model = GPT(GPTConfig(**SMALL, attention_policy="counted", q_chunk=8))
+    model.load_state_dict(plain.state_dict())
+    idx = torch.randint(50, (1, 32))
+    losses = [m(idx, idx)[1] for m in (plain, model)]
+    assert abs(losses[0] - losses[1]) < 1e-6 and (24, 32) in asked
+    cache = build_cache(model.config, 1, 32)
+    assert all(isinstance(layer, Halves) for layer in cache.layers)
+    with torch.no_grad():
+        last = model.prefill(idx[:, :31], cache), model.decode_one_token(idx[:, 31:], cache)
+        assert torch.allclose(torch.stack(last, 1), plain(idx)[0][:, 30:], atol=1e-5)
+    as_recompute = GPTConfig(**asdict(model.config) | {"attention_policy": "recompute"})
+    peaks = [predict_training_peak(config, 1, 4096) for config in (model.config, as_recompute)]
+    assert peaks[0] == peaks[1]
+    assert "--attention_policy=counted" in advise_oom(model.config, 1, 4096, 1e6)
+
+
+def test_where_memory_runs_out_policies_lead_to_one_that_keeps_nothing():
+    for policy in POLICIES.values():
+        while policy.leaner:
+            policy = POLICIES[policy.leaner]
+        assert policy.recomputes
+
+
+def test_no_code_compares_a_policys_name():
+    names = "|".join(POLICIES)
+    compared = re.compile(rf"""(==|!=|\bin \() *["']({names})["']""")
+    files = [*ROOT.glob("*.py"), *(ROOT / "leangpt").rglob("*.py")]
+    found = {
+        f"{path.relative_to(ROOT)}: {line.strip()}"
+        for path in files
+        for line in path.read_text().splitlines()
+        if compared.search(line)
+    }
+    assert found == set()
+
+
+def test_grouped_has_a_quarter_of_the_heads_unless_told_otherwise():
+    assert GPTConfig(n_head=8, n_embd=64, attention_policy="grouped").kv_heads == 2
+    assert GPTConfig(n_head=2, n_embd=64, attention_policy="grouped").kv_heads == 1
+    assert GPTConfig(n_head=8, n_embd=64, attention_policy="grouped", n_kv_head=4).kv_heads == 4
+    assert GPTConfig(n_head=8, n_embd=64).kv_heads == 8
+    with pytest.raises(UserError, match="smaller than n_head=8; use 'cache'"):
+        GPTConfig(n_head=8, n_embd=64, attention_policy="grouped", n_kv_head=8)
