@@ -4,8 +4,10 @@ One process, or several through `torchrun --standalone --nproc_per_node=2 train.
 iteration's batch is then shared out, so the run is the same but for rounding. An interrupted run
 (Ctrl-C, SIGTERM, SIGKILL, a power cut) continues with `--init_from=resume`, on the CPU bitwise as
 if nothing had happened: model, optimizer and loop state come from the last checkpoint, and every
-random choice is a function of (seed, iteration). Exit status: 0 done, 1 stopped by what happened
-(loss not finite, out of memory), 2 wrong input, 130 or 143 stopped by a signal after saving.
+random choice is a function of (seed, iteration). `--init_from=auto` does that where there is a
+checkpoint and begins where there is none. A fresh run in the out_dir of another one moves that one
+aside whole. Exit status: 0 done, 1 stopped by what happened (loss not finite, out of memory), 2
+wrong input, 129, 130 or 143 stopped by a signal (terminal gone, Ctrl-C, SIGTERM) after saving.
 """
 
 import signal
@@ -162,11 +164,12 @@ def main(argv=None, make_optimizer=make_optimizer):
     """make_optimizer(settings, model, runtime): another one, for optimizers that are not ours."""
     settings, given = parse_config(Settings, argv)
     trainer = checkpoint = None
-    with RunFolder(settings.out_dir, is_main_process()) as folder:
+    writes = is_main_process() and not settings.eval_only
+    with RunFolder(settings.out_dir, writes) as folder:
         if settings.init_from == "auto":
             settings.init_from = "resume" if folder.resumable else "scratch"
         if settings.init_from == "resume":
-            checkpoint = folder.resume(hold=not settings.eval_only)
+            checkpoint = folder.resume()
             settings = resumed_settings(settings, given, checkpoint)
         dtype = settings.dtype if settings.param_dtype == "float32" else settings.param_dtype
         runtime = setup_runtime(settings.device, dtype, settings.seed, settings.backend)

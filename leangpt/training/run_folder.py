@@ -17,16 +17,21 @@ from leangpt.training.checkpoint import BEST, LAST, checkpoint_to_resume, load_c
 from leangpt.training.metrics import has_rows
 from leangpt.training.runs import CONFIG, FACTS, METRICS
 
+RUN_FILES = (LAST, BEST, METRICS, CONFIG, FACTS)
+
 
 class RunFolder:
-    """`with RunFolder(out_dir) as folder:` nothing is touched before `resume` or `begin`."""
+    """`with RunFolder(out_dir) as folder:` it is this process's until the end, or until it dies."""
 
-    def __init__(self, out_dir: str | Path, is_main: bool = True):
-        """is_main: False in processes that leave the folder to another one of the same run."""
-        self.path, self.is_main = Path(out_dir), is_main
+    def __init__(self, out_dir: str | Path, writes: bool = True):
+        """writes: False only looks, as the other processes of a run do."""
+        self.path, self.writes = Path(out_dir), writes
         self._lock = None
 
     def __enter__(self):
+        """Hold the folder if there is one. Raises UserError where another process does."""
+        if self.writes and self.path.is_dir():
+            self._lock = FolderLock(self.path)
         return self
 
     def __exit__(self, *exception):
@@ -38,19 +43,13 @@ class RunFolder:
         """Is there a checkpoint to go on from?"""
         return checkpoint_to_resume(self.path).is_file()
 
-    def resume(self, hold: bool = True) -> dict:
-        """The latest checkpoint in the folder, which is held from here on -> dict.
-
-        hold: False only looks. Raises UserError where there is no checkpoint, where it is damaged,
-        or where another process holds the folder.
-        """
+    def resume(self) -> dict:
+        """The latest checkpoint -> dict. Raises UserError where there is none or it is damaged."""
         if not self.resumable:
             raise UserError(
                 f"nothing to resume: out_dir={str(self.path)!r} has no checkpoint yet; start the "
                 "run with --init_from=scratch, or give --init_from=auto, which does either"
             )
-        if hold:
-            self._hold()
         return load_checkpoint(checkpoint_to_resume(self.path))
 
     def begin(self, fresh: bool, overwrite: bool = False, keep: tuple = ()) -> str | None:
@@ -60,25 +59,23 @@ class RunFolder:
         erased. keep: paths that must stay where they are. Raises UserError where another process
         holds the folder, or where it cannot be written or moved.
         """
-        if not self.is_main:
+        if not self.writes:
             return None
-        self._hold()
+        if self._lock is None:
+            self._lock = FolderLock(self.path)
         said = None
         if fresh and self._holds_run():
             said = self._erase() if overwrite else self._move_aside(keep)
-        for leftover in self.path.glob("*.tmp"):  # of a killed process: this one holds the folder
-            leftover.unlink(missing_ok=True)
+        for name in RUN_FILES:  # what a killed process left half written
+            for leftover in self.path.glob(f"{name}.*tmp"):
+                leftover.unlink(missing_ok=True)
         return said
-
-    def _hold(self):
-        if self.is_main and self._lock is None:
-            self._lock = FolderLock(self.path)
 
     def _holds_run(self):
         return self.resumable or has_rows(self.path / METRICS)
 
     def _erase(self):
-        for name in (LAST, BEST, METRICS, CONFIG, FACTS):
+        for name in RUN_FILES:
             (self.path / name).unlink(missing_ok=True)
         return f"erased the earlier run in {self.path}"
 

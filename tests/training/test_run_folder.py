@@ -11,10 +11,10 @@ from tiny_run import ROOT, arguments, determined, run_script
 import train
 from leangpt.system.errors import UserError
 from leangpt.training.checkpoint import BEST, LAST, load_checkpoint
-from leangpt.training.run_folder import RunFolder
+from leangpt.training.run_folder import RUN_FILES, RunFolder
 
 SHORT = ["--max_iters=4", "--eval_interval=2"]
-RUN_FILES = sorted([BEST, LAST, "config.json", "metrics.csv", "run.json"])
+NAMES = sorted(RUN_FILES)
 
 
 def files(folder):
@@ -153,7 +153,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
         holder.wait()
     train.main(arguments(tmp_path, "run", *SHORT, "--init_from=resume"))
     assert load_checkpoint(folder / LAST)["iter_num"] == 4
-    assert sorted(os.listdir(folder)) == RUN_FILES
+    assert sorted(os.listdir(folder)) == NAMES
 
 
 # ------------------------------------------------------------------ requeued
