@@ -20,7 +20,6 @@ SETUP = Setup("tiny", dict(block_size=16, n_layer=2, n_head=4, n_embd=32), 4, 8,
     "variant, overrides",
     [
         ("muonsn:nu=0.95+betas=(0.9,0.99)+column_norm=False", {}),
-        ("muonsn:nu=0.95+betas=(0.9,0.99)+per_head=True+column_norm=False", dict(per_head="qk")),
         (
             "muonsn:momentum=0.9+nu=0.9+betas=(0.9,0.99)+weight_decay=0.3+column_norm=False",
             dict(mu=0.9, weight_decay=0.3, embedding_decay=0.3),
