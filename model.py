@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, C n_embd, H n_head, G key/value heads, D head dim, L 
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -26,7 +26,7 @@ from leangpt.layers import mlp_triton
 from leangpt.layers.loss import chunked_cross_entropy
 from leangpt.layers.rope import apply_rope, rope_table
 from leangpt.system.errors import UserError
-from leangpt.system.reading import check_types
+from leangpt.system.reading import check_fields
 from leangpt.weights.load import load_pretrained
 
 POSITIONS = ("learned", "rope", "none")
@@ -104,10 +104,7 @@ class GPTConfig:
     @classmethod
     def from_dict(cls, model_args):
         """GPTConfig from a checkpoint's `model_args` (nanoGPT's or ours). Raises UserError."""
-        unknown = sorted(set(model_args) - {field.name for field in fields(cls)})
-        if unknown:
-            raise UserError(f"the checkpoint's model_args have keys this model lacks: {unknown}")
-        check_types(model_args, cls, "the checkpoint's model_args")
+        check_fields(model_args, cls, "the checkpoint's model_args")
         return cls(**model_args)
 
     @property

@@ -1,10 +1,11 @@
 """Saving and loading 4-bit models as safetensors: packed on the disk, packed from the start.
 
 A file holds the tensors of the quantised model's state dict (layers/int4_linear.py: `packed`,
-`scale_zero`) and, in its header, the model's arguments and the group size. Loading builds the model
+`scale_zero`) and, in its header, the model's arguments, the group size and a checksum. Loading builds the model
 without its float linear weights: they never exist, neither on the disk nor in memory.
 """
 
+import hashlib
 import json
 from dataclasses import asdict
 
@@ -32,13 +33,14 @@ def save_int4(model, path, notes=None):
     sizes = {layer.group_size for layer in int4_layers(model).values()}
     if len(sizes) != 1:
         raise UserError("save_int4: the model is not in 4 bits; call quantize_gpt_ first")
+    tensors = {name: t.contiguous().cpu() for name, t in model.state_dict().items()}
     header = {
         "format": FORMAT,
+        "sha256": checksum(tensors),
         "group_size": str(sizes.pop()),
         "model_args": json.dumps(asdict(model.config)),
         "notes": json.dumps(notes or {}),
     }
-    tensors = {name: t.contiguous().cpu() for name, t in model.state_dict().items()}
     with written_whole(path) as temporary:
         try:
             save_file(tensors, temporary, metadata=header)
@@ -66,6 +68,8 @@ def load_int4(GPT, path, device="cpu", dtype=torch.bfloat16, **overrides):
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path}: {error}; save it again with save_int4") from None
     check_tensors(tensors, wanted_tensors(model), path)
+    if header.get("sha256", "none") not in ("none", checksum(tensors)):  # older files have none
+        raise UserError(f"{path} is damaged: its checksum differs; save it again with save_int4")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not name.endswith(".scale_zero"):
             tensors[name] = tensor.to(dtype)
@@ -86,6 +90,15 @@ def read_header(header, path):
     if not isinstance(arguments, dict) or not isinstance(notes, dict):
         raise UserError(f"the header of {path} is damaged: model_args and notes are no objects")
     return arguments, group_size, notes
+
+
+def checksum(tensors):
+    """sha256 (hexadecimal) of the names and the bytes of some tensors on the CPU."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode() + b"\n")
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def wanted_tensors(model):

@@ -3,6 +3,7 @@
 import json
 import stat
 import typing
+from dataclasses import fields
 from pathlib import Path
 
 from leangpt.system.errors import UserError
@@ -35,14 +36,17 @@ def read_json(path):
     return content
 
 
-def check_types(values, annotated, where):
-    """Raise UserError, beginning with `where`, for a value of another type than it should have.
+def check_fields(values, dataclass, where):
+    """Raise UserError, beginning with `where`, for a value that the dataclass has no field for, or
+    one of another type.
 
-    values: a dict from a file; annotated: a class whose annotations name the types (of plain
-    values: int, float, bool, str, dict, None, or one of several). An int does for a float, a bool
-    for nothing but a bool.
+    values: a dict from a file. Types are plain: int, float, bool, str, dict, None, or one of
+    several. An int does for a float, a bool for nothing but a bool.
     """
-    hints = typing.get_type_hints(annotated)
+    unknown = sorted(set(values) - {field.name for field in fields(dataclass)}, key=str)
+    if unknown:
+        raise UserError(f"{where}: keys this model lacks: {unknown}")
+    hints = typing.get_type_hints(dataclass)
     for name, value in values.items():
         kinds = typing.get_args(hints[name]) or (hints[name],)
         allowed = kinds + (int,) if float in kinds else kinds

@@ -165,6 +165,20 @@ def test_damaged_headers(saved, changes):
     refuse(path, "damaged|group_size|not a 4-bit model")
 
 
+def test_a_flipped_bit_is_noticed_and_older_files_have_no_checksum(saved):
+    path, tensors, header = saved
+    whole = path.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    start = 8 + int.from_bytes(whole[:8], "little")  # where the tensors begin
+    for at in torch.randint(start, len(whole), (20,), generator=generator).tolist():
+        damaged = bytearray(whole)
+        damaged[at] ^= 1
+        path.write_bytes(damaged)
+        refuse(path, "is damaged: its checksum differs")
+    save_file(tensors, path, header)
+    load_int4(GPT, path)
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "model.safetensors")
