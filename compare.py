@@ -17,7 +17,14 @@ from pathlib import Path
 from configurator import parse_config
 from leangpt.system.errors import UserError, exit_cleanly
 from leangpt.training.curves import curves_figure
-from leangpt.training.runs import Run, groups, read_run, same_data, settings_that_differ
+from leangpt.training.runs import (
+    Run,
+    differences,
+    groups,
+    read_run,
+    same_data,
+    settings_that_differ,
+)
 
 PICTURES = ("png", "svg", "pdf")
 SHOWN = {  # column on the screen -> its text for one run
@@ -107,20 +114,14 @@ def table(runs: list[Run], width: int) -> list[str]:
     lines = [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     ]
-    names = settings_that_differ(runs)
-    if not names:
+    different = differences(runs)
+    if not any(different):
         return lines
-    differences = [
-        ", ".join(f"{name}={run.settings[name]}" for name in names if name in run.settings)
-        for run in runs
-    ]
-    beside = [
-        f"{line}  {text}" for line, text in zip(lines, ["settings that differ", *differences])
-    ]
+    beside = [f"{line}  {text}" for line, text in zip(lines, ["settings that differ", *different])]
     if max(map(len, beside)) <= width:
         return beside
     lines += ["", "settings that differ"]
-    for run, text in zip(runs, differences):
+    for run, text in zip(runs, different):
         text = f"{run.name.ljust(widths[0])}  {text or '-'}"
         lines += textwrap.wrap(text, max(width, 40), subsequent_indent=" " * 4) or [text]
     return lines

@@ -4,7 +4,7 @@ import math
 import textwrap
 
 from leangpt.system.errors import UserError
-from leangpt.training.runs import Run, groups, same_data
+from leangpt.training.runs import Run, differences, groups, same_data
 
 try:
     from matplotlib import ticker
@@ -18,6 +18,7 @@ LINES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D", "v", "P")
 MARKED = 40  # evaluations up to which each is marked on its curve
 FAR_APART = 20  # runs whose lengths differ by more are drawn over a logarithmic axis
 LEGEND_WIDTH = 110  # characters
+SHORT = 50  # characters of settings that differ, up to which the legend has them too
 
 
 def curves_figure(runs: list[Run]):
@@ -25,12 +26,16 @@ def curves_figure(runs: list[Run]):
 
     Losses are on a logarithmic axis. A loss before the first step is above the frame, towards
     which its curve leaves, so that the differences at the end can be seen. The legend names every
-    run, and says of one without a curve why it has none.
+    run, with what tells it from the others, and says of one without a curve why it has none.
     """
     if Figure is None:
         raise UserError("a picture needs matplotlib: pip install matplotlib")
-    several = len(groups(runs, same_data)) > 1
-    labels = [_label(run) + (f"; on {run.data_name}" if several else "") for run in runs]
+    labels = list(map(_label, runs))
+    if len(groups(runs, same_data)) > 1:
+        labels = [f"{label}; on {run.data_name}" for label, run in zip(labels, runs)]
+    different = differences(runs)
+    if max(map(len, different)) <= SHORT:
+        labels = [f"{label}; {text}" if text else label for label, text in zip(labels, different)]
     labels = ["\n".join(textwrap.wrap(label, LEGEND_WIDTH)) for label in labels]
     legend_height = 0.2 * sum(label.count("\n") + 1 for label in labels) + 0.2
     figure = Figure(figsize=(11, 4.6 + legend_height), layout="constrained")

@@ -262,6 +262,15 @@ def settings_that_differ(runs: list[Run]) -> list[str]:
     return [name for name in names if any(value != values[name][0] for value in values[name])]
 
 
+def differences(runs: list[Run]) -> list[str]:
+    """'name=value, ...' of each run: what it knows of the settings that differ."""
+    names = settings_that_differ(runs)
+    return [
+        ", ".join(f"{name}={run.settings[name]}" for name in names if name in run.settings)
+        for run in runs
+    ]
+
+
 def same_data(one: Run, other: Run) -> bool:
     """Did both train and validate on the same tokens, as far as it was recorded?"""
     known = [

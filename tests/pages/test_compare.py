@@ -246,6 +246,14 @@ def test_the_legend_names_every_run(tmp_path):
     assert box.y0 >= 0 and all(box.y1 <= axis.get_window_extent().y0 for axis in figure.axes)
 
 
+def test_the_legend_has_settings_that_differ_if_they_are_few(tmp_path):
+    runs = [read_run(write_run(tmp_path / name, optimizer_variant=name)) for name in ("a", "b")]
+    texts = [text.get_text().replace("\n", " ") for text in legend_texts(runs)]
+    assert texts[0].endswith("; optimizer_variant=a") and texts[1].endswith("; optimizer_variant=b")
+    runs[0].settings["more"], runs[1].settings["more"] = "a" * 50, "b" * 50
+    assert not any("optimizer_variant" in text.get_text() for text in legend_texts(runs))
+
+
 def test_the_curves_are_those_of_the_files(tmp_path):
     runs = [read_run(write_run(tmp_path / "a")), read_run(nanogpt_checkpoint(tmp_path / "theirs"))]
     figure = curves_figure(runs)
@@ -273,7 +281,7 @@ def legend_texts(runs):
 def test_the_legend_says_who_used_other_data(tmp_path):
     runs = [read_run(write_run(tmp_path / "a")), read_run(write_run(tmp_path / "b"))]
     texts = [text.get_text().replace("\n", " ") for text in legend_texts(runs)]
-    assert not any("poems" in text for text in texts)
+    assert not any("poems" in text or ";" in text for text in texts)
     runs[1].facts = {**FACTS, "dataset": {**DATA, "name": "songs", "sha256": "cd" * 32}}
     texts = [text.get_text().replace("\n", " ") for text in legend_texts(runs)]
     assert "; on poems (char tokens, sha256 ab" in texts[0] and "; on songs (" in texts[1]
