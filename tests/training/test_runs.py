@@ -26,7 +26,7 @@ def test_facts_say_what_no_setting_tells(facts, tmp_path):
     assert facts["parameters"] == 12 and facts["state_bytes"] == 77 and facts["processes"] == 2
     assert facts["dataset"] == {
         "name": "tiny",
-        "sha256": None,
+        "sha256": dataset.sha256,
         "tokenizer": "char",
         "vocab_size": dataset.vocab_size,
         "train_tokens": len(dataset.train),
