@@ -201,7 +201,7 @@ def gradient_error(block, config, T):
     """Worst relative error among the gradients of x and the weights, against float64 and no tiles.
 
     The float64 block is the plain one, whose forward is itself held against the written-out
-    softmax (tests/test_bench.py).
+    softmax (tests/memory/test_block_cell.py).
     """
     exact = build_block(Block, config, dtype=torch.float64)
     exact.load_state_dict(block.state_dict())

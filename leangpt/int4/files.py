@@ -1,8 +1,9 @@
 """Saving and loading 4-bit models as safetensors: packed on the disk, packed from the start.
 
 A file holds the tensors of the quantised model's state dict (layers/int4_linear.py: `packed`,
-`scale_zero`) and, in its header, the model's arguments, the group size and a checksum. Loading builds the model
-without its float linear weights: they never exist, neither on the disk nor in memory.
+`scale_zero`) and, in its header, the model's arguments, the group size and a checksum. Loading
+builds the model without its float linear weights: they never exist, neither on the disk nor in
+memory.
 """
 
 import hashlib

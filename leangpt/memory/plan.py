@@ -9,7 +9,7 @@ Unit: one residual stream, T rows of C numbers for each of B sequences. H/G = g,
   offload                                         (x on the host; two of them on their way)
 
 and the logsumexp, B H T float32 numbers a layer. On top of the streams come one tile's scratch,
-the gradients, and one chunk of logits. tests/test_memory_plan.py holds the formulas against
+the gradients, and one chunk of logits. tests/memory/test_memory_plan.py holds the formulas against
 measured peaks. What a formula leaves out (kernels' workspaces, allocator rounding) is why
 `advise_oom` keeps a tenth in reserve.
 """

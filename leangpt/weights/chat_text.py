@@ -24,7 +24,7 @@ TEXT_FILES = (
 
 @dataclass
 class PretrainedText:
-    tokenizer: object  # dataset.Tokenizer: encode(str) -> list[int], decode(list[int]) -> str
+    tokenizer: object  # text.tokens: encode(str) -> list[int], decode(list[int]) -> str
     stop_tokens: tuple[int, ...] = ()  # generation ends at any of these
     template: str | None = None  # the chat format, in Jinja; None: the model has none
     special_tokens: dict[str, str] = field(default_factory=dict)  # bos_token, eos_token
@@ -53,7 +53,7 @@ class PretrainedText:
 
 
 def load_pretrained_text(name_or_dir):
-    """PretrainedText of a model named as for pretrained.load_pretrained.
+    """PretrainedText of a model named as for load_pretrained.
 
     Read from the folder's tokenizer.json, generation_config.json and chat template; a GGUF file
     without a tokenizer.json beside it brings its own; GPT-2's vocabulary needs no file at all.

@@ -19,7 +19,7 @@ def export_pretrained(model, directory):
     """Write `directory`/config.json and model.safetensors (shards and index beyond 5 GiB).
 
     model: a GPT in any floating dtype, with plain weights (not int4). Returns the directory as a
-    Path; the tokenizer's files are pretrained_text.copy_text_files's business.
+    Path; the tokenizer's files are chat_text.copy_text_files's business.
     Raises UserError, with nothing written, where transformers has no such architecture, and where
     the folder or the disk does not take it.
     """

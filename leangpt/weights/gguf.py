@@ -92,7 +92,7 @@ class GGUFWeights:
         return torch.from_numpy(numbers).view(self.shape(name))
 
     def pieces(self, config):
-        """Which of our parameters each tensor fills (hf_weights.Piece)."""
+        """Which of our parameters each tensor fills (hf_names.Piece)."""
         if self.metadata["general.architecture"] == "gpt2":
             return list(gpt2_pieces(config, GPT2_NAMES, conv1d=False))
         return list(llama_pieces(config, LLAMA_NAMES, paired=True))

@@ -69,5 +69,5 @@ class SafetensorsWeights:
         return tensor
 
     def pieces(self, config):
-        """Which of our parameters each tensor fills (hf_weights.Piece)."""
+        """Which of our parameters each tensor fills (hf_names.Piece)."""
         return hf_pieces(config)

@@ -74,7 +74,7 @@ def test_the_kernel_is_what_runs_for_few_rows(layout, monkeypatch):
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("out_features", [65, 128])
 def test_pytorchs_own_cpu_kernel_agrees(out_features, bias, monkeypatch):
-    """Where cpu_kernels runs it would otherwise never be tried."""
+    """Where linear_cpu runs it would otherwise never be tried."""
     monkeypatch.setattr(linear_cpu, "available", lambda: False)
     layer = round_linear(linear(out_features, 256, bias), 32)
     assert layer.layout == "cpu"
