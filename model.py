@@ -187,14 +187,12 @@ class CausalSelfAttention(nn.Module):
 
         One product of gathered weights: its backward makes one gradient of x, not one a block.
         """
-        blocks = self.row_blocks
-        sizes = [block // self.config.kv_heads for block in blocks]  # rows of a key/value head
-        rows = torch.cat(
-            [
-                sum(blocks[:n]) + torch.arange(heads[0] * sizes[n], heads[1] * sizes[n])
-                for n in range(first, stop)
-            ]
-        ).to(x.device)
+        rows, start = [], sum(self.row_blocks[:first])
+        for block in self.row_blocks[first:stop]:
+            size = block // self.config.kv_heads  # rows of a key/value head
+            rows.append(start + torch.arange(heads[0] * size, heads[1] * size))
+            start += block
+        rows = torch.cat(rows).to(x.device)
         weight, bias = self.c_attn.weight.index_select(0, rows), self.c_attn.bias
         return F.linear(x, weight, None if bias is None else bias.index_select(0, rows))
 

@@ -24,8 +24,8 @@ from leangpt.int4.rounding_cpu import LANES
 
 SHRINK = (1.0, 0.92, 0.84, 0.76, 0.68)  # clipping ranges tried, as parts of the full one
 REFITS = 2  # least-squares rounds for each
-ROWS = 2**20  # weights fitted at a time: bounds the temporaries
-GPTQ_ROWS = 2**22  # the same for round_to_inputs, which keeps fewer of them
+FITTED_AT_ONCE = 2**20  # weights: bounds the temporaries
+GPTQ_AT_ONCE = 2**22  # the same for round_to_inputs, which keeps fewer of them
 DAMPING = 0.01  # added to the inputs' second moments, as a part of their mean (GPTQ's)
 SWEEPS = 4  # of coordinate descent
 
@@ -36,7 +36,7 @@ def fit_groups(weight, group_size):
     Of the clipping ranges SHRINK each group takes the one with the least squared error.
     """
     N, K = weight.shape
-    step = max(1, ROWS // K)
+    step = max(1, FITTED_AT_ONCE // K)
     parts = [_fit(weight[i : i + step].float(), group_size) for i in range(0, N, step)]
     return tuple(torch.cat(part) for part in zip(*parts))
 
@@ -101,7 +101,7 @@ def round_to_inputs(weight, group_size, inputs):
     factor = torch.linalg.cholesky(gram.flip(0, 1)).float()
     identity = torch.eye(K, device=x.device)
     spread = torch.linalg.solve_triangular(factor, identity, upper=False).flip(0, 1).contiguous()
-    gram, step, parts = gram.float(), max(LANES, GPTQ_ROWS // K // LANES * LANES), []
+    gram, step, parts = gram.float(), max(LANES, GPTQ_AT_ONCE // K // LANES * LANES), []
     steps = steps_for(weight.device)
     for i in range(0, N, step):
         rows = weight[i : i + step]

@@ -1,62 +1,15 @@
-"""Tile kernels and policies against plain softmax attention in float64."""
+"""Blocks under every policy against a plain block in float64: numbers, gradients, peaks."""
 
 import pytest
 import torch
-from reference import plain_block, relative_error, softmax_attention
+from reference import plain_block, relative_error
 
-from leangpt.attention import block_tiles, tile_sizes
+from leangpt.attention import block_tiles
 from leangpt.attention.block_backward import same_product
 from leangpt.attention.protocol import RowParts
-from leangpt.attention.tile_kernels import KERNELS, merge_, tile_kernel
 from leangpt.memory.meter import measure_peak
 from leangpt.system.errors import UserError
 from model import Block, GPTConfig
-
-CPU_KERNELS = ("math", "cpu")
-
-
-def random_qkv(B, H, G, t, s, D, dtype):
-    torch.manual_seed(0)
-    shapes = ((B, H, t, D), (B, G, s, D), (B, G, s, D))
-    return [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
-
-
-@pytest.mark.parametrize("kernel", CPU_KERNELS)
-@pytest.mark.parametrize("G", (1, 2, 4))
-@pytest.mark.parametrize("dtype,tolerance", ((torch.float64, 1e-12), (torch.float32, 2e-6)))
-def test_kernel_is_softmax_attention_with_its_logsumexp(kernel, G, dtype, tolerance):
-    forward, backward = KERNELS[kernel]
-    q, k, v = random_qkv(2, 4, G, 13, 13, 8, dtype)
-    wide = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    expected = softmax_attention(*wide)
-    grad = torch.randn_like(expected)
-    expected.backward(grad)
-
-    with torch.no_grad():
-        out, lse = forward(q, k, v, True)
-        grads = backward(grad.to(dtype), q, k, v, out, lse, True)
-    assert out.shape == q.shape and lse.shape == q.shape[:3]
-    assert relative_error(out, expected) < tolerance
-    for found, x in zip(grads, wide):
-        assert found.shape == x.shape
-        assert relative_error(found, x.grad) < tolerance
-
-
-@pytest.mark.parametrize("kernel", CPU_KERNELS)
-def test_two_tiles_merge_to_the_whole(kernel):
-    forward, _ = KERNELS[kernel]
-    q, k, v = (x.detach() for x in random_qkv(1, 4, 2, 5, 11, 8, torch.float64))
-    whole, whole_lse = forward(q, k, v, False)
-    out, lse = (x.clone() for x in forward(q, k[:, :, :4], v[:, :, :4], False))
-    merge_(out, lse, *forward(q, k[:, :, 4:], v[:, :, 4:], False))
-    assert relative_error(out, whole) < 1e-14
-    assert relative_error(lse, whole_lse) < 1e-14
-
-
-def test_kernel_choice():
-    cpu = torch.zeros(1, 1, 1, 8)
-    assert tile_kernel(cpu, cpu) == "cpu"
-    assert tile_kernel(cpu.half(), cpu.half()) == "math"
 
 
 def block_pair(dtype, T, seed=0, **config):
@@ -148,21 +101,6 @@ def test_backward_of_a_few_heads_at_a_time(monkeypatch, heads, policy, G, checkp
     for _ in range(2):  # the second time without the output that the first wrote over
         found = torch.autograd.grad(out, inputs, grad, retain_graph=True)
         assert max(relative_error(a, b) for a, b in zip(found, expected)) < 1e-10
-
-
-def test_heads_taken_at_once(monkeypatch):
-    """Enough for the threads, no fewer than fill a tile; all of them on CUDA."""
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    config = GPTConfig(n_head=8, n_embd=64)
-    assert [
-        tile_sizes.heads_at_once(config, T, 1024, 1, "cpu") for T in (1024, 2048, 4096, 16384)
-    ] == [8, 4, 2, 2]
-    assert tile_sizes.heads_at_once(config, 16384, 1024, 2, "cpu") == 1  # two sequences
-    assert tile_sizes.heads_at_once(config, 16384, 1024, 1, "cuda") == 8
-    grouped = GPTConfig(n_head=8, n_embd=64, n_kv_head=2)
-    assert tile_sizes.heads_at_once(grouped, 16384, 1024, 1, "cpu") == 2  # one would idle a thread
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
-    assert tile_sizes.heads_at_once(config, 16384, 1024, 1, "cpu") == 8
 
 
 @pytest.mark.parametrize("scale", (1.0, 1e-30, 1e30))
@@ -371,20 +309,3 @@ def test_checkpointed_whole_sequences(monkeypatch, compiled):
     expected = torch.autograd.grad(plain_block(twin, x), [x, *twin.parameters()], grad)
     found = torch.autograd.grad(block(x), [x, *block.parameters()], grad)
     assert max(relative_error(a, b) for a, b in zip(found, expected)) < 1e-10
-
-
-def test_short_sequences_train_on_the_plain_block():
-    for width, device_type, chunk, longest in (
-        (256, "cpu", 2048, 6144),
-        (768, "cpu", 8192, 12288),
-        (256, "cuda", 4096, 6144),
-        (64, "cuda", 1024, 1536),
-    ):
-        config = GPTConfig(n_head=8, n_embd=width, attention_policy="recompute")
-        assert tile_sizes.default_chunk(config, device_type) == chunk
-        assert tile_sizes.tile_sizes(config, longest, device_type, training=True) is None
-        assert tile_sizes.tile_sizes(config, longest + 1, device_type, training=True) == (
-            chunk,
-            chunk,
-        )
-        assert tile_sizes.tile_sizes(config, 1024, device_type, training=False) == (chunk, chunk)
