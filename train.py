@@ -34,6 +34,7 @@ from leangpt.system.runtime import (
 )
 from leangpt.system.stopping import Agreement, StopSignal
 from leangpt.text.dataset import load_dataset
+from leangpt.text.folder import GPT2_VOCAB_SIZE
 from leangpt.text.one_pass import one_pass
 from leangpt.training.batches import iteration_batches
 from leangpt.training.checkpoint import LAST, model_from_checkpoint
@@ -212,8 +213,9 @@ def build_model(settings, given, dataset, checkpoint=None):
         dataset.check_block_size(settings.block_size)  # before anything of that size is allocated
         names = (field.name for field in fields(GPTConfig) if hasattr(settings, field.name))
         shape = {name: getattr(settings, name) for name in names}
-        # GPT-2's vocabulary is rounded up, as nanoGPT does, to a multiple of 64: faster products
-        vocab_size = 50304 if dataset.vocab_size == 50257 else dataset.vocab_size
+        vocab_size = dataset.vocab_size
+        if vocab_size == GPT2_VOCAB_SIZE:  # up to a multiple of 64, as nanoGPT: faster products
+            vocab_size = 50304
         model = GPT(GPTConfig(**shape, vocab_size=vocab_size))
     elif settings.init_from == "resume":
         model = model_from_checkpoint(GPT, checkpoint, **free)

@@ -60,7 +60,7 @@ class Runtime:
         elif self.device_type == "mps":
             torch.mps.manual_seed(seed)
 
-    def mean(self, values):
+    def mean_over_processes(self, values):
         """Mean over the processes of each of `values`, a list of floats -> list of floats."""
         if self.world_size == 1:
             return values
@@ -70,7 +70,7 @@ class Runtime:
 
     def check_alike(self, what, number):
         """Raise UserError where the processes have different numbers, called `what`."""
-        mean = self.mean([float(number)])[0]
+        mean = self.mean_over_processes([float(number)])[0]
         if mean != number:
             raise UserError(
                 f"{what} is {number} here and {mean:g} on the average of {self.world_size} "

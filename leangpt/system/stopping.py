@@ -61,7 +61,9 @@ class Agreement:
         self.calls += 1
         if not self.agreed and self.calls >= self.every:
             received = float(self.stop.received is not None)
-            signalled, elapsed = self.runtime.mean([received, time.monotonic() - self.since])
+            signalled, elapsed = self.runtime.mean_over_processes(
+                [received, time.monotonic() - self.since]
+            )
             self.agreed = signalled > 0
             # means, so the same everywhere; at most doubled, for iterations may become slower
             fitting = int(self.seconds * self.calls / max(elapsed, 1e-6))

@@ -37,7 +37,7 @@ def evaluate(model, dataset, settings, runtime, stopping, compiled=None):
                 sums.append(forward(x, y)[1] * y.numel())
             tokens += y.numel()
         total = math.fsum(torch.stack(sums).tolist())
-        total, count = runtime.mean([total, float(tokens)])
+        total, count = runtime.mean_over_processes([total, float(tokens)])
         losses[split] = total / count
     model.train()
     return losses

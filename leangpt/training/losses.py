@@ -29,7 +29,7 @@ class Losses:
         """
         if not self.waiting:
             return []
-        losses = self.runtime.mean(torch.stack([*self.waiting.values()]).tolist())
+        losses = self.runtime.mean_over_processes(torch.stack([*self.waiting.values()]).tolist())
         for iteration, loss in zip(self.waiting, losses):
             if not math.isfinite(loss):
                 raise NotFinite("the loss", iteration)

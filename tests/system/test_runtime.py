@@ -93,4 +93,4 @@ def test_nccl_needs_cuda(monkeypatch):
 
 
 def test_mean_of_one_process_is_the_value():
-    assert setup_runtime("cpu").mean([1.5, -2.0]) == [1.5, -2.0]
+    assert setup_runtime("cpu").mean_over_processes([1.5, -2.0]) == [1.5, -2.0]
