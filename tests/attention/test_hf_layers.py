@@ -59,6 +59,7 @@ def assert_same(model, tiled, idx, tolerance, **inputs):
         assert relative_error(grad, wanted[name]) < tolerance, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpoint_layers", (True, False))
 @pytest.mark.parametrize("source", (RecomputedRows, StoredRows))
@@ -183,6 +184,7 @@ def test_what_cannot_be_tiled_is_named():
         tile_layers(make(attention_dropout=0.1), q_chunk=8)(tokens())
 
 
+@pytest.mark.slow
 def test_training_peak_is_far_below_the_originals_and_its_checkpointings():
     """Four layers of 64 channels, 2,048 tokens: the stream of each layer, and a tile."""
     sizes = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=4)

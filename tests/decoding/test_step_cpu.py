@@ -79,6 +79,7 @@ def test_rows_of_unequal_length(position):
         assert relative(got, want) < limit
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("options", ARCHITECTURES)

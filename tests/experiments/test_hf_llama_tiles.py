@@ -2,10 +2,13 @@
 
 import sys
 
+import pytest
+
 from experiments.attention import hf_llama_tiles
 from experiments.shared.common import read_csv
 
 
+@pytest.mark.slow
 def test_rows_tell_peaks_and_errors(tmp_path, monkeypatch):
     out = tmp_path / "rows.csv"
     flags = ["--length=512", "--layers=2", "--width=64", "--q_chunk=64", f"--out={out}"]

@@ -50,6 +50,7 @@ def text():
     return Text(tokens[:500], tokens[500:], 11, "none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_runs_side_by_side_equal_runs_alone(variant, text):
     runs = [Run(variant, 4e-3, 8e-3, 1), Run(variant, 4e-3, 8e-3, 2), Run(variant, 8e-3, 4e-3, 1)]
@@ -137,6 +138,7 @@ def test_diverged_runs_never_win():
     assert {row["learning_rate"] for row in fresh} == {4e-3}
 
 
+@pytest.mark.slow
 def test_every_ablation_can_be_built(text):
     for variant in expand(",".join(["ours", *ABLATIONS])):
         run = Run(variant, 4e-3, 8e-3, 1)

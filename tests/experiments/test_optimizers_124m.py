@@ -163,6 +163,7 @@ def flags(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_tiny_comparison(tmp_path, flags, monkeypatch):
     monkeypatch.setenv("LEANGPT_COMMIT", "1e23456")
     done = run_script(

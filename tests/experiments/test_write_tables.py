@@ -1,8 +1,11 @@
 """The pages' tables come from the CSVs: rewritten where stale, refused where they cannot be."""
 
+import contextlib
+import io
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -14,7 +17,7 @@ from experiments.report.table_tools import FIGURES, PUBLISHED, TABLES, label, ma
 from experiments.shared import two_commands
 from experiments.shared.common import RESULTS, read_csv, write_csv
 from leangpt.optim import VARIANTS
-from leangpt.system.errors import UserError
+from leangpt.system.errors import UserError, exit_cleanly
 
 ROW = {
     "seq": 2048,
@@ -62,19 +65,17 @@ def folder(tmp_path):
 
 
 def run(folder, *arguments):
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "experiments.report.write_tables",
-            f"--pages={folder}/README.md",
-            f"--results={folder}/results",
-            *arguments,
-        ],
-        cwd=ROOT,
-        text=True,
-        capture_output=True,
-    )
+    """The script on that folder's page, in this process: its exit status and stderr."""
+    flags = [f"--pages={folder}/README.md", f"--results={folder}/results", *arguments]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["write_tables.py", *flags])
+        try:
+            exit_cleanly(write_tables.main)
+            status = 0
+        except SystemExit as end:
+            status = end.code
+    return SimpleNamespace(returncode=status, stderr=said.getvalue())
 
 
 def test_blocks_are_rewritten_and_then_agree(folder):
@@ -229,6 +230,7 @@ def test_the_table_of_momenta_knows_the_default():
     assert optimizer_tables.DEFAULT_MOMENTUM == (default["betas"][0], default["nu1"])
 
 
+@pytest.mark.slow
 def test_the_pictures_agree_with_the_committed_results(tmp_path):
     pages = "".join((ROOT / name).read_text() for name in write_tables.PAGES)
     for name, (_, *files) in draw_pictures.PICTURES.items():

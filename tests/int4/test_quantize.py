@@ -44,6 +44,7 @@ def test_quantize_replaces_every_linear_and_leaves_lookup_exact():
     assert torch.equal(model.transformer.wte.weight, wte)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["cache", "recompute"])
 @pytest.mark.parametrize("position", ["learned", "rope"])
 def test_a_quantised_model_decodes_what_it_forwards(policy, position):
@@ -71,6 +72,7 @@ def test_calibration_ends_with_the_last_linear():
     assert reached
 
 
+@pytest.mark.slow
 def test_calibrated_rounding_moves_the_logits_less():
     model = make_model(n_embd=128, n_layer=3)
     with torch.no_grad():

@@ -95,6 +95,7 @@ def test_a_blocks_forward_peak_is_known_to_a_few_percent(policy, T, q_chunk, k_c
     assert predict_block_peak(config, 1, T) == pytest.approx(peak, rel=0.03)
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_costs_one_chunk_of_logits_not_all_of_them():
     config = replace(SMALL, vocab_size=8192, n_layer=1, **VARIANTS["recompute"])
     _, training = measured(config, 1, 2048)

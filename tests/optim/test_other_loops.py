@@ -70,6 +70,7 @@ def test_trainer_resumes_bit_by_bit(variant, tmp_path):
         assert not torch.equal(p, before), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["adamsn8", "muonsn8"])
 def test_accelerate_trains_as_the_plain_loop_and_resumes(variant, tmp_path):
     data = torch.stack([row["input_ids"] for row in make_data()]).split(4)

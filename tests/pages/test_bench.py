@@ -81,6 +81,7 @@ def test_the_default_grid_gives_a_row_a_policy_in_the_known_columns(tmp_path):
     assert float(rows[3]["weights_MB"]) < 0.3 * float(rows[0]["weights_MB"])
 
 
+@pytest.mark.slow
 def test_one_cell_without_flags_is_a_readable_table(monkeypatch, capsys):
     monkeypatch.setattr(
         sys,

@@ -300,6 +300,7 @@ def test_no_display_is_needed(tmp_path):
     assert (tmp_path / "b.pdf").read_bytes().startswith(b"%PDF")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_any_name_on_any_terminal(tmp_path, encoding):
     names = ["d\u00e9j\u00e0", "\u5bab", os.fsdecode(b"\xff\xfe")]

@@ -198,6 +198,7 @@ def test_autocast_follows_float32(tmp_path, dtype, near):
     assert bool(scaler) == (dtype == "float16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [["--attention_policy=recompute", "--q_chunk=8", "--k_chunk=4"], ["--checkpoint_layers=True"]],

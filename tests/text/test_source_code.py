@@ -265,6 +265,7 @@ def documents(tokens, gpt2):
     return [part for part in text.split("<|endoftext|>") if part]
 
 
+@pytest.mark.slow
 def test_a_dataset_of_every_file_once(tmp_path, corpus, gpt2, capsys):
     packages, texts = corpus
     folder = run(tmp_path, packages, "out")
@@ -314,6 +315,7 @@ def test_copies_and_what_is_near_validation_are_dropped(tmp_path, gpt2):
     assert train.count(more["exact"]) == 1
 
 
+@pytest.mark.slow
 def test_neither_processes_nor_interruptions_nor_stages_change_a_byte(
     tmp_path, corpus, gpt2, monkeypatch
 ):
@@ -368,6 +370,7 @@ def test_neither_processes_nor_interruptions_nor_stages_change_a_byte(
     assert (folder / "train.bin").read_bytes() == (wanted / "train.bin").read_bytes()
 
 
+@pytest.mark.slow
 def test_fewer_tokens_are_the_beginning_and_need_fewer_archives(tmp_path, corpus, gpt2):
     packages, _ = corpus
     folder = run(tmp_path, packages, "out")

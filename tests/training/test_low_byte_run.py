@@ -16,6 +16,7 @@ def last_val_loss(out_dir):
     return [float(row[4]) for row in determined(out_dir) if row[4]][-1]
 
 
+@pytest.mark.slow
 def test_the_readmes_command_learns_as_float32_does(tmp_path, capsys):
     """Half the weights' bytes, no standing gradients; the loss within a few hundredths."""
     schedule = [*BFLOAT16[:-1], "--optimizer_variant=muonsn8", *FUSED]
@@ -32,6 +33,7 @@ def test_the_readmes_command_learns_as_float32_does(tmp_path, capsys):
     assert loss == pytest.approx(last_val_loss(tmp_path / "float32"), abs=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["adamsn8", "adafactor", "muonsn4"])
 def test_weights_stay_bfloat16_and_statistics_wider(tmp_path, variant):
     train.main(arguments(tmp_path, "run", *BFLOAT16, f"--optimizer_variant={variant}"))
@@ -47,6 +49,7 @@ def test_weights_stay_bfloat16_and_statistics_wider(tmp_path, variant):
     assert last_val_loss(tmp_path / "run") < float(determined(tmp_path / "run")[0][4]) - 0.5
 
 
+@pytest.mark.slow
 def test_a_model_of_bfloat16_weights_is_sampled(tmp_path):
     train.main(arguments(tmp_path, "run", *BFLOAT16, "--optimizer_variant=muonsn8", *FUSED))
     done = run_script(

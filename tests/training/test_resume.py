@@ -54,6 +54,7 @@ LOW_BYTE = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant, number, iteration",
     [

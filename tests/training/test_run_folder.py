@@ -64,6 +64,7 @@ def test_overwrite_erases_the_run_and_nothing_else(tmp_path, finished, capsys):
     assert load_checkpoint(finished / LAST)["iter_num"] == 0
 
 
+@pytest.mark.slow
 def test_the_newest_is_sampled_from(tmp_path, finished):
     train.main(arguments(tmp_path, "run", *SHORT, "--n_embd=8"))
     done = run_script(
