@@ -102,8 +102,8 @@ class Settings:
     d_model: int = 256  # width of the residual stream
     heads: int = 8  # attention heads
     kv_heads: int | None = None  # key/value heads; None: 2 for grouped, all heads for the others
-    q_chunk: tuple[int, ...] = ()  # rows a tile; none given: recompute chooses, others use no tiles
-    k_chunk: tuple[int, ...] = ()  # key/value rows a tile; none given: chosen
+    q_chunk: tuple[int, ...] = ()  # rows per tile; none given: recompute chooses, others take none
+    k_chunk: tuple[int, ...] = ()  # key/value rows per tile; none given: chosen
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     dtype: str = "float32"  # float32 | bfloat16 | float16
     seed: int = 1337  # of weights and input

@@ -57,8 +57,8 @@ class GPTConfig:
     bias: bool = False  # in linear and norm layers
     n_kv_head: int | None = None  # key/value heads (GQA); None: n_head, or n_head/4 for `grouped`
     attention_policy: str = "cache"  # cache | grouped | recompute
-    q_chunk: int | None = None  # rows a tile; None: the plain block (recompute: chosen)
-    k_chunk: int | None = None  # key/value rows a tile; None: chosen
+    q_chunk: int | None = None  # rows per tile; None: the plain block (recompute: chosen)
+    k_chunk: int | None = None  # key/value rows per tile; None: chosen
     position: str = "learned"  # learned | rope | none
     norm: str = "layernorm"  # layernorm | rmsnorm
     norm_eps: float = 1e-5

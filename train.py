@@ -96,8 +96,8 @@ class Settings:
     attention_policy: str = field(
         default="cache", metadata={"alias": "policy", "help": " | ".join(POLICIES)}
     )
-    q_chunk: int | None = None  # rows a tile; None: chosen by the policy
-    k_chunk: int | None = None  # key/value rows a tile; None: chosen by the policy
+    q_chunk: int | None = None  # rows per tile; None: chosen by the policy
+    k_chunk: int | None = None  # key/value rows per tile; None: chosen by the policy
     checkpoint_layers: bool = False  # keep each layer's input only, compute the rest again
     offload: bool = False  # keep those inputs in pinned host memory (CUDA)
     int4: bool = False  # for sample.py; training refuses it

@@ -48,8 +48,8 @@ class Settings:
     seq: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)  # lengths for every policy
     long_seq: tuple[int, ...] = (131072,)  # lengths for recompute alone, forward, one round
     policy: tuple[str, ...] = ("plain", "cache", "grouped", "recompute")  # contestants
-    q_chunk: int = 4096  # rows a tile without gradients, for every policy but plain
-    k_chunk: int = 2048  # key/value rows a tile
+    q_chunk: int = 4096  # rows per tile without gradients, for every policy but plain
+    k_chunk: int = 2048  # key/value rows per tile
     backward_chunk: int = 1024  # rows of both while training
     d_model: int = 256  # width of the residual stream, C
     heads: int = 8  # attention heads, H

@@ -162,7 +162,7 @@ def _layer_weights(config):
 
 
 def _tiles(config, B, T, device_type, training):
-    """(b, q, k): sequences and rows a tile really has, key rows a tile; None: the plain block."""
+    """(b, q, k): sequences and rows of a tile, key rows per tile; None: the plain block."""
     sizes = tile_sizes(config, T, device_type, training)
     if sizes is None:
         return None

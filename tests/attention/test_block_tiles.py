@@ -249,8 +249,8 @@ def test_recompute_peak_does_not_grow_with_length():
 @pytest.mark.parametrize("heads,rows", ((1, 3.5), (2, 4), (4, 4)))
 def test_training_peak_grows_by_few_rows(monkeypatch, heads, rows):
     """Backward: the output, attention's output (then its gradient) and dx; of the heads taken at
-    once dq and, unless they are all, the queries; two numbers a row and head (logsumexp and
-    multiple). That is 3.5 to 4 numbers a row and channel where the plain block keeps 18."""
+    once dq and, unless they are all, the queries; two numbers per row and head (logsumexp and
+    multiple). That is 3.5 to 4 numbers per row and channel where the plain block keeps 18."""
     monkeypatch.setattr(block_tiles, "heads_at_once", lambda *_: heads)
     config = dict(backward=True, attention_policy="recompute", q_chunk=128, k_chunk=128)
     growth = peak_beyond_input(4096, **config) - peak_beyond_input(2048, **config)
