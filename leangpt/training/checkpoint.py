@@ -168,12 +168,26 @@ def load_optimizer(optimizer, model, state):
         state, reason = _fit_nanogpt_state(optimizer, model, state)
         if reason:
             return reason
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):  # ours check for themselves
+        if reason := _misfit(optimizer, state):
+            return reason
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:
         return str(error)
     for group, settings in zip(optimizer.param_groups, built):
         group.update(settings)
+    return None
+
+
+def _misfit(optimizer, state):
+    """Why a saved state of torch's Adam family does not fit, or None. Its own load_state_dict
+    looks at the number of parameters alone, and takes averages of any shape."""
+    for saved, own in zip(state["param_groups"], optimizer.param_groups):
+        for index, p in zip(saved["params"], own["params"]):
+            for name, value in state["state"].get(index, {}).items():
+                if name != "step" and value.shape != p.shape:
+                    return f"{name} of a weight {tuple(p.shape)} is {tuple(value.shape)}"
     return None
 
 

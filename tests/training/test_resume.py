@@ -153,6 +153,24 @@ def test_another_optimizer_starts_fresh_and_says_so(tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("variant", ["adam", "adamsn", "adafactor", "muonsn8"])
+def test_a_cropped_models_state_starts_fresh_whole(tmp_path, capsys, variant):
+    """Positions are cropped to 8, the state still has 16: none of it is taken."""
+    train.main(arguments(tmp_path, "run", "--max_iters=3", f"--optimizer_variant={variant}"))
+    train.main(
+        [
+            "--init_from=resume",
+            f"--out_dir={tmp_path / 'run'}",
+            f"--data_dir={tmp_path / 'data'}",
+            "--max_iters=5",
+            "--block_size=8",
+        ]
+    )
+    assert "note: optimizer state starts fresh: " in capsys.readouterr().out
+    state = load_checkpoint(tmp_path / "run" / LAST)["optimizer"]["state"]
+    assert {int(entry["step"]) for entry in state.values()} == {2}
+
+
 def test_rows_beyond_the_checkpoint_and_torn_rows_are_dropped(tmp_path):
     train.main(arguments(tmp_path, "whole", *SCHEDULE))
     train.main(arguments(tmp_path, "cut", *SCHEDULE, "--max_iters=6", "--lr_decay_iters=8"))
