@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 from dataclasses import fields
 
 import pytest
@@ -94,3 +95,14 @@ def test_below_which_length_tiles_do_nothing():
         gpt2 = GPTConfig(block_size=1 << 17, attention_policy="recompute")
         assert tile_sizes(gpt2, length, device, training=True) is None
         assert tile_sizes(gpt2, length + 1, device, training=True) is not None
+
+
+def test_versions_agree():
+    pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    version = pyproject["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {version}" in (ROOT / "docs" / "CHANGELOG.md").read_text()
+    tests = pyproject["project"]["optional-dependencies"]["tests"]
+    (ruff,) = [need for need in tests if need.startswith("ruff")]
+    oldest = re.search(r">=([\d.]+)", ruff)[1]  # what formats at a commit formats in make check
+    assert f"rev: v{oldest}." in (ROOT / ".pre-commit-config.yaml").read_text()
