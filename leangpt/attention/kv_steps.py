@@ -83,7 +83,7 @@ class RunStep(Step):
 
 class RowStep(Step):
     def __init__(self, cache, visible):
-        positions = cache.positions[:, None].clone()  # (B, 1); advance() changes the cache's
+        positions = cache.positions[:, None]  # (B, 1), until cache.advance()
         slots = (positions % cache.slot_count)[:, :, None, None]
         super().__init__(cache, positions, slots, visible)
 
