@@ -21,7 +21,8 @@ class Parallel(nn.Module):
         shape = dict(n_embd=12, n_head=4, kv_heads=2, head_dim=5, q_chunk=None, k_chunk=None)
         self.config = SimpleNamespace(**shape | config)
         self.norm = nn.LayerNorm(12)
-        self.q, self.k, self.v = nn.Linear(12, 20), nn.Linear(12, 10), nn.Linear(12, 10)
+        self.q, self.v = nn.Linear(12, 20), nn.Linear(12, 10)
+        self.k = nn.Linear(12, 10, bias=False)  # a bias falls out of the softmax
         self.out, self.mlp = nn.Linear(20, 12), nn.Linear(12, 12)
 
     def project(self, x, positions, parts="qkv", heads=None):
