@@ -1,16 +1,18 @@
 """The table of policies: all that a new one needs, and nobody who compares names."""
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from conftest import ROOT
+from reference import relative_error
 
 import attention_policies
 from attention_policies import POLICIES, Policy
 from leangpt.attention.kv_cache import KeysValues, build_cache
 from leangpt.attention.kv_source import RecomputedRows
+from leangpt.memory.meter import measure_peak
 from leangpt.memory.plan import advise_oom, predict_training_peak
 from leangpt.system.errors import UserError
 from model import GPT, GPTConfig
@@ -48,6 +50,31 @@ def test_a_policy_is_one_entry_and_its_classes(monkeypatch):
     peaks = [predict_training_peak(config, 1, 4096) for config in (model.config, as_recompute)]
     assert peaks[0] == peaks[1]
     assert "--attention_policy=counted" in advise_oom(model.config, 1, 4096, 1e6)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_of_the_table(name):
+    """Its loss, gradients and cached logits are the plain block's, its peak as predicted."""
+    torch.manual_seed(0)
+    shape = SMALL | dict(n_kv_head=2)
+    plain = GPT(GPTConfig(**shape))
+    model = GPT(GPTConfig(**shape, attention_policy=name, q_chunk=7, k_chunk=5))
+    model.load_state_dict(plain.state_dict())
+    idx = torch.randint(50, (2, 32))
+    losses = [m(idx, idx)[1] for m in (plain, model)]
+    assert abs(losses[0] - losses[1]) < 1e-6
+    for loss in losses:
+        loss.backward()
+    for a, b in zip(plain.parameters(), model.parameters()):
+        assert relative_error(b.grad, a.grad) < 1e-5
+    cache = build_cache(model.config, 2, 32)
+    with torch.no_grad():
+        last = model.prefill(idx[:, :31], cache), model.decode_one_token(idx[:, 31:], cache)
+        assert torch.allclose(torch.stack(last, 1), plain(idx)[0][:, 30:], atol=1e-5)
+    config = replace(model.config, block_size=2048, n_embd=64, q_chunk=128, k_chunk=128)
+    long, idx = GPT(config), torch.randint(50, (1, 2048))
+    peak = measure_peak(lambda: long(idx, idx)[1].backward())
+    assert 0.9 < predict_training_peak(config, 1, 2048) / peak < 1.35
 
 
 def test_where_memory_runs_out_policies_lead_to_one_that_keeps_nothing():
