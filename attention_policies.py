@@ -31,6 +31,10 @@ from leangpt.system.errors import UserError
 
 @dataclass(frozen=True)
 class Policy:
+    """What a run says with --attention_policy: how a block gets its keys and values, in training
+    (by tiles) and in decoding (from a cache).
+    """
+
     name: str  # as in --attention_policy
     description: str
     source: type  # of keys and values while a block runs by tiles

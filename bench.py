@@ -95,6 +95,8 @@ WIDTHS = (8, 10, 8, 8, 9, 10, 10, 10, 13, 11, 12, 8, 0)
 
 @dataclass
 class Settings:
+    """What to measure: lists are grids, each combination of theirs a cell."""
+
     seq: tuple[int, ...] = (1024, 4096, 16384)  # sequence lengths T
     policy: tuple[str, ...] = ("cache", "grouped", "recompute", "int4")  # or plain: no tiles
     runs: int = 5  # timed runs a cell, after one warm-up
@@ -113,6 +115,7 @@ class Settings:
 
 
 def main():
+    """Every cell in a process of its own, printed as soon as it is measured."""
     if sys.argv[1:2] == ["--worker"]:  # hidden: this file calling itself, one cell
         json.dump(run_cell(json.loads(sys.argv[2])), sys.stdout)
         return
@@ -167,6 +170,7 @@ def grid(settings):
 
 
 def cell_config(cell):
+    """A cell (dict of its settings) -> the GPTConfig of its block."""
     shape = (cell[name] for name in ("d_model", "heads", "kv_heads", "q_chunk", "k_chunk"))
     return GPTConfig(**block_arguments(cell["policy"], cell["seq"], *shape))
 
@@ -224,6 +228,7 @@ def limit_memory():
 
 
 def measure_cell(cell, device, dtype):
+    """Time, exact peak and error of one block -> dict of the row's measured columns."""
     config = cell_config(cell)
     B, T, seed = cell["batch"], cell["seq"], cell["seed"]
     block = exact = build_block(Block, config, device, dtype, seed)
@@ -287,10 +292,12 @@ def csv_writer(file):
 
 
 def print_row(row):
+    """One line of the table on the terminal."""
     print_line([row[name] for name in SHOWN])
 
 
 def print_line(values):
+    """Values in the columns of the table."""
     print(
         " ".join(f"{value!s:<{width}}" for value, width in zip(values, WIDTHS)).rstrip(), flush=True
     )

@@ -62,6 +62,8 @@ CSV_COLUMNS = {  # column of --csv -> its value for one run, None where the fold
 
 @dataclass
 class Settings:
+    """Which runs, and where their picture goes."""
+
     runs: tuple[str, ...] = field(
         default=(), metadata={"positional": True, "help": "folders of runs; --runs may be left out"}
     )
@@ -70,6 +72,7 @@ class Settings:
 
 
 def main(argv=None):
+    """Print the table of the runs, then draw their curves."""
     settings, _ = parse_config(Settings, argv)
     kind = Path(settings.out).suffix.lstrip(".").lower()
     if kind not in PICTURES:

@@ -36,6 +36,8 @@ MLPS = ("gelu", "gelu_tanh", "swiglu")
 
 @dataclass
 class GPTConfig:
+    """A GPT's shape, and how its blocks run."""
+
     # what a run may change freely: no parameter's shape or meaning depends on it
     FREE: ClassVar[tuple[str, ...]] = (
         "dropout",
@@ -83,10 +85,9 @@ class GPTConfig:
             ("norm", NORMS),
             ("mlp", MLPS),
         ):
-            if getattr(self, name) not in known:
-                raise UserError(
-                    f"unknown {name} {getattr(self, name)!r}; choose one of: {', '.join(known)}"
-                )
+            value = getattr(self, name)
+            if value not in known:
+                raise UserError(f"unknown {name} {value!r}; choose one of: {', '.join(known)}")
         if self.n_embd % self.n_head:
             raise UserError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
         apply_rules(self)
@@ -97,8 +98,7 @@ class GPTConfig:
                 raise UserError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
         if self.offload and not self.checkpoint_layers:
             raise UserError(
-                "offload=True moves checkpointed layers to the host: "
-                "set checkpoint_layers=True as well"
+                "offload=True moves checkpointed layers: set checkpoint_layers=True too"
             )
 
     @classmethod
@@ -230,6 +230,8 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    """GELU (exact or by tanh) or SwiGLU (arXiv 2002.05202) between two linear layers."""
+
     def __init__(self, config):
         super().__init__()
         self.kind = config.mlp
@@ -304,6 +306,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    """Embeddings, blocks, a norm and a head: from tokens to logits, or to their loss."""
+
     config_class = GPTConfig  # for those who are handed GPT: readers of files build it themselves
 
     def __init__(self, config):

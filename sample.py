@@ -38,6 +38,8 @@ RULE = "-" * 15  # between samples, as nanoGPT prints it
 
 @dataclass
 class Settings:
+    """Which model, which text to go on from, and how."""
+
     # the model
     init_from: str = "resume"  # resume | gpt2* | a hub id, folder, .gguf, 4-bit .safetensors
     out_dir: str = "out"  # where ckpt.pt is, for init_from=resume
@@ -69,6 +71,7 @@ class Settings:
 
 
 def main(argv=None):
+    """Load a model, then sample from it, export it or write it in 4 bits."""
     settings, _ = parse_config(Settings, argv)
     check(settings)
     prompt = read_prompt(settings.start)
@@ -131,6 +134,7 @@ def check(settings):
 
 
 def is_4bit(settings):
+    """Will the linear layers be in 4 bits?"""
     return settings.int4 or settings.init_from.endswith(".safetensors")
 
 

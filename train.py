@@ -59,6 +59,8 @@ MOST_TOKENS = 2**27  # of a micro-batch: more than any memory takes
 
 @dataclass
 class Settings:
+    """All that a run can be told; names and defaults are nanoGPT's where it has them."""
+
     # run
     out_dir: str = "out"  # where checkpoints, metrics.csv and config.json go
     overwrite: bool = False  # erase an earlier run in out_dir instead of moving it aside

@@ -146,3 +146,18 @@ def test_every_root_module_defines_something():
             tree = ast.parse((ROOT / f"{name}.py").read_text())
             defined = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
             assert len(defined) >= 2, f"{name}.py only hands on"
+
+
+def test_public_names_say_what_they_are():
+    """Classes and functions of the package and of the pages at the root, private ones aside."""
+    mute = []
+    for path in FILES:
+        if path.parts[0] == "leangpt" or len(path.parts) == 1:
+            for node in ast.parse((ROOT / path).read_text()).body:
+                if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
+                    assigned = getattr(node.body[0], "targets", [ast.Name("")])[
+                        0
+                    ]  # __doc__ = f"..."
+                    if not ast.get_docstring(node) and getattr(assigned, "id", "") != "__doc__":
+                        mute.append(f"{path}:{node.lineno} {node.name}")
+    assert mute == []

@@ -66,6 +66,8 @@ class Step:
 
 
 class RunStep(Step):
+    """t tokens of every sequence, all at the same positions: a prompt, or one token each."""
+
     def __init__(self, cache, t):
         end, first = cache.length + t, cache.length % cache.slot_count
         positions = torch.arange(cache.length, end, device=cache.counter.device)  # (t,)
@@ -82,6 +84,8 @@ class RunStep(Step):
 
 
 class RowStep(Step):
+    """One token of every sequence, each at a position of its own."""
+
     def __init__(self, cache, visible):
         positions = cache.positions[:, None]  # (B, 1), until cache.advance()
         slots = (positions % cache.slot_count)[:, :, None, None]
@@ -92,6 +96,8 @@ class RowStep(Step):
 
 
 class KernelStep(Step):
+    """One token a sequence by the fused kernel, which counts positions on the device."""
+
     def __init__(self, cache):
         super().__init__(cache, cache.positions[:, None], None, cache.slot_count)
         self.kernel = cache.kernel

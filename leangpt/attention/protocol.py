@@ -36,6 +36,8 @@ class RowParts(NamedTuple):
 
 
 class TileableBlock(Protocol):
+    """What a transformer block must offer so that block_tiles can run it by tiles of rows."""
+
     config: BlockShape
     attention_dropout: float  # probability in force now; more than 0 is refused
     residual_dropout: float  # likewise; replayed in backward from a seed

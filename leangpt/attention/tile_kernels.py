@@ -25,6 +25,7 @@ aten = torch.ops.aten
 
 
 def math_forward(q, k, v, causal):
+    """Attention written out: the kernel of float64, and of devices that have no other."""
     scores = _scores(q, k, causal)  # (B, G, g, t, s)
     lse = scores.logsumexp(-1)
     out = torch.exp(scores - lse[..., None]).to(v.dtype) @ v[:, :, None]
@@ -32,6 +33,7 @@ def math_forward(q, k, v, causal):
 
 
 def math_backward(grad, q, k, v, out, lse, causal):
+    """Its gradients from the saved logsumexp: P is made again, dS = P (dP - rowsum(dO O))."""
     B, H, t, D = q.shape
     G = k.size(1)
     split = (B, G, H // G, t)
@@ -60,32 +62,38 @@ def _scores(q, k, causal):
 
 
 def cpu_forward(q, k, v, causal):
+    """PyTorch's fused kernel for CPUs."""
     return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
 
 
 def cpu_backward(grad, q, k, v, out, lse, causal):
+    """Its backward, from the saved logsumexp."""
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, q, k, v, out, lse, 0.0, causal
     )
 
 
 def flash_forward(q, k, v, causal):
+    """FlashAttention-2 (Dao, arXiv 2307.08691), as PyTorch ships it."""
     out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False)
     return out, lse
 
 
 def flash_backward(grad, q, k, v, out, lse, causal):
+    """Its backward, from the saved logsumexp."""
     return aten._scaled_dot_product_flash_attention_backward(
         grad, q, k, v, out, lse, None, None, q.size(2), k.size(2), 0.0, causal, *_no_philox(q)
     )
 
 
 def cudnn_forward(q, k, v, causal):
+    """cuDNN's fused attention: the fastest on Hopper."""
     out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False)
     return out, lse.view(q.shape[:3])  # cuDNN's is (B, H, t, 1)
 
 
 def cudnn_backward(grad, q, k, v, out, lse, causal):
+    """Its backward, from the saved logsumexp."""
     # its plan is made for q's order of dimensions in memory, and it reads others wrongly
     grad, out = match_layout(grad, q), match_layout(out, q)
     return aten._scaled_dot_product_cudnn_attention_backward(

@@ -43,10 +43,14 @@ def library():
 
 
 class NormArguments(ctypes.Structure):
+    """struct norm of step_cpu.c."""
+
     _fields_ = [("weight", POINTER), ("bias", POINTER)]
 
 
 class BlockArguments(ctypes.Structure):
+    """struct block of step_cpu.c."""
+
     _fields_ = [
         *((name, NormArguments) for name in ("ln_1", "ln_2")),
         *((name, LinearArguments) for name in ("c_attn", "c_proj", "c_fc", "mlp_proj")),
@@ -56,6 +60,8 @@ class BlockArguments(ctypes.Structure):
 
 
 class ModelArguments(ctypes.Structure):
+    """struct model of step_cpu.c."""
+
     _fields_ = [
         *(
             (name, NUMBER)
@@ -131,12 +137,14 @@ class Step:
 
 
 def norm(layer):
+    """The addresses of a Norm."""
     return NormArguments(
         layer.weight.data_ptr(), None if layer.bias is None else layer.bias.data_ptr()
     )
 
 
 def linear(layer):
+    """The addresses and sizes of a linear layer, float or 4-bit."""
     bias = None if layer.bias is None else layer.bias.data_ptr()
     sizes = layer.out_features, layer.in_features
     if isinstance(layer, Int4Linear):
@@ -176,6 +184,7 @@ def supports(model, cache):
 
 
 def supports_linear(layer):
+    """Does step_cpu.c multiply by this layer?"""
     if isinstance(layer, Int4Linear):
         return layer.layout == "vnni"
     return type(layer) is nn.Linear and layer.in_features % 16 == 0

@@ -359,6 +359,7 @@ def supports(model, cache):
 
 
 def supports_linear(layer, dtype):
+    """Does linear_kernel multiply numbers of `dtype` by this layer?"""
     if layer.in_features % 64 or layer.in_features > 16384:
         return False
     if isinstance(layer, Int4Linear):

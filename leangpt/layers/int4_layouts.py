@@ -27,6 +27,8 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Layout:
+    """One order of 4-bit weights in memory, and the product that reads it."""
+
     few_rows: int  # up to here the kernel beats unpacking and an ordinary product; 0: no kernel
     whole: int  # it takes a multiple of so many rows
     write: Callable  # plain order (N, K/2) uint8 -> the same weights in this order
@@ -73,10 +75,12 @@ def chunk_rows(in_features):
 
 
 def write_plain(packed):
+    """The order of files: two codes a byte, row by row."""
     return packed.contiguous()
 
 
 def read_plain(packed, in_features, start, stop):
+    """Codes of some rows, from the order of files."""
     return unpack(packed[start:stop])
 
 
@@ -84,6 +88,7 @@ def read_plain(packed, in_features, start, stop):
 
 
 def write_vnni(packed):
+    """The order that linear_cpu.c reads, a few rows at a time."""
     result = torch.empty_like(packed)
     step = chunk_rows(2 * packed.size(1))
     for i in range(0, len(packed), step):
@@ -92,6 +97,7 @@ def write_vnni(packed):
 
 
 def read_vnni(packed, in_features, start, stop):
+    """Codes of some rows, from whole blocks of 16."""
     first, last = start // 16 * 16, min(-(-stop // 16) * 16, len(packed))
     return linear_cpu.unpack_int4(packed[first:last])[start - first : stop - first]
 
@@ -141,6 +147,7 @@ def cpu_order():
 
 
 def write_cpu(packed):
+    """The order of PyTorch's own CPU product."""
     result = torch.empty_like(packed)
     step = chunk_rows(2 * packed.size(1))
     for i in range(0, len(packed), step):
@@ -150,6 +157,7 @@ def write_cpu(packed):
 
 
 def read_cpu(packed, in_features, start, stop):
+    """Codes of some rows, from whole blocks of 64."""
     first, last = start // 64 * 64, min(-(-stop // 64) * 64, len(packed))
     return cpu_codes(packed[first:last], cpu_order())[start - first : stop - first]
 

@@ -49,6 +49,7 @@ def library():
 
 
 def available():
+    """Can the products of linear_cpu.c run here?"""
     return library() is not None
 
 

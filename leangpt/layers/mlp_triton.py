@@ -189,6 +189,7 @@ def programs(x):
 def mlp_op(
     x: torch.Tensor, w_fc: torch.Tensor, w_proj: torch.Tensor, tanh: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """gelu_mlp as an operator, which torch.compile leaves whole -> y, a, slope (for backward)."""
     a, slope = up_and_gelu(x.contiguous(), w_fc.contiguous(), tanh)
     return a @ w_proj.t(), a, slope
 
@@ -208,6 +209,7 @@ def mlp_backward_op(
     w_fc: torch.Tensor,
     w_proj: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x, w_fc and w_proj."""
     dy = dy.contiguous()
     dh = down_and_gelu_backward(dy, w_proj.contiguous(), slope)
     return dh @ w_fc, dh.t() @ x, dy.t() @ a

@@ -198,6 +198,7 @@ def adam_key(item):
 
 
 def by_key(items, key):
+    """Items -> {key(item): its items}, in their order."""
     buckets = {}
     for item in items:
         buckets.setdefault(key(item), []).append(item)
@@ -266,6 +267,7 @@ def subset_norm(grad, dims, norm, shards=None):
 
 
 def check_partition(partition):
+    """Raise UserError unless AdamSN knows this partition."""
     whole = isinstance(partition, int) and not isinstance(partition, bool)
     if not (partition in PARTITIONS or (whole and partition >= 1)):
         names = ", ".join(PARTITIONS)

@@ -261,6 +261,7 @@ COMMON_HELP = """
 
 
 def check_number(group, name, low):
+    """Raise UserError unless group[name], if there is one, is finite and at least `low`."""
     value = group.get(name, low)
     if torch.is_tensor(value):
         if value.numel() != 1:

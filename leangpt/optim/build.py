@@ -156,6 +156,7 @@ def known_options(cls) -> set:
 
 
 def check_options(variant, cls, options):
+    """Raise UserError for an option that the class of `variant` does not have."""
     known = known_options(cls)
     for name in options:
         if name not in known:
@@ -180,6 +181,7 @@ def check_rates(role_rates):
 
 
 def check_roles(option, roles):
+    """Raise UserError for a role that no linear layer has."""
     for role in roles:
         if role not in LINEAR_ROLES:
             raise UserError(f"{option} has no role {role!r}: known are {', '.join(LINEAR_ROLES)}")

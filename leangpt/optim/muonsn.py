@@ -175,6 +175,7 @@ class MuonSN(AdamSN):
 
 
 def is_orthogonalized(tensor, group):
+    """Is this weight moved by Newton-Schulz? Vectors never are."""
     return group["orthogonalize"] and tensor.ndim >= 2
 
 

@@ -23,6 +23,8 @@ DATA_STREAM = 0  # iteration_seed's stream for the data order; process r has str
 
 @dataclass
 class Runtime:
+    """Where a run computes, in which numbers, and which of its processes this is."""
+
     device: torch.device
     reason: str  # why this device
     dtype: torch.dtype  # what autocast computes in

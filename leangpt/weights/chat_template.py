@@ -73,6 +73,7 @@ def limit_this_process():
 
 
 def main():
+    """This file run as a program: {"template", "values"} on stdin -> {"text"} or {"error"}."""
     import jinja2.ext  # noqa: F401  before the limits
     import jinja2.sandbox  # noqa: F401
 

@@ -24,6 +24,8 @@ TEXT_FILES = (
 
 @dataclass
 class PretrainedText:
+    """A published model's words: its tokenizer, where its answers end, its chat format."""
+
     tokenizer: object  # text.tokens: encode(str) -> list[int], decode(list[int]) -> str
     stop_tokens: tuple[int, ...] = ()  # generation ends at any of these
     template: str | None = None  # the chat format, in Jinja; None: the model has none

@@ -96,6 +96,7 @@ def stacks_of(items, most=None):
 
 
 def bits_of(item):
+    """Bits of an item's stored momentum; 0: it has none."""
     momentum = item.state.get("momentum")
     return 0 if momentum is None else MOMENTUM[momentum.dtype]
 
