@@ -134,6 +134,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
         Raises UserError for the state of another optimizer, of another grouping, or of tensors
         that this class would lay out otherwise; nothing is loaded then.
         """
+        check_layout(state_dict)
         groups = [self.as_saved_today(group) for group in state_dict["param_groups"]]
         sizes = [len(group["params"]) for group in groups]
         if sizes != [len(group["params"]) for group in self.param_groups]:
@@ -143,7 +144,10 @@ class MemoryOptimizer(torch.optim.Optimizer):
             )
         states = []
         for group, own in zip(groups, self.param_groups):
-            self.check_group(group)
+            try:
+                self.check_group(group)
+            except (TypeError, KeyError) as error:  # a text where a number should be, and the like
+                raise UserError(f"this optimizer state has an impossible option: {error}") from None
             for saved_id, p in zip(group["params"], own["params"]):
                 state = state_dict["state"].get(saved_id, {})
                 self.check_state(p, group, state)
@@ -188,7 +192,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
         """Raise UserError where a saved state is not laid out as this class lays out its own."""
         if not state or is_sharded(p):
             return
-        if not isinstance(state.get("step"), int):
+        if type(state.get("step")) is not int or not 0 < state["step"] < 2**31:
             raise UserError("this optimizer state does not fit: it counts no steps")
         wanted = self.planned_state(p, group)
         found = {name: value for name, value in state.items() if torch.is_tensor(value)}
@@ -258,6 +262,30 @@ COMMON_HELP = """
     transposed           of groups: matrices are stored (in, out), as Hugging Face's Conv1D has
                          them, and updated as the (out, in) of nn.Linear would be
 """
+
+
+def check_layout(state_dict):
+    """Raise UserError where this is no optimizer's state_dict: an entry of plain values and dense
+    tensors for parameters by number, and groups of those numbers."""
+    groups, entries = (
+        state_dict.get(key) if isinstance(state_dict, dict) else None
+        for key in ("param_groups", "state")
+    )
+    if not isinstance(groups, list) or not isinstance(entries, dict):
+        raise UserError("this is no optimizer's state: it lacks state or param_groups")
+    numbers = []
+    for group in groups:
+        if not isinstance(group, dict) or not isinstance(group.get("params"), list | tuple):
+            raise UserError("this optimizer state is damaged: a group has no params")
+        numbers += group["params"]
+    if not all(type(number) is int for number in numbers) or len({*numbers}) != len(numbers):
+        raise UserError("this optimizer state is damaged: its parameters are not numbered")
+    for entry in entries.values():
+        if not isinstance(entry, dict):
+            raise UserError(f"this optimizer state is damaged: an entry is {entry!r:.50}")
+        for name, value in entry.items():
+            if torch.is_tensor(value) and (value.layout != torch.strided or value.is_quantized):
+                raise UserError(f"this optimizer state does not fit: {name} is no dense tensor")
 
 
 def check_number(group, name, low):

@@ -6,8 +6,8 @@ it was saved with; only what this command gives is changed.
 
 from dataclasses import asdict, fields, replace
 
+from leangpt.optim.resume import load_optimizer
 from leangpt.system.errors import UserError
-from leangpt.training.checkpoint import load_optimizer
 
 # A resumed run is this machine's and this command's in these, whatever was saved.
 PER_COMMAND = (
@@ -80,7 +80,8 @@ def continue_optimizer(settings, model, optimizer, scaler, checkpoint):
     now = f"{settings.optimizer_variant} {settings.optimizer_options}"
     reason = f"it was saved by {before.strip()}, this run uses {now.strip()}"
     if now == before:
-        reason = load_optimizer(optimizer, model, checkpoint.get("optimizer"))
+        shapes = {name: tensor.shape for name, tensor in checkpoint["model"].items()}
+        reason = load_optimizer(optimizer, model, checkpoint.get("optimizer"), shapes)
     if scaler.is_enabled() and checkpoint.get("scaler"):
         scaler.load_state_dict(checkpoint["scaler"])
     return [f"optimizer state starts fresh: {reason}"] if reason else []
