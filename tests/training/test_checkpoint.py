@@ -1,5 +1,6 @@
 import os
 import pickle
+import random
 import resource
 import signal
 
@@ -9,6 +10,7 @@ import torch
 from tiny_run import run_script
 
 from leangpt.optim import build_optimizer
+from leangpt.optim.resume import load_optimizer
 from leangpt.system.errors import UserError
 from leangpt.training.checkpoint import (
     BEST,
@@ -16,7 +18,6 @@ from leangpt.training.checkpoint import (
     checkpoint_to_resume,
     copy_checkpoint,
     load_checkpoint,
-    load_optimizer,
     model_args,
     model_from_checkpoint,
     save_checkpoint,
@@ -86,14 +87,70 @@ def test_copy_is_the_same_and_independent(tmp_path):
     assert best.read_bytes() == kept
 
 
-def test_copy_without_hard_links(tmp_path, monkeypatch):
-    def no_links(*names):
-        raise OSError("this file system has no hard links")
-
+def test_best_and_last_are_two_files_on_the_disk(tmp_path):
+    """What rots in one of them has not rotted in the other, and the error says which is whole."""
     save_checkpoint(tmp_path / BEST, checkpoint_of(tiny_model()))
-    monkeypatch.setattr(os, "link", no_links)
     copy_checkpoint(tmp_path / BEST, tmp_path / LAST)
-    assert (tmp_path / LAST).read_bytes() == (tmp_path / BEST).read_bytes()
+    content = bytearray((tmp_path / LAST).read_bytes())
+    content[len(content) // 2] ^= 1
+    with open(tmp_path / LAST, "r+b") as file:
+        file.write(content)
+    with pytest.raises(UserError, match=r"ckpt_last.pt is truncated .*ckpt.pt is whole \(iterat"):
+        load_checkpoint(tmp_path / LAST)
+    assert load_checkpoint(tmp_path / BEST)["iter_num"] == 3
+    (tmp_path / BEST).write_bytes(content)
+    with pytest.raises(UserError) as refused:
+        load_checkpoint(tmp_path / LAST)
+    assert "is whole" not in str(refused.value)
+
+
+def test_a_flipped_bit_or_a_zeroed_page_anywhere_is_refused_or_harmless(tmp_path):
+    """Harmless: in the padding between entries, which nobody reads."""
+    path, model = tmp_path / "one.pt", tiny_model()
+    optimizer = build_optimizer(model, "muonsn8")
+    one_step(model, optimizer)
+    save_checkpoint(path, checkpoint_of(model, optimizer))
+    whole, want = path.read_bytes(), repr(load_checkpoint(path))
+    choose = random.Random(0)
+    refused = 0
+    for _ in range(300):
+        content, at = bytearray(whole), choose.randrange(len(whole))
+        if choose.random() < 0.8:
+            content[at] ^= 1 << choose.randrange(8)
+        else:
+            content[at : at + 512] = bytes(len(content[at : at + 512]))
+        path.write_bytes(content)
+        try:
+            assert repr(load_checkpoint(path)) == want, at
+        except UserError:
+            refused += 1
+    assert refused > 150
+
+
+@pytest.mark.parametrize(
+    "entry, value",
+    [
+        ("model", 3),
+        ("model", {"w": 1}),
+        ("model", {"w": torch.ones(2, 2).to_sparse()}),
+        ("model", {1: torch.ones(2)}),
+        ("model_args", [1]),
+        ("iter_num", "3"),
+        ("iter_num", -1),
+        ("iter_num", 1.5),
+        ("best_val_loss", "low"),
+        ("best_val_loss", torch.ones(2)),
+        ("train_seconds", {}),
+        ("config", 1),
+        ("dataset", "tiny"),
+        ("optimizer", [1]),
+        ("scaler", 7),
+    ],
+)
+def test_entries_of_a_wrong_type(tmp_path, entry, value):
+    save_checkpoint(tmp_path / BEST, checkpoint_of(tiny_model()) | {entry: value})
+    with pytest.raises(UserError, match=f"is damaged: {entry} is a"):
+        load_checkpoint(tmp_path / BEST)
 
 
 def test_the_latest_state_is_resumed(tmp_path):
@@ -208,7 +265,8 @@ def test_nanogpt_optimizer_state_that_cannot_fit_is_refused_with_a_reason():
     assert "parameters" in load_optimizer(adam, deeper, optimizer.state_dict())
     wider = tiny_model(n_embd=16)
     adam = build_optimizer(wider, "adam")
-    assert "shapes" in load_optimizer(adam, wider, optimizer.state_dict())
+    reason = load_optimizer(adam, wider, optimizer.state_dict())
+    assert reason == "exp_avg of a weight (11, 16) is torch.float32 (11, 8)"
     assert not adamsn.state and not adam.state
 
 
