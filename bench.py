@@ -40,9 +40,9 @@ from leangpt.memory.block_cell import (
     forward_error,
     random_input,
 )
-from leangpt.memory.meter import is_out_of_memory, tensor_bytes
+from leangpt.memory.meter import tensor_bytes
 from leangpt.memory.plan import predict_block_peak
-from leangpt.system.errors import UserError, exit_cleanly
+from leangpt.system.errors import UserError, exit_cleanly, is_out_of_memory, refused
 from leangpt.system.runtime import DTYPES, setup_runtime
 from leangpt.system.timing import MIB, commit_id, describe_machine, quartiles, synchronize, timed
 from model import Block, GPTConfig
@@ -126,7 +126,7 @@ def main():
         try:
             writers.append(csv_writer(open(settings.csv, "w", newline="")))
         except OSError as error:
-            raise UserError(f"--csv={settings.csv}: {error.strerror}") from None
+            raise refused(f"--csv={settings.csv}", error) from None
     if settings.print:
         writers.append(csv_writer(sys.stdout))
     else:

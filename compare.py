@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configurator import parse_config
-from leangpt.system.errors import UserError, exit_cleanly
+from leangpt.system.errors import UserError, exit_cleanly, refused
 from leangpt.training.curves import curves_figure
 from leangpt.training.runs import (
     Run,
@@ -159,7 +159,7 @@ def write_file(flag, path, content):
     try:
         Path(path).write_bytes(content)
     except OSError as error:
-        raise UserError(f"--{flag}={path}: {error.strerror or error}") from None
+        raise refused(f"--{flag}={path}", error) from None
 
 
 # ---- what to know about it -----------------------------------------------------------------------

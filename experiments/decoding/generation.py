@@ -40,8 +40,7 @@ from experiments.decoding.contestants import (
 )
 from experiments.shared.common import RESULTS, provenance, read_csv, write_csv
 from leangpt.attention.kv_cache import build_cache
-from leangpt.memory.meter import is_out_of_memory
-from leangpt.system.errors import UserError, exit_cleanly
+from leangpt.system.errors import UserError, exit_cleanly, is_out_of_memory
 from leangpt.system.timing import synchronize
 
 LONG = 131072  # the long context of part=gpu

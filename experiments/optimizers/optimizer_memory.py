@@ -24,9 +24,9 @@ import torch
 
 from configurator import parse_config
 from experiments.shared.common import RESULTS, provenance, read_csv, write_csv
-from leangpt.memory.meter import PeakMeter, is_out_of_memory, tensor_bytes
+from leangpt.memory.meter import PeakMeter, tensor_bytes
 from leangpt.optim import build_optimizer, state_bytes
-from leangpt.system.errors import UserError, exit_cleanly
+from leangpt.system.errors import UserError, exit_cleanly, is_out_of_memory
 from leangpt.system.timing import timed
 from model import GPT, GPTConfig
 

@@ -33,17 +33,6 @@ def tensor_bytes(tensors):
     return sum(storages.values())
 
 
-def is_out_of_memory(error):
-    """Is this exception one of CUDA's, Python's or the CPU allocator's for exhausted memory?"""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(
-            sign in str(error)
-            for sign in ("DefaultCPUAllocator", "bad_alloc", "Storage size calculation overflowed")
-        )
-    )
-
-
 def measure_peak(fn, device="cpu"):
     """Call `fn()` once; return the bytes allocated at the peak beyond what stood before (int).
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from leangpt.system.errors import UserError
+from leangpt.system.errors import UserError, refused
 
 try:
     import fcntl
@@ -28,7 +28,7 @@ class FolderLock:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = self._locked_file()
         except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror or error}") from None
+            raise refused(f"cannot write to {folder}", error) from None
 
     def _locked_file(self):
         while True:

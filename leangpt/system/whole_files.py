@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from leangpt.system.errors import UserError
+from leangpt.system.errors import refused
 
 ABANDONED = 3600.0  # seconds: a temporary file that nobody wrote to for so long is a dead process's
 
@@ -16,29 +16,37 @@ def written_whole(path, fsync=False):
     """`with written_whole(path) as temporary:` write that file (a Path); then it becomes `path`.
 
     Makes the folder. Whatever goes wrong leaves an older `path` as it was and no temporary file; a
-    folder that cannot be written or a full disk is a UserError. Each process has a temporary name
-    of its own, so two that write the same file never mix: the later one counts. What a killed
-    process left is removed an hour later.
+    folder that cannot be written is a UserError, a full disk a RunError. Each process has a
+    temporary name of its own, so two that write the same file never mix: the later one counts. What
+    a killed process left is removed an hour later.
     fsync: the file, and then its name, are on the disk before this returns, so that neither a power
     cut nor a later file can overtake it.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
-        temporary.unlink(missing_ok=True)
-        yield temporary
-        if fsync:
-            sync(temporary)
-        os.replace(temporary, path)
-        if fsync:
-            sync(path.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(path)
+            temporary.unlink(missing_ok=True)
+            yield temporary
+            if fsync:
+                sync(temporary)
+            os.replace(temporary, path)
+            if fsync:
+                sync(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Around whatever else writes to `path`: what the system refuses there is one clear line."""
+    try:
+        yield
+    except OSError as error:
+        raise refused(f"cannot write {path}", error) from error
 
 
 def write_whole(path, content):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from leangpt.system.errors import UserError
+from leangpt.system.errors import UserError, refused
 from leangpt.system.lock import FolderLock
 from leangpt.system.whole_files import write_whole
 from leangpt.text.integrity import digest_and_largest
@@ -170,7 +170,7 @@ def changing(directory):
         yield
         (directory / MARK).unlink()
     except OSError as error:
-        raise UserError(f"cannot write to {directory}: {error.strerror or error}") from error
+        raise refused(f"cannot write to {directory}", error) from error
 
 
 def write_meta(directory, meta):

@@ -1,11 +1,12 @@
 """metrics.csv: a row a report and a row an evaluation, whole whatever interrupts the run."""
 
+import contextlib
 import csv
 import os
 from pathlib import Path
 
-from leangpt.system.errors import UserError
-from leangpt.system.whole_files import written_whole
+from leangpt.system.errors import UserError, refused
+from leangpt.system.whole_files import writing, written_whole
 
 # One row an iteration logged (loss: that iteration's batch, before its update), one an evaluation
 # (train_loss, val_loss); a cell that does not apply is empty. peak_mb: the exact peak of a training
@@ -37,26 +38,25 @@ class MetricsFile:
         kept = _rows_before(path, first_iteration) if first_iteration else []
         with written_whole(path) as temporary, open(temporary, "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows([COLUMNS, *kept])
-        self.file = open(path, "a", newline="")
+        with writing(path):
+            self.file = open(path, "a", newline="")
         self.writer = csv.DictWriter(self.file, COLUMNS, lineterminator="\n")
 
     def write(self, **cells):
-        """One row, its cells by column. Raises UserError where the disk is full."""
-        try:
+        """One row, its cells by column. Raises RunError where the disk is full."""
+        with writing(self.file.name):
             self.writer.writerow(cells)
             self.file.flush()
-        except OSError as error:
-            raise UserError(f"cannot write {self.file.name}: {error.strerror}") from error
 
     def sync(self):
         """Before a checkpoint: its rows must not be lost where the checkpoint is not."""
-        try:
+        with writing(self.file.name):
             os.fsync(self.file.fileno())
-        except OSError as error:
-            raise UserError(f"cannot write {self.file.name}: {error.strerror}") from error
 
     def close(self):
-        self.file.close()
+        """Also where a row could not be written: that was said."""
+        with contextlib.suppress(OSError):
+            self.file.close()
 
 
 def has_rows(path: str | Path) -> bool:
@@ -72,7 +72,12 @@ def _rows_before(path, iteration):
     """Whole rows of an earlier metrics.csv whose iteration is below `iteration`."""
     if not Path(path).exists():
         return []
-    with open(path, newline="") as file:
-        lines = [line for line in file if line.endswith("\n")]  # a kill can cut the last one
-    rows = [row for row in csv.reader(lines) if len(row) == len(COLUMNS)]
-    return [row for row in rows if row[0].isdigit() and int(row[0]) < iteration]
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            lines = [line for line in file if line.endswith("\n")]  # a kill can cut the last one
+        rows = [row for row in csv.reader(lines) if len(row) == len(COLUMNS)]
+    except OSError as error:
+        raise refused(f"cannot read {path}", error) from None
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"{path} is damaged ({error}): move it away to go on without it") from None
+    return [row for row in rows if row[0].isdecimal() and int(row[0]) < iteration]

@@ -8,6 +8,7 @@ from dataclasses import asdict, fields, replace
 
 from leangpt.optim.resume import load_optimizer
 from leangpt.system.errors import UserError
+from leangpt.system.reading import check_fields
 
 # A resumed run is this machine's and this command's in these, whatever was saved.
 PER_COMMAND = (
@@ -28,11 +29,13 @@ def resumed_settings(settings, given, checkpoint):
     settings: as this command makes them; given: the names it set itself. A checkpoint of nanoGPT's
     `train.py` knows nothing of ours, so there this command's settings count, defaults included.
     """
-    saved = checkpoint.get("config", {})
+    saved = checkpoint.get("config") or {}
     if "optimizer_variant" not in saved:
         return settings
     known = {field.name for field in fields(settings)} - set(PER_COMMAND) - set(given)
-    return replace(settings, **{name: value for name, value in saved.items() if name in known})
+    saved = {name: value for name, value in saved.items() if name in known}
+    check_fields(saved, type(settings), "the checkpoint's settings")
+    return replace(settings, **saved)
 
 
 def adopt_model_args(settings, given, model):
@@ -54,12 +57,12 @@ def adopt_model_args(settings, given, model):
 
 def check_dataset(dataset, model, checkpoint=None):
     """Raise UserError where the data set cannot train the model: other tokens, or too few."""
-    saved = (checkpoint or {}).get("dataset", {})
+    saved = (checkpoint or {}).get("dataset") or {}
     for key in ("tokenizer", "characters"):
         if key in saved and saved[key] != dataset.meta.get(key):
             raise UserError(
                 f"the data set {dataset.name} has another vocabulary than "
-                f"{saved['name']}, which the checkpoint was trained on"
+                f"{saved.get('name', 'the one')}, which the checkpoint was trained on"
             )
     have, need = model.config.vocab_size, dataset.vocab_size
     if not need <= have < need + 1024:  # a model's table may be padded
@@ -75,7 +78,7 @@ def continue_optimizer(settings, model, optimizer, scaler, checkpoint):
 
     A list of lines: empty, or why the optimizer's state starts fresh.
     """
-    saved = checkpoint.get("config", {})
+    saved = checkpoint.get("config") or {}
     before = f"{saved.get('optimizer_variant', 'adam')} {saved.get('optimizer_options', '')}"
     now = f"{settings.optimizer_variant} {settings.optimizer_options}"
     reason = f"it was saved by {before.strip()}, this run uses {now.strip()}"
