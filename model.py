@@ -1,9 +1,10 @@
 """GPT: the model every script here trains, samples from and measures.
 
-GPT-2's architecture by default; with norm="rmsnorm", mlp="swiglu", position="rope" it is Llama's.
-Parameter names are nanoGPT's, so its checkpoints load as they are. Where keys and values live
-while a block runs is the attention policy's business (attention_policies.py); every policy has the
-same parameters, so weights trained under one run under another.
+GPT-2's architecture by default; with norm="rmsnorm", mlp="swiglu", position="rope" it is Llama's,
+with qkv_bias=True besides Qwen2's, with qk_norm=True Qwen3's. Parameter names are nanoGPT's, so its
+checkpoints load as they are. Where keys and values live while a block runs is the attention
+policy's business (attention_policies.py); every policy has the same parameters, so weights trained
+under one run under another.
 
 Shapes: B batch, T tokens, C n_embd, H n_head, G key/value heads, D head dim, L layers, V vocab.
 """
@@ -23,6 +24,7 @@ from leangpt.attention.protocol import RowParts
 from leangpt.attention.tile_sizes import tile_sizes
 from leangpt.decoding.generate import generate
 from leangpt.layers import mlp_triton
+from leangpt.layers.linear_rows import linear_heads, linear_rows
 from leangpt.layers.loss import chunked_cross_entropy
 from leangpt.layers.rope import apply_rope, rope_table
 from leangpt.system.errors import UserError
@@ -57,6 +59,9 @@ class GPTConfig:
     dropout: float = 0.0  # on embeddings, attention weights and both residual branches
     attention_dropout: float | None = None  # on attention weights; None: as dropout
     bias: bool = False  # in linear and norm layers
+    qkv_bias: bool = False  # in the projection to queries, keys and values, whatever `bias` says
+    qk_norm: bool = False  # a norm of each head's query and key, before rope (arXiv 2302.05442)
+    n_head_dim: int | None = None  # width of a head; None: n_embd / n_head
     n_kv_head: int | None = None  # key/value heads (GQA); None: n_head, or n_head/4 for `grouped`
     attention_policy: str = "cache"  # cache | grouped | recompute
     q_chunk: int | None = None  # rows per tile; None: the plain block (recompute: chosen)
@@ -68,6 +73,7 @@ class GPTConfig:
     n_inner: int | None = None  # width inside the MLP; None: 4 n_embd
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None  # as in a Hugging Face config.json
+    sliding_window: int | None = None  # tokens that attention sees: no text may be longer
     tie_embeddings: bool = True  # lm_head shares wte
     checkpoint_layers: bool = False  # training saves each layer's input only
     offload: bool = False  # ... and keeps those inputs in pinned host memory (CUDA)
@@ -76,7 +82,7 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, not {getattr(self, name)}")
-        for name in ("n_kv_head", "q_chunk", "k_chunk", "n_inner"):
+        for name in ("n_kv_head", "n_head_dim", "q_chunk", "k_chunk", "n_inner", "sliding_window"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, not {getattr(self, name)}")
         for name, known in (
@@ -88,11 +94,16 @@ class GPTConfig:
             value = getattr(self, name)
             if value not in known:
                 raise UserError(f"unknown {name} {value!r}; choose one of: {', '.join(known)}")
-        if self.n_embd % self.n_head:
+        if not self.n_head_dim and self.n_embd % self.n_head:
             raise UserError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
         apply_rules(self)
         if self.position == "rope" and self.head_dim % 2:
             raise UserError(f"position='rope' needs an even head size, not {self.head_dim}")
+        if self.sliding_window and self.block_size > self.sliding_window:
+            raise UserError(
+                f"attention beyond a sliding window of {self.sliding_window} tokens is not "
+                f"supported: block_size={self.block_size} must not be longer"
+            )
         for name in ("dropout", "attention_dropout"):
             if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
                 raise UserError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
@@ -125,7 +136,7 @@ class GPTConfig:
     @property
     def head_dim(self):
         """D, the width of one head."""
-        return self.n_embd // self.n_head
+        return self.n_head_dim or self.n_embd // self.n_head
 
     @property
     def inner(self):
@@ -134,14 +145,14 @@ class GPTConfig:
 
 
 class Norm(nn.Module):
-    """LayerNorm with an optional bias, or RMSNorm (arXiv 1910.07467)."""
+    """LayerNorm with an optional bias, or RMSNorm (arXiv 1910.07467), over C numbers or `width`."""
 
-    def __init__(self, config):
+    def __init__(self, config, width=None):
         super().__init__()
-        self.kind, self.eps = config.norm, config.norm_eps
-        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.kind, self.eps, width = config.norm, config.norm_eps, width or config.n_embd
+        self.weight = nn.Parameter(torch.ones(width))
         has_bias = config.bias and config.norm == "layernorm"
-        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if has_bias else None
+        self.bias = nn.Parameter(torch.zeros(width)) if has_bias else None
 
     def forward(self, x):  # (..., C) -> (..., C)
         if self.kind == "rmsnorm":
@@ -155,10 +166,13 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        C, kv_width = config.n_embd, config.kv_heads * config.head_dim
-        self.row_blocks = (C, kv_width, kv_width)  # of c_attn: q, k, v; optim/roles.py reads it too
-        self.c_attn = nn.Linear(C, C + 2 * kv_width, bias=config.bias)
-        self.c_proj = nn.Linear(C, C, bias=config.bias)
+        C, D = config.n_embd, config.head_dim
+        # rows of c_attn: q, k, v; optim/roles.py reads it too
+        self.row_blocks = (config.n_head * D, config.kv_heads * D, config.kv_heads * D)
+        self.c_attn = nn.Linear(C, sum(self.row_blocks), bias=config.bias or config.qkv_bias)
+        self.q_norm = Norm(config, D) if config.qk_norm else None
+        self.k_norm = Norm(config, D) if config.qk_norm else None
+        self.c_proj = nn.Linear(config.n_head * D, C, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def project(self, x, positions, parts="qkv", heads=None):
@@ -169,41 +183,17 @@ class CausalSelfAttention(nn.Module):
         alone. Returns a tuple: q (B, H, t, D), k and v (B, G, t, D), rope applied.
         """
         first = "qkv".index(parts)
-        sizes = self.row_blocks[first : first + len(parts)]
+        start, sizes = sum(self.row_blocks[:first]), self.row_blocks[first : first + len(parts)]
         if heads:
-            sizes = [size // self.config.kv_heads * (heads[1] - heads[0]) for size in sizes]
-            y = self._some_heads(x, heads, first, first + len(parts))
-        elif parts == "qkv":
-            y = self.c_attn(x)
+            G = self.config.kv_heads
+            y = linear_heads(self.c_attn, x, start, sizes, G, heads)
+            sizes = [size // G * (heads[1] - heads[0]) for size in sizes]
         else:
-            start = sum(self.row_blocks[:first])
-            y = self._some_rows(x, start, start + sum(sizes))
+            y = linear_rows(self.c_attn, x, start, start + sum(sizes))
+        q_or_k = {"q": self.q_norm, "k": self.k_norm}
         table = self.rotation(positions)
         found = zip(parts, map(self._heads, y.split(sizes, dim=-1)))
-        return tuple(y if part == "v" else self._rotate(y, table) for part, y in found)
-
-    def _some_heads(self, x, heads, first, stop):
-        """Row blocks [first, stop) of c_attn (q, k, v), of each the rows of some key/value heads.
-
-        One product of gathered weights: its backward makes one gradient of x, not one a block.
-        """
-        rows, start = [], sum(self.row_blocks[:first])
-        for block in self.row_blocks[first:stop]:
-            size = block // self.config.kv_heads  # rows of a key/value head
-            rows.append(start + torch.arange(heads[0] * size, heads[1] * size))
-            start += block
-        rows = torch.cat(rows).to(x.device)
-        weight, bias = self.c_attn.weight.index_select(0, rows), self.c_attn.bias
-        return F.linear(x, weight, None if bias is None else bias.index_select(0, rows))
-
-    def _some_rows(self, x, start, stop):
-        """Outputs [start, stop) of c_attn, at the cost of those rows alone."""
-        if not isinstance(self.c_attn, nn.Linear):  # packed weights have their own way
-            return self.c_attn.forward_rows(x, start, stop)
-        bias = self.c_attn.bias
-        return F.linear(
-            x, self.c_attn.weight[start:stop], None if bias is None else bias[start:stop]
-        )
+        return tuple(self._turn(y, table, q_or_k[p]) if p != "v" else y for p, y in found)
 
     def _heads(self, x):  # (B, t, n D) -> (B, n, t, D)
         B, t, width = x.shape
@@ -220,7 +210,8 @@ class CausalSelfAttention(nn.Module):
             table = (part.view(len(positions), 1, -1, part.size(-1)) for part in table)
         return tuple(table)
 
-    def _rotate(self, x, table):  # (B, n, t, D) -> the same, rope applied
+    def _turn(self, x, table, norm):  # (B, n, t, D) -> the same, normed and rope applied
+        x = x if norm is None else norm(x).to(x.dtype)
         return x if table is None else apply_rope(x, *table)
 
     def output(self, y):
@@ -349,7 +340,8 @@ class GPT(nn.Module):
         positions: (T,) or (B, T) int64, by default 0 to T - 1. Raises UserError past block_size.
         """
         T = idx.size(1)
-        if self.config.position == "learned" and T > self.config.block_size:
+        limited = self.config.position == "learned" or self.config.sliding_window
+        if limited and T > self.config.block_size:
             raise UserError(f"{T} tokens do not fit block_size={self.config.block_size}")
         weight = self.transformer.wte.weight
         dtype = weight.dtype

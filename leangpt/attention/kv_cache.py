@@ -98,18 +98,19 @@ class StoredInputs:
 
     def __init__(self, config, inputs, tile):
         self.kv_heads, self.inputs, self.tile = config.kv_heads, inputs, tile
-        self.rotates = self.derives(config)
+        self.between = self.derives(config)
 
     @staticmethod
     def row_shapes(config, quantized):
         """(heads, numbers) of a row: scales for each half of D numbers, as keys and values have
-        them, if quantised."""
-        return [(config.n_head, config.head_dim) if quantized else (1, config.n_embd)]
+        them, if quantised (and the row can be cut so)."""
+        C, D = config.n_embd, config.head_dim
+        return [(C // D, D) if quantized and C % D == 0 else (1, C)]
 
     @staticmethod
     def derives(config):
-        """Between the rows and their keys stands rope, or nothing (attend_absorbed)."""
-        return config.position == "rope"
+        """Between the rows and their keys stands rope or a norm, or nothing (attend_absorbed)."""
+        return config.position == "rope" or config.qk_norm
 
     def store(self, step, x, k=None, v=None, start=0, batch=ALL):
         """Keep normed inputs x (b, n, C): rows start.. of the step's t, of the slice `batch`."""
@@ -124,7 +125,7 @@ class StoredInputs:
         `c_attn` give keys and values.
         """
         self.store(step, x)
-        if not self.rotates and isinstance(attn.c_attn, torch.nn.Linear):
+        if not self.between and isinstance(attn.c_attn, torch.nn.Linear):
             return self.attend_absorbed(step, attn, q)
 
         def keys_values(step, start, stop):

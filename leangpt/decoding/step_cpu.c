@@ -89,6 +89,7 @@ typedef struct {
 
 typedef struct {
     Norm ln_1, ln_2;
+    Norm q_norm, k_norm; /* of each head, over D numbers; weights may be null */
     Linear c_attn, c_proj, c_fc, mlp_proj;
     void *keys, *values; /* (B, G, S, D) */
 } Block;
@@ -101,10 +102,10 @@ typedef struct {
     Linear head;
 } Model;
 
-/* y (B, C) = norm(x) */
-static void norm_rows(const Model *model, const Norm *norm, const float *x, float *y) {
-    const int64_t C = model->C;
-    for (int64_t b = 0; b < model->B; b++, x += C, y += C) {
+/* y (n, C) = norm(x), which may be x */
+static void norm_rows(const Model *model, const Norm *norm, const float *x, float *y, int64_t n,
+                      int64_t C) {
+    for (; n > 0; n--, x += C, y += C) {
         __m512 sum = _mm512_setzero_ps(), squares = sum;
         for (int64_t i = 0; i < C; i += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + i));
         const float mean = model->norm == LAYERNORM ? _mm512_reduce_add_ps(sum) / C : 0;
@@ -178,6 +179,10 @@ static void attention(const Model *model, const Block *block, float *qkv, float 
         float *q = qkv + b * (H + 2 * G) * D + g * (H / G) * D;
         float *k = qkv + b * (H + 2 * G) * D + (H + g) * D, *v = k + G * D;
         char *keys = (char *)block->keys + pair * row, *values = (char *)block->values + pair * row;
+        if (block->q_norm.weight) {
+            norm_rows(model, &block->q_norm, q, q, H / G, D);
+            norm_rows(model, &block->k_norm, k, k, 1, D);
+        }
         if (cos) {
             const float *c = cos + b * apart * D / 2, *s = sin + b * apart * D / 2;
             rotate(q, H / G, D, c, s);
@@ -204,23 +209,23 @@ static void attention(const Model *model, const Block *block, float *qkv, float 
  */
 void decode(const Model *model, const void *x, float *logits, const int64_t *positions,
             int64_t apart, const float *cos, const float *sin) {
-    const int64_t B = model->B, C = model->C, half = model->half;
+    const int64_t B = model->B, C = model->C, HD = model->H * model->D, half = model->half;
     const int64_t wide = model->blocks->c_attn.N, fc = model->blocks->c_fc.N;
     const int64_t room = B * (wide > fc ? wide : fc);
-    float *stream = malloc(4 * (3 * B * C + room));
-    float *normed = stream + B * C, *mixed = normed + B * C, *h = mixed + B * C;
+    float *stream = malloc(4 * (B * (2 * C + HD) + room));
+    float *normed = stream + B * C, *mixed = normed + B * C, *h = mixed + B * HD;
     for (int64_t i = 0; i < B * C; i += 16) _mm512_storeu_ps(stream + i, load16(x, i, half));
     for (const Block *block = model->blocks; block < model->blocks + model->L; block++) {
-        norm_rows(model, &block->ln_1, stream, normed);
+        norm_rows(model, &block->ln_1, stream, normed, B, C);
         linear(&block->c_attn, normed, h, B, half, 0, 0);
         attention(model, block, h, mixed, positions, apart, cos, sin);
         linear(&block->c_proj, mixed, stream, B, half, 0, 1);
-        norm_rows(model, &block->ln_2, stream, normed);
+        norm_rows(model, &block->ln_2, stream, normed, B, C);
         linear(&block->c_fc, normed, h, B, half, 0, 0);
         activate(model, h);
         linear(&block->mlp_proj, h, stream, B, half, 0, 1);
     }
-    norm_rows(model, &model->ln_f, stream, normed);
+    norm_rows(model, &model->ln_f, stream, normed, B, C);
     linear(&model->head, normed, logits, B, half, 0, 0);
     free(stream);
 }

@@ -52,7 +52,7 @@ class BlockArguments(ctypes.Structure):
     """struct block of step_cpu.c."""
 
     _fields_ = [
-        *((name, NormArguments) for name in ("ln_1", "ln_2")),
+        *((name, NormArguments) for name in ("ln_1", "ln_2", "q_norm", "k_norm")),
         *((name, LinearArguments) for name in ("c_attn", "c_proj", "c_fc", "mlp_proj")),
         ("keys", POINTER),
         ("values", POINTER),
@@ -83,6 +83,8 @@ class Step:
             BlockArguments(
                 norm(block.ln_1),
                 norm(block.ln_2),
+                norm(block.attn.q_norm),
+                norm(block.attn.k_norm),
                 linear(block.attn.c_attn),
                 linear(block.attn.c_proj),
                 linear(block.mlp.c_fc),
@@ -137,7 +139,9 @@ class Step:
 
 
 def norm(layer):
-    """The addresses of a Norm."""
+    """The addresses of a Norm; none of None."""
+    if layer is None:
+        return NormArguments(None, None)
     return NormArguments(
         layer.weight.data_ptr(), None if layer.bias is None else layer.bias.data_ptr()
     )

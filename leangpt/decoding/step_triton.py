@@ -350,6 +350,7 @@ def supports(model, cache):
     dtype = model.transformer.wte.weight.dtype
     return (
         cache.kernel is not None
+        and not model.config.qk_norm  # a norm between projection and rope is none of its kernels
         and cache.batch_size <= MOST_SEQUENCES
         and dtype in (torch.bfloat16, torch.float16)
         and not torch.is_autocast_enabled(model.transformer.wte.weight.device.type)

@@ -1,7 +1,7 @@
 """Our GPT as a Hugging Face folder: safetensors and a config.json that `transformers` loads.
 
-GPT-2-shaped models become GPT2LMHeadModel, Llama-shaped ones LlamaForCausalLM, with the same
-logits; what neither can express is an error that names the setting.
+GPT-2-shaped models become GPT2LMHeadModel, Llama-shaped ones LlamaForCausalLM (or Mistral's,
+Qwen2's, Qwen3's), with the same logits; what none can express is an error that names the setting.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ def export_pretrained(model, directory):
 def _their_tensors(model, family):
     """{name in the file: tensor}, views of our parameters; a bias that we lack is zeros."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    prefix = {"gpt2": "transformer.", "llama": "model."}[family]
+    prefix = "transformer." if family == "gpt2" else "model."
     tensors = {}
     for piece in hf_pieces(model.config):
         name = piece.theirs if piece.theirs.startswith("lm_head") else prefix + piece.theirs

@@ -22,6 +22,8 @@ LLAMA_NAMES = {
     "q": "blk.{i}.attn_q",
     "k": "blk.{i}.attn_k",
     "v": "blk.{i}.attn_v",
+    "attn.q_norm": "blk.{i}.attn_q_norm",
+    "attn.k_norm": "blk.{i}.attn_k_norm",
     "attn.c_proj": "blk.{i}.attn_output",
     "ln_2": "blk.{i}.ffn_norm",
     "gate": "blk.{i}.ffn_gate",
@@ -41,6 +43,8 @@ GPT2_NAMES = {
     "mlp.c_proj": "blk.{i}.ffn_down",
     "head": "output",
 }
+# Llama's family: what sets a member apart in GPTConfig. (Mistral's files say llama.)
+LLAMA_LIKE = {"llama": {}, "qwen2": dict(qkv_bias=True), "qwen3": dict(qk_norm=True)}
 ROPE_FACTORS = "rope_freqs.weight"  # (D/2,): what Llama 3 files divide their frequencies by
 
 # How each known `tokenizer.ggml.pre` cuts text before merging: digits apart, or words alone.
@@ -93,13 +97,16 @@ class GGUFWeights:
 
     def pieces(self, config):
         """Which of our parameters each tensor fills (hf_names.Piece)."""
-        if self.metadata["general.architecture"] == "gpt2":
+        if self._family() == "gpt2":
             return list(gpt2_pieces(config, GPT2_NAMES, conv1d=False))
-        return list(llama_pieces(config, LLAMA_NAMES, paired=True))
+        return list(llama_pieces(config, LLAMA_NAMES, paired=self._family() == "llama"))
+
+    def _family(self):
+        return self.metadata.get("general.architecture")
 
     def _settings(self):
-        family = self.metadata.get("general.architecture")
-        if family not in ("llama", "gpt2"):
+        family = self._family()
+        if family != "gpt2" and (not isinstance(family, str) or family not in LLAMA_LIKE):
             raise UserError(f"{self.path}: architecture {family!r} is not supported; {SUPPORTED}")
         keys = {name.removeprefix(family + "."): value for name, value in self.metadata.items()}
         if "token_embd.weight" not in self._tensors:
@@ -122,8 +129,13 @@ class GGUFWeights:
             return settings | dict(
                 bias=True, position="learned", norm="layernorm", norm_eps=epsilon, mlp="gelu_tanh"
             )
-        self._check_llama(keys, settings)
+        settings |= LLAMA_LIKE[family]
+        if "attention.sliding_window" in keys:  # beyond it, attention is nothing we have
+            window = need(keys, "attention.sliding_window", self.path)
+            context = min(settings["block_size"], window)
+            settings |= dict(sliding_window=window, block_size=context)
         return settings | dict(
+            n_head_dim=self._head_dim(keys, settings),
             bias=False,
             position="rope",
             rope_theta=round_float32(keys.get("rope.freq_base", 10000.0)),
@@ -133,16 +145,21 @@ class GGUFWeights:
             mlp="swiglu",
         )
 
-    def _check_llama(self, keys, settings):
-        head_dim = settings["n_embd"] / settings["n_head"]
-        for key in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
-            if keys.get(key, head_dim) != head_dim:
-                raise UserError(
-                    f"{self.path}: {key}={keys[key]} differs from the head size "
-                    f"{head_dim:g} (width / heads), which is not supported"
-                )
+    def _head_dim(self, keys, settings):
+        """The head size, or None where it is width / heads. UserError for two different ones."""
         if keys.get("expert_count"):
             raise UserError(f"{self.path}: mixtures of experts are not supported")
+        usual = settings["n_embd"] / settings["n_head"]
+        head_dim = keys.get("attention.key_length", usual)
+        for key in ("rope.dimension_count", "attention.value_length"):
+            if keys.get(key, head_dim) != head_dim:
+                raise UserError(
+                    f"{self.path}: {key}={keys[key]} differs from the head size {head_dim:g}, "
+                    "which is not supported"
+                )
+        if head_dim == usual:
+            return None
+        return need(keys, "attention.key_length", self.path)
 
     def _rope_scaling(self, keys):
         if ROPE_FACTORS in self._tensors:

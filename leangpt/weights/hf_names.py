@@ -1,4 +1,4 @@
-"""GPT-2 and Llama files as Hugging Face writes them: their settings and tensor names, and ours.
+"""Files of GPT-2's and Llama's families as Hugging Face writes them: settings, names, and ours.
 
 `config_from_hf` and `config_to_hf` translate a config.json; the `*_pieces` functions say which
 rows of which of our parameters each foreign tensor holds. Reading and writing both walk the same
@@ -12,7 +12,20 @@ from leangpt.layers.rope import check_scaling
 from leangpt.system.errors import UserError
 
 GPT2_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
-SUPPORTED = "the supported families: gpt2, llama (and mistral without a sliding window)"
+# Llama's family: what sets a member apart in GPTConfig, and what its config.json may leave out
+LLAMA_LIKE = {
+    "llama": (dict(), dict(max_position_embeddings=2048)),
+    "mistral": (
+        dict(),
+        dict(max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096),
+    ),
+    "qwen2": (dict(qkv_bias=True), dict(max_position_embeddings=32768, num_key_value_heads=32)),
+    "qwen3": (
+        dict(qk_norm=True),
+        dict(max_position_embeddings=32768, num_key_value_heads=32, head_dim=128),
+    ),
+}
+SUPPORTED = f"the supported families: gpt2, {', '.join(LLAMA_LIKE)}"
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,8 @@ LLAMA_NAMES = {
     "q": "layers.{i}.self_attn.q_proj",
     "k": "layers.{i}.self_attn.k_proj",
     "v": "layers.{i}.self_attn.v_proj",
+    "attn.q_norm": "layers.{i}.self_attn.q_norm",
+    "attn.k_norm": "layers.{i}.self_attn.k_norm",
     "attn.c_proj": "layers.{i}.self_attn.o_proj",
     "ln_2": "layers.{i}.post_attention_layernorm",
     "gate": "layers.{i}.mlp.gate_proj",
@@ -102,23 +117,26 @@ def gpt2_pieces(config, names=GPT2_NAMES, conv1d=True):
 def llama_pieces(config, names=LLAMA_NAMES, paired=False):
     """Pieces of a Llama; q, k, v are rows of our c_attn, and gate, up are rows of our c_fc.
 
-    `paired` says that the rows of q and k have rotary pairs side by side (GGUF's order).
+    `paired` says that the rows of q and k have rotary pairs side by side (GGUF's order for Llama).
     """
-    C, kv, F = config.n_embd, config.kv_heads * config.head_dim, config.inner
-    q_heads, k_heads = (config.n_head, config.kv_heads) if paired else (None, None)
+    q, kv, F = config.n_head * config.head_dim, config.kv_heads * config.head_dim, config.inner
+    stacked = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
+    heads = {"q": config.n_head, "k": config.kv_heads} if paired else {}
+    norms = ("attn.q_norm", "attn.k_norm") if config.qk_norm else ()
     yield Piece(f"{names['wte']}.weight", "transformer.wte.weight")
     for i in range(config.n_layer):
         h = f"transformer.h.{i}."
 
-        def piece(role, ours, rows=None, heads=None, i=i, h=h):
-            return Piece(
-                names[role].format(i=i) + ".weight", f"{h}{ours}.weight", rows, paired_heads=heads
-            )
+        def piece(role, ours, rows=None, heads=None, leaf="weight", i=i, h=h):
+            theirs = f"{names[role].format(i=i)}.{leaf}"
+            return Piece(theirs, f"{h}{ours}.{leaf}", rows, paired_heads=heads)
 
         yield piece("ln_1", "ln_1")
-        yield piece("q", "attn.c_attn", (0, C), q_heads)
-        yield piece("k", "attn.c_attn", (C, C + kv), k_heads)
-        yield piece("v", "attn.c_attn", (C + kv, C + 2 * kv))
+        for part, rows in stacked.items():
+            yield piece(part, "attn.c_attn", rows, heads.get(part))
+            if config.qkv_bias:
+                yield piece(part, "attn.c_attn", rows, heads.get(part), "bias")
+        yield from (piece(norm, norm) for norm in norms)
         yield piece("attn.c_proj", "attn.c_proj")
         yield piece("ln_2", "ln_2")
         yield piece("gate", "mlp.c_fc", (0, F))
@@ -160,8 +178,8 @@ def config_from_hf(hf, where="config.json"):
         raise UserError(f"{where}: the weights are quantised; use the unquantised safetensors")
     if family == "gpt2":
         return _gpt2_config(hf, where)
-    if family in ("llama", "mistral"):
-        return _llama_config(hf, where)
+    if isinstance(family, str) and family in LLAMA_LIKE:
+        return _llama_config(hf, where, *LLAMA_LIKE[family])
     raise UserError(f"{where}: architecture {family!r} is not supported; {SUPPORTED}")
 
 
@@ -203,9 +221,11 @@ def _gpt2_config(hf, where):
     )
 
 
-def _llama_config(hf, where):
+def _llama_config(hf, where, apart, absent):
+    """As config_from_hf for a member of Llama's family, whose entry in LLAMA_LIKE this is."""
+    hf = {**absent, **hf}
     n_head, n_embd = need(hf, "num_attention_heads", where), need(hf, "hidden_size", where)
-    context = need({"max_position_embeddings": 2048, **hf}, "max_position_embeddings", where)
+    context = need(hf, "max_position_embeddings", where)
     _require(
         hf,
         where,
@@ -213,16 +233,12 @@ def _llama_config(hf, where):
         attention_bias=False,
         mlp_bias=False,
         partial_rotary_factor=1.0,
+        dual_chunk_attention_config=None,
     )
-    head_dim = n_embd / n_head
-    if hf.get("head_dim") is not None:
-        head_dim = need(hf, "head_dim", where)
-    if head_dim * n_head != n_embd:
-        raise UserError(f"{where}: {n_head} heads of {head_dim:g} do not make a width of {n_embd}")
-    if hf.get("sliding_window") is not None and need(hf, "sliding_window", where) < context:
-        raise UserError(
-            f"{where}: sliding-window attention ({hf['sliding_window']}) is not supported"
-        )
+    head_dim = None if hf.get("head_dim") is None else need(hf, "head_dim", where)
+    if head_dim is None and n_embd % n_head:
+        raise UserError(f"{where}: num_attention_heads={n_head} does not divide {n_embd=}")
+    window = _sliding_window(hf, where)
     # transformers 5 keeps everything about rope in one dict, older files in two keys
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(rope, dict):
@@ -236,8 +252,10 @@ def _llama_config(hf, where):
         scaling = None if check_scaling(rope) == "default" else rope
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    return dict(
-        block_size=context,
+    return apart | dict(
+        # attention beyond a window is nothing we have: the model reads that much
+        block_size=min(context, window or context),
+        sliding_window=window,
         vocab_size=need(hf, "vocab_size", where),
         n_layer=need(hf, "num_hidden_layers", where),
         n_head=n_head,
@@ -246,6 +264,7 @@ def _llama_config(hf, where):
             "num_key_value_heads",
             where,
         ),
+        n_head_dim=None if head_dim is None or head_dim * n_head == n_embd else head_dim,
         n_embd=n_embd,
         n_inner=need(hf, "intermediate_size", where),
         bias=False,
@@ -259,15 +278,38 @@ def _llama_config(hf, where):
     )
 
 
+def _sliding_window(hf, where):
+    """How many tokens attention sees in some layers, or None where all layers see all."""
+    kinds = hf.get("layer_types") or []
+    if not isinstance(kinds, list) or set(map(str, kinds)) - {
+        "full_attention",
+        "sliding_attention",
+    }:
+        raise UserError(f"{where}: layer_types={kinds!r} is not supported, only full attention")
+    if not hf.get("use_sliding_window", True) or kinds and "sliding_attention" not in kinds:
+        return None
+    if hf.get("model_type", "").startswith("qwen") and "use_sliding_window" not in hf:
+        return None  # Qwen's default
+    return None if hf.get("sliding_window") is None else need(hf, "sliding_window", where)
+
+
 def config_to_hf(config):
     """The Hugging Face config dict of a GPTConfig.
 
     Two shapes can be said there: GPT-2's (LayerNorm, learned positions, GELU, as many key/value
-    heads as heads) and Llama's (RMSNorm, RoPE, SwiGLU, no biases). UserError names what differs.
+    heads as heads) and Llama's (RMSNorm, RoPE, SwiGLU, no biases), whose members LLAMA_LIKE tells
+    apart. UserError names what differs.
     """
     if config.position == "learned":
         _expressible(
-            config, "GPT-2", norm="layernorm", kv_heads=config.n_head, mlp=("gelu", "gelu_tanh")
+            config,
+            "GPT-2",
+            norm="layernorm",
+            kv_heads=config.n_head,
+            mlp=("gelu", "gelu_tanh"),
+            qk_norm=False,
+            n_head_dim=(None, config.n_embd / config.n_head),
+            sliding_window=None,
         )
         attention_dropout = config.attention_dropout
         names, rest = (
@@ -283,17 +325,31 @@ def config_to_hf(config):
         _expressible(config, "Llama", position="rope", norm="rmsnorm", mlp="swiglu", bias=False)
         if config.rope_scaling and check_scaling(config.rope_scaling) == "factors":
             raise UserError("export: rope_scaling 'factors' cannot be said in a Llama config.json")
-        names, rest = (
-            LLAMA_KEYS,
-            dict(
-                architectures=["LlamaForCausalLM"],
-                model_type="llama",
-                hidden_act="silu",
-                attention_bias=False,
-                mlp_bias=False,
-            ),
-        )
+        names, rest = LLAMA_KEYS, _llama_to_hf(config)
     return rest | {theirs: getattr(config, ours) for theirs, ours in names.items()}
+
+
+def _llama_to_hf(config):
+    """What the config.json of a member of Llama's family says beside LLAMA_KEYS."""
+    window = config.sliding_window
+    family = "mistral" if window else "llama"
+    if config.qk_norm or config.qkv_bias:
+        family = "qwen3" if config.qk_norm else "qwen2"
+        _expressible(config, family.capitalize(), qkv_bias=not config.qk_norm)
+    rest = dict(
+        architectures=[f"{family.capitalize()}ForCausalLM"], model_type=family, hidden_act="silu"
+    )
+    if family in ("llama", "qwen3"):
+        rest["attention_bias"] = False
+    if family == "llama":
+        rest["mlp_bias"] = False
+    if family == "qwen3" or config.head_dim * config.n_head != config.n_embd:
+        rest["head_dim"] = config.head_dim
+    if family != "llama":  # whose absent key means another number
+        rest["sliding_window"] = window
+    if family.startswith("qwen"):
+        rest |= dict(use_sliding_window=bool(window), max_window_layers=0)
+    return rest
 
 
 def _expressible(config, family, **expected):

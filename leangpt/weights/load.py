@@ -1,5 +1,5 @@
-"""Published weights into a GPT: the GPT-2 and Llama families from the Hugging Face hub, a folder
-with config.json and safetensors, or a GGUF file.
+"""Published weights into a GPT: GPT-2, Llama, Mistral, Qwen2, Qwen3, from the Hugging Face hub, a
+folder with config.json and safetensors, or a GGUF file.
 
 The model's class is handed in. Weights never run code: foreign pickles (.bin, .pt) are refused. The
 model is made empty and filled one tensor at a time from a memory map, so that there is one copy of
@@ -98,9 +98,9 @@ def _fill(model, weights, pieces):
 
 
 def halves_apart(weight, n_head):
-    """Rows (n_head D, C) with rotary pairs (2i, 2i+1) reordered to pairs (i, i + D/2)."""
-    rows, C = weight.shape
-    return weight.view(n_head, rows // n_head // 2, 2, C).transpose(1, 2).reshape(rows, C)
+    """Rows (n_head D, ...) with rotary pairs (2i, 2i+1) reordered to pairs (i, i + D/2)."""
+    rows, *rest = weight.shape
+    return weight.view(n_head, rows // n_head // 2, 2, *rest).transpose(1, 2).reshape(rows, *rest)
 
 
 def _check_tied(weights, embedding):

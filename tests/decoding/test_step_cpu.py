@@ -44,6 +44,9 @@ ARCHITECTURES = [
     dict(norm="rmsnorm", mlp="swiglu", position="rope", n_kv_head=2, n_inner=96, bias=False),
     dict(attention_policy="grouped", n_kv_head=1, position="none", n_embd=48, n_head=3),
     dict(position="rope", mlp="swiglu", n_embd=256, n_head=1),  # the widest head
+    dict(bias=False, qkv_bias=True, position="rope", norm="rmsnorm", n_kv_head=2),
+    dict(qk_norm=True, position="rope", norm="rmsnorm", n_kv_head=2, n_head_dim=32),
+    dict(qk_norm=True, position="none", n_head=2, n_head_dim=16),  # LayerNorm, narrower than x
 ]
 
 

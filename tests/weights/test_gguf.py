@@ -52,7 +52,8 @@ def llama_tensors():
         "mlp.c_proj": (C, F),
     }
     tensors = {}
-    for role, name in HF_LLAMA.items():
+    for role in shapes:
+        name = HF_LLAMA[role]
         for i in range(L if "{i}" in name else 1):
             tensors[name.format(i=i) + ".weight"] = 0.3 * torch.randn(
                 *shapes[role], generator=generator
@@ -114,7 +115,7 @@ LLAMA_METADATA = {
 def gguf_llama(path, changes=None, damage=None, quantise=None):
     tensors = {}
     for role, theirs in HF_LLAMA.items():
-        for i in range(L if "{i}" in theirs else 1):
+        for i in range(0 if "_norm" in role else L if "{i}" in theirs else 1):
             tensor = llama_tensors()[theirs.format(i=i) + ".weight"]
             if role in ("q", "k"):
                 tensor = pairs_together(tensor, H if role == "q" else G)
