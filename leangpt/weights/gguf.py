@@ -95,6 +95,14 @@ class GGUFWeights:
         numbers = np.require(numbers, np.float32, ["C", "W", "E"])  # a copy only of a mapped one
         return torch.from_numpy(numbers).view(self.shape(name))
 
+    def kind(self, name):
+        """How its numbers are stored: "F16", "Q4_1", ..."""
+        return self._tensors[name].tensor_type.name
+
+    def stored(self, name):
+        """Its bytes as they are in the file, (rows, bytes of a row) uint8, mapped."""
+        return self._tensors[name].data
+
     def pieces(self, config):
         """Which of our parameters each tensor fills (hf_names.Piece)."""
         if self._family() == "gpt2":

@@ -1,0 +1,88 @@
+"""A GGUF file's 4-bit codes become 4-bit layers as they are, whatever order its rows have."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from leangpt.int4.quantize import int4_layers
+from leangpt.int4.stored import read_blocks, take_stored_
+from leangpt.weights.gguf import GGUFWeights
+from leangpt.weights.load import load_pretrained
+from model import GPT
+
+gguf = pytest.importorskip("gguf")
+KINDS = {name: getattr(gguf.GGMLQuantizationType, name) for name in ("Q4_0", "Q4_1", "Q8_0")}
+C, F, H, G, V = 64, 96, 4, 2, 48
+SHAPES = {
+    "attn_q": (C, C),
+    "attn_k": (C // H * G, C),
+    "attn_v": (C // H * G, C),
+    "attn_output": (C, C),
+    "ffn_gate": (F, C),
+    "ffn_up": (F, C),
+    "ffn_down": (C, F),
+}
+
+
+def write_llama(path, kinds):
+    """One layer of a Llama at `path`; kinds: {role: how it is stored}, Q4_1 where not said."""
+    generator = torch.Generator().manual_seed(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in {
+        "context_length": 32,
+        "embedding_length": C,
+        "feed_forward_length": F,
+        "block_count": 1,
+        "attention.head_count": H,
+        "attention.head_count_kv": G,
+    }.items():
+        writer.add_uint32(f"llama.{key}", value)
+    shapes = {f"blk.0.{role}.weight": shape for role, shape in SHAPES.items()}
+    for name, shape in {**shapes, "token_embd.weight": (V, C)}.items():
+        numbers = torch.randn(shape, generator=generator).numpy()
+        kind = KINDS[kinds.get(name.split(".")[-2], "Q4_1")]
+        writer.add_tensor(name, gguf.quants.quantize(numbers, kind), raw_dtype=kind)
+    for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(C, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1"])
+def test_codes_and_scales_of_blocks(kind):
+    weight = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
+    data = gguf.quants.quantize(weight.numpy(), KINDS[kind])
+    codes, scale_zero = read_blocks(data, kind)
+    exact = torch.from_numpy(gguf.quants.dequantize(data, KINDS[kind]))
+    scale, zero = scale_zero.float().repeat_interleave(32, dim=1).unbind(-1)
+    error = ((codes.float() - 8) * scale + zero - exact).abs() / scale.abs()
+    assert codes.dtype == torch.uint8 and codes.max() == 15
+    assert error.max() < 0.05  # of a step between codes: bfloat16's rounding of scale and zero
+
+
+def test_layers_are_the_files_own(tmp_path):
+    path = write_llama(tmp_path / "tiny.gguf", {"attn_v": "Q8_0", "token_embd": "Q8_0"})
+    exact, model = load_pretrained(GPT, path), load_pretrained(GPT, path)
+    taken = take_stored_(model, GGUFWeights(path))
+    block = "transformer.h.0."
+    assert taken == [f"{block}attn.c_proj", f"{block}mlp.c_fc", f"{block}mlp.c_proj"]
+    assert list(int4_layers(model)) == taken  # v is not in 4 bits, so q, k and v stay floats
+    assert isinstance(model.get_submodule(f"{block}attn.c_attn"), nn.Linear)
+    for name, layer in int4_layers(model).items():
+        weight = exact.get_submodule(name).weight
+        torch.testing.assert_close(layer.dequantize(), weight, atol=0.02, rtol=0.01)
+
+
+def test_rows_of_q_and_k_are_put_in_our_order(tmp_path):
+    path = write_llama(tmp_path / "tiny.gguf", {"attn_v": "Q4_0"})
+    exact, model = load_pretrained(GPT, path), load_pretrained(GPT, path)
+    taken = take_stored_(model, GGUFWeights(path))
+    assert "transformer.h.0.attn.c_attn" in taken and "lm_head" in taken  # tied, and looked up still
+    idx = torch.randint(V, (2, 16), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected, found = exact(idx)[0], model(idx)[0]
+    assert (found - expected).norm() < 0.02 * expected.norm()
