@@ -65,24 +65,28 @@ def test_codes_and_scales_of_blocks(kind):
 
 
 def test_layers_are_the_files_own(tmp_path):
-    path = write_llama(tmp_path / "tiny.gguf", {"attn_v": "Q8_0", "token_embd": "Q8_0"})
-    exact, model = load_pretrained(GPT, path), load_pretrained(GPT, path)
-    taken = take_stored_(model, GGUFWeights(path))
-    block = "transformer.h.0."
-    assert taken == [f"{block}attn.c_proj", f"{block}mlp.c_fc", f"{block}mlp.c_proj"]
-    assert list(int4_layers(model)) == taken  # v is not in 4 bits, so q, k and v stay floats
-    assert isinstance(model.get_submodule(f"{block}attn.c_attn"), nn.Linear)
-    for name, layer in int4_layers(model).items():
-        weight = exact.get_submodule(name).weight
-        torch.testing.assert_close(layer.dequantize(), weight, atol=0.02, rtol=0.01)
-
-
-def test_rows_of_q_and_k_are_put_in_our_order(tmp_path):
     path = write_llama(tmp_path / "tiny.gguf", {"attn_v": "Q4_0"})
     exact, model = load_pretrained(GPT, path), load_pretrained(GPT, path)
     taken = take_stored_(model, GGUFWeights(path))
-    assert "transformer.h.0.attn.c_attn" in taken and "lm_head" in taken  # tied, and looked up still
+    block = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert set(taken) == {"lm_head", *(f"transformer.h.0.{name}" for name in block)}
+    for name, layer in int4_layers(model).items():  # q and k in our order of rows
+        weight = exact.get_submodule(name).weight
+        assert (layer.dequantize() - weight).norm() < 0.004 * weight.norm(), name
+    assert torch.equal(model.transformer.wte.weight, exact.transformer.wte.weight)
     idx = torch.randint(V, (2, 16), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         expected, found = exact(idx)[0], model(idx)[0]
-    assert (found - expected).norm() < 0.02 * expected.norm()
+    assert (found - expected).norm() < 0.1 * expected.norm()
+
+
+def test_what_is_not_wholly_in_4_bits_stays(tmp_path):
+    path = write_llama(tmp_path / "tiny.gguf", {"attn_v": "Q8_0", "token_embd": "Q8_0"})
+    model = load_pretrained(GPT, path)
+    taken = take_stored_(model, GGUFWeights(path))
+    assert taken == list(int4_layers(model))
+    assert taken == [
+        f"transformer.h.0.{name}" for name in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    for name in ("transformer.h.0.attn.c_attn", "lm_head"):  # v and the embedding are in 8 bits
+        assert isinstance(model.get_submodule(name), nn.Linear)
