@@ -22,7 +22,7 @@ import os
 import resource
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -93,17 +93,31 @@ LONGEST = 2_000_000  # seconds that waiting for a process can take
 WIDTHS = (8, 10, 8, 8, 9, 10, 10, 10, 13, 11, 12, 8, 0)
 
 
+def named(alias, default, help):
+    """A setting that may also be called as train.py calls it."""
+    return field(default=default, metadata={"alias": alias, "help": help})
+
+
+def fixed(reason):
+    """A setting of other programs', of which only False is what happens here."""
+    return field(default=False, metadata={"fixed": reason})
+
+
 @dataclass
 class Settings:
     """What to measure: lists are grids, each combination of theirs a cell."""
 
-    seq: tuple[int, ...] = (1024, 4096, 16384)  # sequence lengths T
-    policy: tuple[str, ...] = ("cache", "grouped", "recompute", "int4")  # or plain: no tiles
+    seq: tuple[int, ...] = named("block_size", (1024, 4096, 16384), "sequence lengths T")
+    policy: tuple[str, ...] = named(
+        "attention_policy", ("cache", "grouped", "recompute", "int4"), "or plain: no tiles"
+    )
     runs: int = 5  # timed runs a cell, after one warm-up
-    batch: int = 1  # sequences at once
-    d_model: int = 256  # width of the residual stream
-    heads: int = 8  # attention heads
-    kv_heads: int | None = None  # key/value heads; None: 2 for grouped, all heads for the others
+    batch: int = named("batch_size", 1, "sequences at once")
+    d_model: int = named("n_embd", 256, "width of the residual stream")
+    heads: int = named("n_head", 8, "attention heads")
+    kv_heads: int | None = named(
+        "n_kv_head", None, "key/value heads; None: 2 for grouped, all heads for the others"
+    )
     q_chunk: tuple[int, ...] = ()  # rows per tile; none given: recompute chooses, others take none
     k_chunk: tuple[int, ...] = ()  # key/value rows per tile; none given: chosen
     device: str = "auto"  # auto | cpu | cuda | cuda:N
@@ -112,6 +126,11 @@ class Settings:
     timeout: float = 600.0  # seconds a cell may take, in all
     print: bool = False  # CSV on stdout instead of the table
     csv: str | None = None  # also write the CSV to this file
+    # of nanoGPT's bench.py, which times training steps of a whole model (ours: train.py's log)
+    bias: bool = fixed("the block has no biases")
+    real_data: bool = fixed("the block's input is random numbers")
+    compile: bool = fixed("the block is timed as it is; train.py --compile=True times itself")
+    profile: bool = fixed("no profiler is built in; torch.profiler takes train.main()")
 
 
 def main():

@@ -48,12 +48,13 @@ def parse_config(settings, argv=None, config_files=True):
     config file or a flag set to its value, in the order in which they were first set.
     Accepted, in any order: CONFIG.py, --key=value, --key value, a bare --key for a bool (meaning
     True), and lists as --key=1,2 or --key 1 2, up to the next flag or CONFIG.py. Dashes inside a
-    key are underscores; the metadata of a field may give it a second name, "alias".
+    key are underscores; the metadata of a field may give it a second name, "alias", and a reason
+    why it has one value only, its default: "fixed", for names that people bring from elsewhere.
     `--help` prints every key and exits with status 0. Where the metadata of a tuple[str, ...] field
     says "positional", words that are no flags are gathered there, and there are no config files;
     with config_files=False such words are refused.
-    Raises UserError on an unknown key, a value of the wrong type, a number that 64 bits do not
-    hold, or an unreadable config file.
+    Raises UserError on an unknown key, a value of the wrong type, another value of a fixed field, a
+    number that 64 bits do not hold, or an unreadable config file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "--help" in argv or "-h" in argv:
@@ -82,6 +83,7 @@ def parse_config(settings, argv=None, config_files=True):
             count = _length_of_list(words)
             text, words = ",".join([text, *words[:count]]), words[count:]
         given[key] = _from_text(flag, kinds[key], text)
+    _check_fixed(settings, given)
     return settings(**given), given
 
 
@@ -126,6 +128,8 @@ def help_text(settings, config_files=True):
         comment = field.metadata.get("help", comments.get(field.name, ""))
         if alias := field.metadata.get("alias"):
             comment += f" (or --{alias})"
+        if reason := field.metadata.get("fixed"):
+            comment = f"nothing else: {reason}"
         separator = "  " if len(left) <= 42 else "\n" + " " * 44
         lines.append(f"{left:<42}{separator}{comment}".rstrip())
     return "\n".join(lines)
@@ -289,6 +293,17 @@ def _names(settings):
 
 def _is_list(kind):
     return any(typing.get_origin(option) is tuple for option in _alternatives(kind))
+
+
+def _check_fixed(settings, given):
+    """Raise UserError where a field that has one value only was given another."""
+    for field in dataclasses.fields(settings):
+        reason, only = field.metadata.get("fixed"), _default(field)
+        if reason and given.get(field.name, only) != only:
+            raise UserError(
+                f"{field.name}={given[field.name]} is not done here: {reason}; leave it out, or "
+                f"give --{field.name}={only}"
+            )
 
 
 def _positional(settings):

@@ -68,6 +68,10 @@ class Settings:
     slide: int = 1  # learned positions, past block_size: tokens to drop each time (1: nanoGPT's)
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps
     dtype: str = "auto"  # auto | float32 | bfloat16 | float16
+    compile: bool = field(
+        default=False,
+        metadata={"fixed": "a step is one C call or a captured CUDA graph, of kernels of our own"},
+    )
 
 
 def main(argv=None):

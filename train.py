@@ -35,7 +35,7 @@ from leangpt.system.stopping import Agreement, StopSignal
 from leangpt.text.dataset import load_dataset
 from leangpt.text.folder import GPT2_VOCAB_SIZE
 from leangpt.text.one_pass import one_pass
-from leangpt.training.batches import iteration_batches
+from leangpt.training.batches import iteration_batches, share_of
 from leangpt.training.checkpoint import LAST, model_from_checkpoint
 from leangpt.training.evaluation import evaluate
 from leangpt.training.losses import Losses, NotFinite
@@ -232,12 +232,8 @@ class Trainer:
 
     def __init__(self, settings, given, runtime, checkpoint=None, make_optimizer=make_optimizer):
         """Build data set, model and optimizer. Raises UserError; writes nothing."""
-        if settings.gradient_accumulation_steps % runtime.world_size:
-            raise UserError(
-                f"gradient_accumulation_steps={settings.gradient_accumulation_steps} "
-                f"must be a multiple of the {runtime.world_size} processes"
-            )
         self.runtime = runtime
+        self.share = share_of(settings, runtime.rank, runtime.world_size)
         self.dataset = load_dataset(settings.dataset, settings.data_dir)
         self.raw_model = build_model(settings, given, self.dataset, checkpoint)
         self.settings = settings = adopt_model_args(settings, given, self.raw_model)
@@ -319,15 +315,14 @@ class Trainer:
         """
         settings, runtime, scaler = self.settings, self.runtime, self.scaler
         runtime.seed(iteration_seed(settings.seed, self.iteration, 1 + runtime.rank))
-        count = settings.gradient_accumulation_steps // runtime.world_size
-        total = 0.0
+        total, share = 0.0, self.share
         batches = iteration_batches(self.dataset, settings, runtime, self.iteration, self.one_pass)
         for index, (x, y) in enumerate(batches):
             tick()
             if runtime.world_size > 1:  # gradients are averaged once, after the last one
-                self.parallel.require_backward_grad_sync = index == count - 1
+                self.parallel.require_backward_grad_sync = index == share.count - 1
             with runtime.autocast():
-                loss = self.parallel(x, y)[1] / count
+                loss = self.parallel(x, y)[1] / share.divisor
             scaler.scale(loss).backward()
             total = total + loss.detach()
         inside = updates_inside_backward(self.optimizer)  # there gradients are gone by now

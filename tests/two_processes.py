@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from leangpt.system.runtime import leave
+
 
 def free_port():
     with socket.socket() as free:
@@ -29,3 +31,4 @@ def _begin(rank, work, port, failures):
     work(rank, failures)
     dist.barrier()
     dist.destroy_process_group()
+    leave()  # what is left of gloo's threads may abort an interpreter that is taken down

@@ -105,21 +105,28 @@ def is_main_process():
 
 
 def run_script(main):
-    """errors.exit_cleanly, and one of several processes then leaves without Python's teardown.
-
-    A thread of the process group that still wants the interpreter while it is taken down aborts
-    the process, and torchrun would report a finished run as failed.
-    """
+    """errors.exit_cleanly, and one of several processes then leaves without Python's teardown."""
     status = 0
     try:
         exit_cleanly(main)
     except SystemExit as leaving:
         status = leaving.code or 0
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        leave(status)
     sys.exit(status)
+
+
+def leave(status=0):
+    """End this process, one of several, without Python's teardown.
+
+    gloo's threads outlive `destroy_process_group` (collectives keep the group registered). One that
+    drops the last reference to a tensor takes the interpreter's lock for it; where the interpreter
+    is being taken down by then, that ends the thread inside a destructor, and so the process with
+    SIGABRT (pytorch issue 190489): torchrun would report a finished run as failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def setup_runtime(device="auto", dtype="auto", seed=1337, backend="auto"):

@@ -6,6 +6,7 @@ from leangpt.memory import plan
 from leangpt.memory.meter import tensor_bytes
 from leangpt.optim import optimizer_table, planned_bytes, updates_inside_backward
 from leangpt.text.dataset import describe
+from leangpt.training.batches import share_of
 
 
 def startup_summary(
@@ -34,12 +35,23 @@ def startup_summary(
         "rates": describe_rates(rates),
         "batch": f"{sequences * settings.block_size:,} tokens per iteration: "
         f"{settings.gradient_accumulation_steps} x {settings.batch_size} sequences "
-        f"of {settings.block_size}",
+        f"of {settings.block_size}{describe_share(settings, runtime)}",
         "changed": changes,
     }
     if iteration:
         lines["resuming"] = f"from iteration {iteration} of {settings.out_dir}"
     return "\n".join(f"{name:<10} {line}" for name, line in lines.items())
+
+
+def describe_share(settings, runtime):
+    """How several processes divide the batch, in words; nothing where there is one."""
+    if runtime.world_size == 1:
+        return ""
+    share = share_of(settings, runtime.rank, runtime.world_size)
+    rows = share.rows.stop - share.rows.start
+    if rows == settings.batch_size:
+        return f"; {share.count} x {rows} for each process"
+    return f"; of each micro-batch {rows} or so for each process"
 
 
 def describe_rates(rates):

@@ -82,6 +82,39 @@ def test_names_that_two_pages_share_work_in_config_files_too(tmp_path):
     assert given == {"attention_policy": "recompute", "n_kv_head": 2}
 
 
+NANOGPTS_KEYS = {  # of its three scripts, as of its last commit, with other values than its own
+    train: "out_dir=x eval_interval=1 log_interval=2 eval_iters=3 eval_only=True "
+    "always_save_checkpoint=False init_from=gpt2-xl wandb_log=True wandb_project=x "
+    "wandb_run_name=x dataset=x gradient_accumulation_steps=1 batch_size=1 block_size=8 n_layer=1 "
+    "n_head=1 n_embd=8 dropout=0.1 bias=True learning_rate=1e-3 max_iters=5 weight_decay=0.2 "
+    "beta1=0.8 beta2=0.9 grad_clip=0.5 decay_lr=False warmup_iters=3 lr_decay_iters=4 min_lr=1e-4 "
+    "backend=gloo device=mps dtype=float16 compile=False",
+    sample: "init_from=gpt2 out_dir=x start=FILE:x num_samples=2 max_new_tokens=3 temperature=0.1 "
+    "top_k=3 seed=1 device=cuda:1 dtype=bfloat16 compile=False",
+    bench: "batch_size=2 block_size=64 bias=False real_data=False seed=3 device=cpu "
+    "dtype=bfloat16 compile=False profile=False",
+}
+
+
+@pytest.mark.parametrize("page", NANOGPTS_KEYS, ids=lambda page: page.__name__)
+def test_nanogpts_keys_are_known(page):
+    for word in NANOGPTS_KEYS[page].split():
+        settings, given = parse_config(page.Settings, [f"--{word}"])
+        assert len(given) == 1
+
+
+@pytest.mark.parametrize(
+    "page, word",
+    [(sample, "compile"), *((bench, w) for w in ("bias", "real_data", "compile", "profile"))],
+)
+def test_what_nanogpt_has_and_we_do_not_is_refused_with_the_reason(page, word, tmp_path):
+    with pytest.raises(UserError, match=f"^{word}=True is not done here: .*--{word}=False"):
+        parse(page, f"--{word}")
+    (tmp_path / "x.py").write_text(f"{word} = True\n")
+    with pytest.raises(UserError, match=f"^{word}=True is not done here"):
+        parse(page, str(tmp_path / "x.py"))
+
+
 # ------------------------------------------------------------------ named
 
 

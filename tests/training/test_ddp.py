@@ -10,6 +10,8 @@ from tiny_run import ROOT, arguments, determined, run_script
 from two_processes import free_port
 
 import train
+from leangpt.system.errors import UserError
+from leangpt.training.batches import share_of
 from leangpt.training.checkpoint import LAST, load_checkpoint
 
 
@@ -32,6 +34,39 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 def numbers(out_dir):
     """Rows without train_loss: evaluation samples it by the micro-batch, whose size differs."""
     return [[float(value or 0) for value in row[:3] + row[4:]] for row in determined(out_dir)]
+
+
+@pytest.mark.parametrize("batch_size, micro_batches", [(5, 1), (12, 1), (1, 3), (7, 5), (4, 8)])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_shares_make_up_the_iteration(batch_size, micro_batches, world_size):
+    settings = train.Settings(batch_size=batch_size, gradient_accumulation_steps=micro_batches)
+    if micro_batches % world_size and batch_size < world_size:
+        with pytest.raises(UserError, match="cannot be shared out among"):
+            share_of(settings, 0, world_size)
+        return
+    weights = [[0.0] * batch_size for _ in range(micro_batches)]
+    for rank in range(world_size):
+        share = share_of(settings, rank, world_size)
+        own = range(0 if share.stride == 1 else rank, micro_batches, share.stride)
+        assert len(own) == share.count
+        for index in own:
+            rows = range(batch_size)[share.rows]
+            for row in rows:  # of a mean over the rows, averaged over the processes
+                weights[index][row] += 1 / share.divisor / len(rows) / world_size
+    for weight in sum(weights, []):
+        assert weight == pytest.approx(1 / batch_size / micro_batches)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_rows_of_one_micro_batch(tmp_path):
+    """As with the README's config, whose gradient_accumulation_steps is 1."""
+    flags = ["--max_iters=6", "--eval_interval=3", "--eval_iters=0", "--batch_size=5"]
+    train.main(arguments(tmp_path, "one", *flags))
+    result = run_script(*torchrun(*arguments(tmp_path, "two", *flags)), env=ENVIRONMENT)
+    assert result.returncode == 0, result.stderr
+    assert "sequences of 16; of each micro-batch 2 or so for each process" in result.stdout
+    for one, two in zip(numbers(tmp_path / "one"), numbers(tmp_path / "two"), strict=True):
+        assert one == pytest.approx(two, abs=2e-5)
 
 
 @pytest.mark.slow
@@ -112,7 +147,10 @@ def test_a_signal_stops_all_processes_together_and_the_run_continues(tmp_path):
 @pytest.mark.parametrize(
     "flags, says",
     (
-        ([], "gradient_accumulation_steps=1 must be a multiple of the 2 processes"),
+        (
+            ["--batch_size=1", "--gradient_accumulation_steps=3"],
+            "gradient_accumulation_steps=3 and batch_size=1 cannot be shared out among 2 processes",
+        ),
         (
             [
                 "--gradient_accumulation_steps=2",
