@@ -27,9 +27,10 @@ from leangpt.int4.tuning import quantize_and_tune_
 from leangpt.layers.int4_linear import GROUP_SIZES
 from leangpt.system.errors import UserError, exit_cleanly
 from leangpt.system.runtime import setup_runtime
-from leangpt.text.tokens import load_tokenizer
+from leangpt.text.model_text import ModelText, files_to_export, text_of_data
+from leangpt.text.text_files import write_text_files
 from leangpt.training.checkpoint import checkpoint_to_resume, load_checkpoint, model_from_checkpoint
-from leangpt.weights.chat_text import PretrainedText, copy_text_files, load_pretrained_text
+from leangpt.weights.chat_text import load_pretrained_text
 from leangpt.weights.export import export_pretrained
 from model import GPT
 
@@ -87,12 +88,11 @@ def main(argv=None):
     model, text = loaded.model, loaded.text
     if settings.export:
         folder = export_pretrained(model, settings.export)
-        if loaded.pretrained:
-            copy_text_files(loaded.pretrained, folder)
+        write_text_files(files_to_export(text), folder)
         return print(f"exported to {folder}")
     if settings.attention_policy:
         set_policy(model, settings.attention_policy)
-    ids = text.tokenizer.encode(text.chat(prompt) if settings.chat else prompt)
+    ids = text.chat_ids(prompt) if settings.chat else text.tokenizer.encode(prompt)
     if not ids or not prompt:  # an empty message in a chat's format is no empty text
         raise UserError("the prompt is empty: give --start at least one character")
     if len(ids) > model.config.block_size:
@@ -160,7 +160,7 @@ class Loaded:
     """A model, its text, and where the text came from: one of the last two."""
 
     model: GPT  # on the CPU
-    text: PretrainedText
+    text: ModelText
     pretrained: str | None = None  # the name of a published model
     dataset: dict | None = None  # meta.json of the data set that the model was trained on
 
@@ -197,7 +197,7 @@ def text_of(pretrained=None, dataset=None):
     """The tokenizer that a published model came with, or else a data set."""
     if pretrained:
         return load_pretrained_text(pretrained)
-    return PretrainedText(load_tokenizer(dataset.get("folder", dataset)))
+    return text_of_data(dataset.get("folder", dataset))
 
 
 def set_policy(model, policy):
@@ -266,7 +266,7 @@ def write(model, text, ids, settings, runtime):
             settings.kv_bits,
             printer,
             slide=settings.slide,
-            vocab_size=min(text.tokenizer.vocab_size, model.config.vocab_size),
+            vocab_size=text.sampled,
         )
         runtime.synchronize()
         seconds += time.perf_counter() - began

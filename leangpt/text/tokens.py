@@ -84,23 +84,52 @@ class GPT2Tokenizer:
 class FileTokenizer:
     """Any Hugging Face tokenizer.json, through the `tokenizers` package."""
 
-    def __init__(self, path):
+    def __init__(self, content, where):
+        """content: of the file `where`, str. Raises UserError where it is no tokenizer.json."""
         try:
             import tokenizers
         except ImportError as error:
             raise UserError(
-                f"{path} needs the tokenizers package: pip install tokenizers"
+                f"{where} needs the tokenizers package: pip install tokenizers"
             ) from error
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_str(content)
+        except Exception as error:  # the package raises a bare Exception for every bad file
+            raise UserError(f"{where} is not a tokenizer.json: {error}") from error
+        self.tokenizer.no_truncation()  # which a file may have saved with it
+        self.tokenizer.no_padding()
+
+    @classmethod
+    def read(cls, path):
+        """Of a file. Raises UserError where there is none."""
         if not os.path.isfile(path):
             raise UserError(f"no tokenizer file {path}")
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises a bare Exception for every bad file
-            raise UserError(f"{path} is not a tokenizer.json: {error}") from error
-        self.vocab_size = self.tokenizer.get_vocab_size()
+        return cls(Path(path).read_text(encoding="utf-8", errors="replace"), path)
 
-    def encode(self, text):
-        return self.tokenizer.encode(text).ids
+    @property
+    def vocab_size(self):
+        """One more than the largest id: there may be gaps, and tokens added after them."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def add(self, tokens, named=None):
+        """Make [(text, special)] tokens whose text is never split, and named ({name: text}) too.
+
+        Those that the vocabulary has keep their ids.
+        """
+        from tokenizers import AddedToken
+
+        present = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
+        tokens = [*tokens, *((text, True) for text in (named or {}).values())]
+        for text, special in tokens:
+            if text not in present:
+                token = AddedToken(text, special=special, normalized=not special)
+                add = self.tokenizer.add_special_tokens if special else self.tokenizer.add_tokens
+                add([token])
+                present.add(text)
+
+    def encode(self, text, add_special_tokens=True):
+        """add_special_tokens: put around the text what the tokenizer has for that."""
+        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids):
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
@@ -132,5 +161,5 @@ def load_tokenizer(source):
     if kind == "gpt2":
         return GPT2Tokenizer()
     if kind == "file":
-        return FileTokenizer(directory / meta["path"])
+        return FileTokenizer.read(directory / meta["path"])
     raise UserError(f"unknown tokenizer {kind!r}: it must be char, gpt2, file or table")

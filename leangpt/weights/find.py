@@ -4,23 +4,21 @@ import re
 from pathlib import Path
 
 from leangpt.system.errors import UserError
+from leangpt.text.text_files import SOURCES
 from leangpt.weights.gguf import GGUFWeights
+from leangpt.weights.gguf_parts import whole_models
 from leangpt.weights.hf_files import INDEX, SafetensorsWeights
 
 GPT2_SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
-HUB_FILES = (  # what is downloaded of a model
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "chat_template*",
-    "model*.safetensors",
-    INDEX,
-)
+WEIGHT_FILES = ("model*.safetensors", INDEX)  # what is downloaded of a model, beside its text
 
 
-def find_pretrained(name_or_dir):
-    """The local folder or .gguf file of a model; hub ids are downloaded (and cached) first."""
+def find_pretrained(name_or_dir, text_only=False):
+    """The local folder or .gguf file of a model; hub ids are downloaded (and cached) first.
+
+    text_only: what is downloaded is the tokenizer's files alone, without the weights.
+    """
     name, path = str(name_or_dir), Path(name_or_dir).expanduser()
     if path.suffix in PICKLES:
         raise UserError(f"{path}: a foreign pickle could run code; convert it to safetensors")
@@ -28,10 +26,11 @@ def find_pretrained(name_or_dir):
         return path
     if path.suffix == ".gguf" or path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(f"{name}: no such folder or .gguf file, and not the name of a hub model")
-    return _download(f"openai-community/{name}" if name in GPT2_SIZES else name)
+    hub_id = f"openai-community/{name}" if name in GPT2_SIZES else name
+    return _download(hub_id, SOURCES if text_only else (*SOURCES, *WEIGHT_FILES))
 
 
-def _download(hub_id):
+def _download(hub_id, files):
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError
@@ -41,7 +40,7 @@ def _download(hub_id):
             "pip install huggingface_hub"
         ) from None
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+        return Path(snapshot_download(hub_id, allow_patterns=list(files)))
     except HFValidationError as error:
         raise UserError(f"{hub_id!r} is neither a folder nor a hub name ({error})") from None
     except Exception as error:  # the hub client raises its own, httpx's and the OS's errors alike
@@ -59,7 +58,7 @@ def open_weights(path):
         return GGUFWeights(path)
     if (path / "config.json").exists() and _shards_exist(path):
         return SafetensorsWeights(path)
-    files = sorted(path.glob("*.gguf"))
+    files = whole_models(path.glob("*.gguf"))
     if len(files) == 1:
         return GGUFWeights(files[0])
     if files:

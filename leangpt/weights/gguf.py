@@ -1,11 +1,10 @@
-"""GGUF files (llama.cpp's format) for reading: settings, dequantised tensors, tokenizer.
+"""GGUF files (llama.cpp's format) for reading: settings and dequantised tensors.
 
 Parsed and dequantised by the `gguf` package, one tensor at a time from a memory map. Two things
 differ from Hugging Face's files: the names, and the row order of Llama's q and k, whose rotary
 pairs lie side by side here and D/2 rows apart there (and in our model).
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 
 from leangpt.system.errors import UserError
 from leangpt.weights.gguf_header import check_header
+from leangpt.weights.gguf_parts import check_parts, part_paths
 from leangpt.weights.hf_names import SUPPORTED, gpt2_pieces, llama_pieces, need
 
 LLAMA_NAMES = {
@@ -47,15 +47,13 @@ GPT2_NAMES = {
 LLAMA_LIKE = {"llama": {}, "qwen2": dict(qkv_bias=True), "qwen3": dict(qk_norm=True)}
 ROPE_FACTORS = "rope_freqs.weight"  # (D/2,): what Llama 3 files divide their frequencies by
 
-# How each known `tokenizer.ggml.pre` cuts text before merging: digits apart, or words alone.
-DIGITS_APART = {"smollm": True, "gpt-2": False, "gpt2": False}
-CONTROL, USER_DEFINED = 3, 4  # token types whose text is never split
-
 
 class GGUFWeights:
-    """The weights of one .gguf file: `settings` (GPTConfig arguments), `pieces`, `read(name)`.
+    """The weights of a .gguf file: `settings` (GPTConfig arguments), `pieces`, `read(name)`.
 
-    Raises UserError for a damaged file, another architecture, or the `gguf` package missing.
+    Of a model in several parts (gguf_parts.py) any part stands for all of them. `metadata` is the
+    first one's. Raises UserError for a damaged file, a part that is missing, another architecture,
+    or the `gguf` package missing.
     """
 
     def __init__(self, path):
@@ -65,13 +63,17 @@ class GGUFWeights:
         except ImportError:
             raise UserError("reading GGUF files needs the gguf package: pip install gguf") from None
         self._dequantize = gguf.quants.dequantize
-        check_header(self.path)
-        try:
-            reader = gguf.GGUFReader(self.path)
-            self.metadata = {name: field.contents() for name, field in reader.fields.items()}
-        except Exception as error:  # what its parser stumbles over is no list that ends
-            raise UserError(f"{path}: not a GGUF file, or a part of one ({error})") from None
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        parts, said, self._tensors = part_paths(self.path), [], {}
+        for part in parts:
+            check_header(part)
+            try:
+                reader = gguf.GGUFReader(part)
+                said.append({name: field.contents() for name, field in reader.fields.items()})
+            except Exception as error:  # what its parser stumbles over is no list that ends
+                raise UserError(f"{part}: not a GGUF file, or a part of one ({error})") from None
+            self._tensors |= {tensor.name: tensor for tensor in reader.tensors}
+        check_parts(parts, said)
+        self.metadata = said[0]
         self.settings = self._settings()
 
     def names(self):
@@ -170,72 +172,20 @@ class GGUFWeights:
         return need(keys, "attention.key_length", self.path)
 
     def _rope_scaling(self, keys):
+        """As llama.cpp: a factor counts unless the type is "none"; an older key has one too."""
+        kind = keys.get("rope.scaling.type", "linear")
+        if kind not in ("none", "linear"):
+            raise UserError(
+                f"{self.path}: rope scaling {kind!r} is not supported, only linear, llama3"
+            )
+        factor = keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 1.0))
+        factor = 1.0 if kind == "none" or not factor else round_float32(factor)
         if ROPE_FACTORS in self._tensors:
-            return {"rope_type": "factors", "factors": self.read(ROPE_FACTORS).tolist()}
-        kind = keys.get("rope.scaling.type", "none")
-        if kind == "none":
-            return None
-        if kind == "linear":
-            factor = keys.get("rope.scaling.factor", 1.0)
-            return {"rope_type": "linear", "factor": round_float32(factor)}
-        raise UserError(f"{self.path}: rope scaling {kind!r} is not supported, only linear, llama3")
+            factors = (self.read(ROPE_FACTORS) * factor).tolist()
+            return {"rope_type": "factors", "factors": factors}
+        return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
 
 
 def round_float32(value):
     """The shortest decimal that is the same float32: 9.999999747378752e-06 -> 1e-05."""
     return float(f"{value:.7g}")
-
-
-def tokenizer_json(metadata, where):
-    """A `tokenizer.json` (str) made from a GGUF file's vocabulary and merges.
-
-    Only byte-level BPE ("gpt2") with a known way of cutting words; UserError otherwise.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    kind, cut = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre", "gpt-2")
-    if kind != "gpt2" or cut not in DIGITS_APART:
-        raise UserError(
-            f"{where}: its tokenizer ({kind!r}, {cut!r}) cannot be rebuilt; put the "
-            "model's tokenizer.json into the same folder"
-        )
-    tokens = metadata["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    digits = [pre_tokenizers.Digits(individual_digits=True)] if DIGITS_APART[cut] else []
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*digits, bytes_only])
-    tokenizer.decoder = decoders.ByteLevel()
-    types = metadata.get("tokenizer.ggml.token_type", [])
-    special = [
-        AddedToken(token, special=kind == CONTROL, normalized=False)
-        for token, kind in zip(tokens, types)
-        if kind in (CONTROL, USER_DEFINED)
-    ]
-    tokenizer.add_tokens(special)
-    return json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False, indent=1)
-
-
-def write_text_files(metadata, folder, where):
-    """Write a GGUF file's tokenizer.json, tokenizer_config.json and generation_config.json.
-
-    They hold what Hugging Face keeps beside the weights: the vocabulary, the chat template with
-    the tokens it may name, and the ids that end a text. Raises UserError as tokenizer_json does.
-    """
-    folder, tokens = Path(folder), metadata.get("tokenizer.ggml.tokens", [])
-    ids = {
-        name: metadata[f"tokenizer.ggml.{name}_id"]
-        for name in ("bos_token", "eos_token")
-        if f"tokenizer.ggml.{name}_id" in metadata
-    }
-    settings = {name: tokens[i] for name, i in ids.items() if i < len(tokens)}
-    if "tokenizer.chat_template" in metadata:
-        settings["chat_template"] = metadata["tokenizer.chat_template"]
-    contents = {
-        "tokenizer.json": tokenizer_json(metadata, where),
-        "tokenizer_config.json": json.dumps(settings, indent=1),
-        "generation_config.json": json.dumps({f"{name}_id": i for name, i in ids.items()}),
-    }
-    for name, content in contents.items():
-        (folder / name).write_text(content + "\n", encoding="utf-8")

@@ -1,16 +1,13 @@
 """GGUF files: a tiny Llama and a tiny GPT-2 written by the gguf package, in every row order and
 block format that matters, give the logits of the same weights in a Hugging Face folder."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from pretrained_files import gpt2_config, gpt2_tensors, write_folder
 
 from leangpt.system.errors import UserError
-from leangpt.weights.find import open_weights
-from leangpt.weights.gguf import GPT2_NAMES, LLAMA_NAMES, round_float32, tokenizer_json
+from leangpt.weights.gguf import GPT2_NAMES, LLAMA_NAMES, round_float32
 from leangpt.weights.hf_names import GPT2_NAMES as HF_GPT2
 from leangpt.weights.hf_names import LLAMA_NAMES as HF_LLAMA
 from leangpt.weights.load import halves_apart, load_pretrained
@@ -211,6 +208,37 @@ def test_rope_factors_are_llama3(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "keys, factor",
+    [
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, 4.0),
+        ({"rope.scale_linear": 4.0}, 4.0),  # older files
+        ({"rope.scaling.factor": 4.0}, 4.0),  # linear is the default
+        ({"rope.scaling.factor": 4.0, "rope.scale_linear": 2.0}, 4.0),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None),
+        ({"rope.scale_linear": 1.0}, None),
+        ({"rope.scaling.factor": 0.0}, None),
+    ],
+    ids=str,
+)
+def test_linear_rope_by_every_key(tmp_path, keys, factor):
+    ours = load_pretrained(GPT, gguf_llama(tmp_path / "tiny.gguf", changes=keys))
+    hf = dict(HF_CONFIG)
+    if factor:
+        hf["rope_scaling"] = {"type": "linear", "factor": factor}
+    theirs = load_pretrained(GPT, write_folder(tmp_path / "hf", hf, llama_tensors()))
+    torch.testing.assert_close(logits(ours), logits(theirs), atol=1e-6, rtol=1e-6)
+
+
+def test_rope_factors_and_a_linear_one_multiply(tmp_path):
+    def freqs(tensors):
+        tensors["rope_freqs.weight"] = torch.full((C // H // 2,), 2.0)
+
+    keys = {"rope.scaling.type": "linear", "rope.scaling.factor": 2.0}
+    model = load_pretrained(GPT, gguf_llama(tmp_path / "tiny.gguf", keys, freqs))
+    assert model.config.rope_scaling["factors"] == [4.0] * (C // H // 2)
+
+
 def test_gpt2_equals_the_hugging_face_folder(tmp_path):
     tensors, config = gpt2_tensors(), gpt2_config()
     folder = write_folder(tmp_path / "hf", config, tensors)
@@ -292,23 +320,3 @@ def toy_vocabulary():
         "tokenizer.ggml.merges": ["h e", "Ġ he"],
         "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
     }
-
-
-def test_tokenizer_from_metadata(tmp_path):
-    tokenizers = pytest.importorskip("tokenizers")
-    vocabulary = toy_vocabulary()
-    file = gguf_llama(tmp_path / "tiny.gguf", changes=vocabulary)
-    text = tokenizer_json(open_weights(file).metadata, file)
-    assert json.loads(text)["model"]["type"] == "BPE"
-    tokenizer = tokenizers.Tokenizer.from_str(text)
-    tokens = vocabulary["tokenizer.ggml.tokens"]
-    ids = tokenizer.encode("he he 42<|im_end|>ünï").ids
-    assert [tokens[i] for i in ids[:7]] == ["he", "Ġhe", "Ġ", "4", "2", "<|im_end|>", "Ã"]
-    assert tokenizer.decode(ids, skip_special_tokens=False) == "he he 42<|im_end|>ünï"
-
-
-def test_unknown_tokenizers_are_named():
-    with pytest.raises(UserError, match="'llama'.*tokenizer.json"):
-        tokenizer_json({**toy_vocabulary(), "tokenizer.ggml.model": "llama"}, "x.gguf")
-    with pytest.raises(UserError, match="deepseek"):
-        tokenizer_json({**toy_vocabulary(), "tokenizer.ggml.pre": "deepseek-llm"}, "x.gguf")

@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from leangpt.system.errors import UserError
+from leangpt.text.chat_template import render_alone
+from leangpt.text.model_text import ModelText
 from leangpt.training.checkpoint import load_checkpoint, model_args, model_from_checkpoint
-from leangpt.weights.chat_template import render_alone
-from leangpt.weights.chat_text import PretrainedText, load_pretrained_text
+from leangpt.weights.chat_text import load_pretrained_text
 from leangpt.weights.gguf_header import check_header
 from leangpt.weights.load import load_pretrained
 from model import GPT, GPTConfig
@@ -181,7 +182,7 @@ TEMPLATES = {
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates_render_under_limits(name):
     began = time.process_time() + sum(os.times()[2:4])
-    toy = PretrainedText(tokenizer=None, template=TEMPLATES[name])
+    toy = ModelText(tokenizer=None, template=TEMPLATES[name])
     refused(lambda: toy.chat("Hi"), "the model's chat format cannot be filled in")
     spent = time.process_time() + sum(os.times()[2:4]) - began
     assert spent < 2, f"{spent:.1f} s of the processor"

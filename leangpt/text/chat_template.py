@@ -10,6 +10,7 @@ import json
 import signal
 import subprocess
 import sys
+from datetime import datetime
 
 SECONDS = 1.0  # of the processor, once jinja2 is there
 PATIENCE = 30  # seconds by the clock, on a machine with other things to do
@@ -42,17 +43,68 @@ def render_alone(template: str, values: dict) -> str:
 
 
 def render(template: str, values: dict) -> str:
-    """The text of a Jinja template, as `transformers` renders chats. Raises what Jinja raises."""
+    """The text of a Jinja template, as `transformers` renders chats. Raises what Jinja raises.
+
+    Beyond Jinja's own, templates may use raise_exception, strftime_now, a tojson that escapes no
+    HTML, loop controls and {% generation %}, which marks what an assistant said.
+    """
     from jinja2 import TemplateError
+    from jinja2.exceptions import SecurityError
+    from jinja2.ext import Extension
+    from jinja2.nodes import CallBlock
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+
+    class Generation(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return CallBlock(self.call_method("content"), [], [], body).set_lineno(line)
+
+        def content(self, caller):
+            return caller()
 
     def raise_exception(message):
         raise TemplateError(message)
 
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(
+            x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        )
+
+    def strftime_now(format):
+        return datetime.now().strftime(format)
+
+    def make_dict(*entries, **named):
+        return dict(*entries, **named)
+
+    def check_name(name):
+        if str(name).startswith("_"):
+            raise SecurityError(f"a namespace has no {name}")
+
+    class PlainNamespace(Namespace):  # without names that mean something to Python itself
+        def __init__(*args, **named):
+            self, *rest = args
+            for name in dict(*rest, **named):
+                check_name(name)
+            Namespace.__init__(self, *rest, **named)
+
+        def __setitem__(self, name, value):
+            check_name(name)
+            Namespace.__setitem__(self, name, value)
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = tojson
+    environment.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": strftime_now,
+        "dict": make_dict,
+        "namespace": PlainNamespace,
+    }
     return environment.from_string(template).render(**values)
 
 
