@@ -28,6 +28,8 @@ CLASS_TOKENS = {  # what a class of `transformers` has where the files name none
 
 @dataclass
 class ModelText:
+    """A model's words: its tokenizer, where its texts end, its chat format, and their files."""
+
     tokenizer: object  # text.tokens: encode(str) -> list[int], decode(list[int]) -> str
     stop_tokens: tuple[int, ...] = ()  # generation ends at any of these
     template: str | None = None  # the chat format, in Jinja; None: the model has none
