@@ -33,15 +33,16 @@ def make_optimizer(settings, model, runtime) -> torch.optim.Optimizer:
     """
     options = parse_options(settings.optimizer_options)
     check_option_types(settings.optimizer_variant, options)
-    if options.get("fused_backward"):  # gradients are gone before anything could use them
+    freeing = [name for name in ("fused_backward", "gradient_bits") if options.get(name)]
+    if freeing:  # gradients are gone before anything else could use them
         options["grad_clip"] = settings.grad_clip
-        if settings.gradient_accumulation_steps != 1:
-            raise UserError(
-                "fused_backward=True needs gradient_accumulation_steps=1, not "
-                f"{settings.gradient_accumulation_steps}"
-            )
         if runtime.dtype == torch.float16:
-            raise UserError("fused_backward=True cannot unscale float16 gradients: use bfloat16")
+            raise UserError(f"{freeing[0]} cannot unscale float16 gradients: use bfloat16")
+    if options.get("fused_backward") and settings.gradient_accumulation_steps != 1:
+        raise UserError(
+            "fused_backward=True needs gradient_accumulation_steps=1, not "
+            f"{settings.gradient_accumulation_steps}: gradient_bits=8 instead adds gradients up"
+        )
     betas = None
     if settings.beta1 is not None or settings.beta2 is not None:
         own = (0.9, 0.95)

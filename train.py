@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from attention_policies import POLICIES
 from configurator import config_dict, describe_changes, parse_config
-from leangpt.optim import VARIANTS, updates_inside_backward
+from leangpt.optim import VARIANTS, GradientNotFinite, frees_gradients
 from leangpt.system.errors import UserError, is_out_of_memory
 from leangpt.system.processor import keep_freed_memory
 from leangpt.system.runtime import (
@@ -181,7 +181,7 @@ def main(argv=None, make_optimizer=make_optimizer):
             trainer = Trainer(settings, given, runtime, checkpoint, make_optimizer)
             checkpoint = None  # its memory is the run's from here on
             trainer.run(folder)
-        except NotFinite as reason:
+        except (NotFinite, GradientNotFinite) as reason:
             if runtime.is_main:  # every process meets it
                 print(
                     f"error: {reason}; the last good checkpoint is {folder.path / LAST} "
@@ -325,15 +325,15 @@ class Trainer:
                 loss = self.parallel(x, y)[1] / share.divisor
             scaler.scale(loss).backward()
             total = total + loss.detach()
-        inside = updates_inside_backward(self.optimizer)  # there gradients are gone by now
-        if settings.grad_clip > 0 and not inside:
+        freed = frees_gradients(self.optimizer)  # and clipped, as far as they can be
+        if settings.grad_clip > 0 and not freed:
             scaler.unscale_(self.optimizer)
             parameters = self.raw_model.parameters()
             self.norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
         scaler.step(self.optimizer)
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if inside:
+        if freed:
             self.norm = self.optimizer.strategy.norm
         return total
 

@@ -100,7 +100,7 @@ class StackedGPT:
         """Fill every weight's .grad, each replica's clipped to the norm `clip` (0: unclipped).
 
         losses: (M,) from `losses()`; returned detached. before (M,): the norms of the step before,
-        to clip by those as leangpt/optim/fused_backward.py does; this step's take their place.
+        to clip by those as updates inside backward do; this step's take their place.
         Nothing here waits for the device.
         """
         weights = list(self.weights.values())

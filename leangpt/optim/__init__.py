@@ -11,8 +11,10 @@ Each class also works alone, on any parameters, as a drop-in torch.optim.Optimiz
 from leangpt.optim.accounting import optimizer_table, planned_bytes, state_bytes
 from leangpt.optim.adafactor import Adafactor
 from leangpt.optim.adamsn import AdamSN
+from leangpt.optim.backward.fused_backward import fuse_into_backward, updates_inside_backward
+from leangpt.optim.backward.gradient_sums import sum_in_bits
+from leangpt.optim.backward.taken import GradientNotFinite, check_gradients, frees_gradients
 from leangpt.optim.build import build_optimizer
-from leangpt.optim.fused_backward import fuse_into_backward, updates_inside_backward
 from leangpt.optim.muonsn import MuonSN
 from leangpt.optim.variants import VARIANTS, Variant
 
@@ -20,12 +22,16 @@ __all__ = [
     "VARIANTS",
     "Adafactor",
     "AdamSN",
+    "GradientNotFinite",
     "MuonSN",
     "Variant",
     "build_optimizer",
+    "check_gradients",
+    "frees_gradients",
     "fuse_into_backward",
     "optimizer_table",
     "planned_bytes",
     "state_bytes",
+    "sum_in_bits",
     "updates_inside_backward",
 ]

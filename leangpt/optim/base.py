@@ -92,6 +92,11 @@ class MemoryOptimizer(torch.optim.Optimizer):
         self.kept.generators.clear()
         return self.strategy.step(self, closure)
 
+    def zero_grad(self, set_to_none=True):
+        """As torch's; gradients that hooks have taken and no step has used are dropped as well."""
+        super().zero_grad(set_to_none)
+        self.strategy.forget()
+
     def update_all(self, work):
         """Update [(parameter, its group)]; no gradient is held on to afterwards."""
         for p, _ in work:
@@ -231,6 +236,9 @@ class AfterBackward:
         groups = optimizer.param_groups
         optimizer.update_all([(p, g) for g in groups for p in g["params"] if p.grad is not None])
         return loss
+
+    def forget(self):
+        """Drop gradients kept elsewhere than in p.grad: there are none."""
 
     def state_dict(self):
         """What a checkpoint keeps beside states and groups: nothing."""

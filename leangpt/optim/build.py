@@ -14,8 +14,9 @@ from torch import nn
 
 from leangpt.optim.adafactor import Adafactor
 from leangpt.optim.adamsn import AdamSN
+from leangpt.optim.backward.fused_backward import fuse_into_backward
+from leangpt.optim.backward.gradient_sums import sum_in_bits
 from leangpt.optim.base import COMMON, MemoryOptimizer, say_once
-from leangpt.optim.fused_backward import fuse_into_backward
 from leangpt.optim.muonsn import MuonSN
 from leangpt.optim.rates import Rates, choose_rates, model_width
 from leangpt.optim.roles import LINEAR_ROLES, place_parameters
@@ -41,6 +42,7 @@ def build_optimizer(
     role_rates: dict[str, float] | None = None,
     partition: str | int | dict | None = None,
     fused_backward: bool = False,
+    gradient_bits: int | None = None,
     grad_clip: float = 0.0,
     **options,
 ) -> torch.optim.Optimizer:
@@ -66,15 +68,25 @@ def build_optimizer(
     embedding_factored   adafactor: False gives embeddings a second moment per element
     embedding_beta1, embedding_nu1   adamsn: the momentum of all but linear weights, where it is
                          another than theirs
-    fused_backward       update inside backward (optim/fused_backward.py)
-    grad_clip            with fused_backward: its max_norm; 0: update_clip defaults to 1 instead
+    fused_backward       update inside backward (optim/backward/fused_backward.py)
+    gradient_bits        8 or 4: sum the gradients of several backward passes in so many bits and
+                         free them (optim/backward/gradient_sums.py)
+    grad_clip            with gradient_bits: the largest norm of all gradients; with fused_backward
+                         by the norm of the step before; 0: update_clip defaults to 1 there
     options              of the variant's class, e.g. momentum_bits=8, foreach=False
 
     Raises UserError for an unknown variant or option, for hyperparameters without meaning, and for
     a model without trainable parameters.
     """
-    if grad_clip and not fused_backward:
-        raise UserError("grad_clip is fused_backward's; without it call clip_grad_norm_ yourself")
+    if grad_clip and not (fused_backward or gradient_bits):
+        raise UserError(
+            "grad_clip is for gradients that backward frees (fused_backward, gradient_bits): else "
+            "call clip_grad_norm_ yourself"
+        )
+    if fused_backward and gradient_bits:
+        raise UserError(
+            "fused_backward uses gradients at once, gradient_bits sums them first: leave out one"
+        )
     if betas is not None:
         options["betas"] = tuple(betas)
     placed = place_parameters(model)
@@ -85,10 +97,15 @@ def build_optimizer(
     if recipe.cls is torch.optim.AdamW:
         if fused_backward:
             raise UserError("adam cannot update inside backward: take adamsn, partition='element'")
+        if gradient_bits:
+            raise UserError("adam cannot sum gradients in bits: take adamsn, partition='element'")
         return torch_adamw(groups, recipe.options)
     clip = {"update_clip": 1.0} if fused_backward and not grad_clip else {}
     optimizer = recipe.cls(groups, lr=recipe.rates.linear, **(clip | recipe.options))
-    return fuse_into_backward(optimizer, grad_clip) if fused_backward else optimizer
+    names = {p: name for name, p, _ in placed}
+    if gradient_bits:
+        return sum_in_bits(optimizer, gradient_bits, grad_clip, names)
+    return fuse_into_backward(optimizer, grad_clip, names) if fused_backward else optimizer
 
 
 # ---------------------------------------------------------------------- the recipe

@@ -154,9 +154,12 @@ def round_to_bfloat16(value, generator):
 
     A bfloat16 is the upper half of a float32: adding a uniform 16-bit integer to the lower half
     carries into the upper one with just the probability wanted; then the lower half is dropped.
+    A nan stays one, also CUDA's, whose bits are all set: a carry would make a zero of it.
     """
-    bits = value.float().contiguous().view(torch.int32)
+    value = value.float()
+    bits = value.contiguous().view(torch.int32)
     noise = torch.randint(
         0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator
     )
-    return noise.add_(bits).bitwise_and_(-65536).view(torch.float32).to(torch.bfloat16)
+    rounded = noise.add_(bits).bitwise_and_(-65536).view(torch.float32)
+    return torch.where(value.isnan(), value, rounded).to(torch.bfloat16)

@@ -2,6 +2,7 @@
 
 import math
 
+from leangpt.optim import check_gradients
 from leangpt.training.checkpoint import BEST, LAST, save_run
 from leangpt.training.clock import StepClock
 from leangpt.training.log import TrainingLog, remaining_seconds
@@ -98,13 +99,16 @@ class RunRecord:
             self.save(iteration, LAST)
 
     def save(self, iteration, *names):
-        """Write the present state under each name, in that order. Raises NotFinite.
+        """Write the present state under each name, in that order.
+
+        Raises NotFinite, or GradientNotFinite where weights were moved by one.
 
         The best comes before the last: killed between the two, the run goes on from the older
         last one, meets the same best again and writes it again.
         """
         if self.folder is None:
             return
+        check_gradients(self.optimizer)
         if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
             raise NotFinite("a weight", iteration)
         self.saved_iteration = iteration

@@ -4,7 +4,7 @@ import torch
 
 from leangpt.memory import plan
 from leangpt.memory.meter import tensor_bytes
-from leangpt.optim import optimizer_table, planned_bytes, updates_inside_backward
+from leangpt.optim import frees_gradients, optimizer_table, planned_bytes, updates_inside_backward
 from leangpt.text.dataset import describe
 from leangpt.training.batches import share_of
 
@@ -18,7 +18,11 @@ def startup_summary(
     defaults, as text.
     """
     weights = tensor_bytes(model.parameters())
-    gradients = "freed one by one" if updates_inside_backward(optimizer) else megabytes(weights)
+    gradients = megabytes(gradient_bytes(optimizer))
+    if updates_inside_backward(optimizer):
+        gradients = "freed one by one"
+    elif frees_gradients(optimizer):
+        gradients = f"summed in {optimizer.strategy.bits} bits {gradients}"
     sequences = settings.gradient_accumulation_steps * settings.batch_size
     lines = {
         "device": runtime.describe()
@@ -62,6 +66,16 @@ def describe_rates(rates):
     return f"linear {rates.linear:.3g}{roles}, the rest {rates.embedding:.3g} ({rates.origin})"
 
 
+def gradient_bytes(optimizer):
+    """Bytes of the gradients that stand between backward and the step."""
+    if updates_inside_backward(optimizer):
+        return 0
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    if frees_gradients(optimizer):
+        return sum(map(optimizer.strategy.bytes_of, params))
+    return tensor_bytes(params)
+
+
 def optimizer_bytes(optimizer):
     """Bytes of state the optimizer has, or will have after its first step."""
     return sum(
@@ -86,6 +100,8 @@ def advise_oom(settings, leaner=None, runtime=None, model=None, optimizer=None):
             - tensor_bytes(model)
             - optimizer_bytes(optimizer)
         )
+        if frees_gradients(optimizer):
+            room -= gradient_bytes(optimizer)
         advice = plan.advise_oom(
             model.config,
             settings.batch_size,
@@ -94,7 +110,7 @@ def advise_oom(settings, leaner=None, runtime=None, model=None, optimizer=None):
             4 if runtime.dtype == torch.float32 else 2,
             "cuda",
             gradient_size=next(model.parameters()).element_size(),
-            fused_backward=updates_inside_backward(optimizer),
+            fused_backward=frees_gradients(optimizer),
         )
         return f"out of memory: {advice}{low_byte_advice(settings)}"
     advice = []
@@ -126,7 +142,8 @@ def low_byte_advice(settings):
     return (
         "; weights, gradients and optimizer state shrink by --param_dtype=bfloat16 "
         "--optimizer_variant=muonsn8"
-        + ("" if several else ", further by --optimizer_options=fused_backward=True")
+        + ", further by --optimizer_options="
+        + ("gradient_bits=8" if several else "fused_backward=True")
     )
 
 

@@ -104,3 +104,19 @@ def test_a_line_is_drawn_for_each_curve():
     (axis,) = learning_curves_figure(rows).axes
     assert [len(line.get_xdata()) for line in axis.lines] == [2, 2]  # not the untrained model's
     assert axis.lines[0].get_label() == "adam, ends at 2.000"
+
+
+@pytest.mark.slow
+def test_ways_of_accumulation_are_paired(tmp_path):
+    text, out = tmp_path / "text.txt", tmp_path / "accumulation.csv"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    flags = [f"--input={text}", f"--out={out}", "--iterations=6", "--variants=adamsn8"]
+    done = run("optimizers.accumulation", *flags, "--seeds=1", "--ways=float32,float32_8")
+    assert done.returncode == 0, done.stderr
+    done = run("optimizers.accumulation", *flags, "--seeds=2")
+    assert done.returncode == 0, done.stderr
+    rows = read_csv(out)
+    assert len(rows) == 12 and len({(row["way"], row["seed"]) for row in rows}) == 12
+    assert [row["sum_bytes"] for row in rows[2:6]] == [0.5625, 2, 1.0625, 0.5625]
+    line = next(line for line in done.stdout.splitlines() if "float32_8" in line)
+    assert "2 seeds" in line and "to float32" in line and "4 + 1.0625 + 1." in line

@@ -304,5 +304,5 @@ def test_new_groups_are_checked_too():
 
 
 def test_a_clip_that_nobody_would_apply_is_refused():
-    with pytest.raises(UserError, match="grad_clip is fused_backward's"):
+    with pytest.raises(UserError, match="grad_clip is for gradients that backward frees"):
         build_optimizer(torch.nn.Linear(4, 4), "adamsn", grad_clip=1.0)

@@ -9,12 +9,14 @@ from torch import nn
 from leangpt.optim import (
     Adafactor,
     AdamSN,
+    GradientNotFinite,
     MuonSN,
     build_optimizer,
+    check_gradients,
     fuse_into_backward,
-    fused_backward,
     state_bytes,
 )
+from leangpt.optim.backward import taken
 from leangpt.system.errors import UserError
 
 
@@ -108,7 +110,7 @@ def test_fused_backward_refuses_ddp_and_fsdp(wrap, monkeypatch):
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     else:
-        monkeypatch.setattr(fused_backward, "is_sharded", lambda p: True)
+        monkeypatch.setattr(taken, "is_sharded", lambda p: True)
     with pytest.raises(UserError, match="DDP and FSDP" if wrap == "ddp" else "FSDP"):
         build_optimizer(net, "adamsn8", fused_backward=True)
 
@@ -155,3 +157,31 @@ def test_bytes_of_weights_gradients_and_state():
         optimizer.step()
         optimizer.zero_grad()
         assert (weights + grads + state_bytes(optimizer)) / numbers <= limit
+
+
+@pytest.mark.parametrize("max_norm", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_that_is_not_finite_is_named(max_norm, bad, dtype):
+    net = small_net(dtype)
+    optimizer = build_optimizer(net, "adamsn8", fused_backward=True, grad_clip=max_norm)
+    x = torch.ones(2, 16, dtype=dtype)
+    for _ in range(2):
+        net(x).sum().backward()
+        optimizer.step()
+    net[0].bias.register_hook(lambda g: g.index_fill(0, torch.tensor([7]), bad))
+    net(x).sum().backward()
+    with pytest.raises(GradientNotFinite, match="the gradient of 0.bias is not finite after 3"):
+        optimizer.step()
+
+
+def test_a_late_answer_is_read_before_a_checkpoint():
+    """On CUDA step() does not wait; check_gradients does."""
+    net = small_net()
+    optimizer = build_optimizer(net, "adamsn8", fused_backward=True)
+    check_gradients(optimizer)
+    strategy = optimizer.strategy
+    strategy.unread = [net[0].weight, net[2].bias], torch.tensor([1.0, torch.inf]), None
+    with pytest.raises(GradientNotFinite, match="2.bias"):
+        check_gradients(optimizer)
+    check_gradients(optimizer)  # said once

@@ -253,3 +253,11 @@ def test_row_slices_of_large_matrices_change_nothing(bits, partition, monkeypatc
     else:  # momenta draw their noise slice by slice: alike up to a few roundings
         assert (whole - sliced).abs().max() < 0.06
         assert (whole - sliced).abs().mean() < 0.0005
+
+
+def test_a_nan_of_any_bits_stays_one():
+    """CUDA's has all bits set: what is added to round it must not carry it over to zero."""
+    nans = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001], dtype=torch.int32)
+    value = nans.view(torch.float32).repeat(100)
+    rounded = round_to_bfloat16(value, torch.Generator().manual_seed(0))
+    assert rounded.isnan().all()

@@ -19,7 +19,8 @@ if triton is not None:
     def round_bfloat16(x, word):
         """x rounded to one of its bfloat16 neighbours without bias; still float32."""
         bits = x.to(tl.uint32, bitcast=True) + (word & 0xFFFF)
-        return ((bits >> 16) << 16).to(tl.float32, bitcast=True)
+        rounded = ((bits >> 16) << 16).to(tl.float32, bitcast=True)
+        return tl.where(x == x, rounded, x)  # a nan whose bits are all set would become a zero
 
     @triton.jit
     def store_weight(param, at, mask, value, word, ROUND: tl.constexpr):

@@ -1,0 +1,131 @@
+"""Training in about three bytes a parameter: every weight updated, and its gradient freed, while
+the backward pass is still running.
+
+bfloat16 weights (2 bytes, rounded stochastically), an 8-bit momentum (1.06 bytes) and a second
+moment per row leave gradients as the largest transient. `fuse_into_backward` removes it: a hook on
+each parameter runs as soon as its gradient is complete (LOMO, arXiv 2306.09782, does so for SGD).
+No gradient ever meets another, so the norm of them all is known when the last has been used: each
+is scaled by what the norm of the step before asks for (`max_norm`), or each tensor's update is
+clipped (`update_clip`). What needs whole gradients is refused: accumulation over several backward
+passes (gradient_sums.py has it), DDP and FSDP (their reductions run after the hooks), GradScaler,
+closures.
+
+A gradient that is not finite has moved weights by the time anybody can know. It is found at the
+end of its step (on CUDA of the next one: nothing waits) or before a checkpoint is written.
+"""
+
+import torch
+
+from leangpt.optim.backward.taken import TakenGradients
+from leangpt.optim.base import MemoryOptimizer
+from leangpt.system.errors import UserError
+
+
+def fuse_into_backward(
+    optimizer: MemoryOptimizer, max_norm: float = 0.0, names: dict | None = None
+) -> MemoryOptimizer:
+    """Make `loss.backward()` update the parameters of one of the optimizers here.
+
+    Keep the usual loop: backward, then optimizer.step(), which now only ends the step, then
+    zero_grad. Set the learning rate before backward. Returns the optimizer.
+
+    max_norm: gradients are scaled by min(1, max_norm / norm), the norm being that of all gradients
+    of the step before (none, at the first step); 0: they are not. names: of parameters, {parameter:
+    name}, for messages.
+    Raises UserError for what cannot work (see above); optimizer.step() then raises
+    GradientNotFinite.
+    """
+    if not updates_inside_backward(optimizer):
+        optimizer.strategy = FusedBackward(optimizer, max_norm, names)
+    return optimizer
+
+
+def updates_inside_backward(optimizer: torch.optim.Optimizer) -> bool:
+    """Is every gradient applied and freed while backward still runs? Of any optimizer."""
+    return isinstance(getattr(optimizer, "strategy", None), FusedBackward)
+
+
+class FusedBackward(TakenGradients):
+    """Updates inside backward, and which parameters they moved since the last step()."""
+
+    option = "fused_backward"
+
+    def __init__(self, optimizer, max_norm, names=None):
+        super().__init__(optimizer, max_norm, names)
+        self.optimizer = optimizer
+        self.squares, self.scales = {}, {}  # by device: this step's sum; what scales gradients
+        self.sizes = {}  # parameter -> a number that is finite if its gradient was
+        self.unread = None  # those of the step before, on their way from the device
+
+    def take(self, optimizer, p, group):
+        """Use a gradient: clipped by the norm of the step before, for p's update."""
+        if p in self.sizes:
+            raise UserError(
+                "a second backward before optimizer.step(): gradients cannot be accumulated with "
+                "fused_backward; set gradient_accumulation_steps=1, or gradient_bits=8 instead"
+            )
+        if self.max_norm:
+            self.sizes[p] = self.clip(p.grad)
+        else:
+            self.sizes[p] = torch.linalg.vector_norm(p.grad, torch.inf)
+        optimizer.update_all([(p, group)])
+
+    def clip(self, grad):
+        """Count a gradient in this step's norm, and scale it by the last one's. Nothing waits.
+
+        Returns the square of its norm.
+        """
+        device = grad.device
+        square = torch.linalg.vector_norm(grad, dtype=torch.float32).square_()
+        self.squares[device] = self.squares[device] + square if device in self.squares else square
+        if self.norm is None:
+            return square
+        if device not in self.scales:
+            scale = (self.max_norm / (self.norm + 1e-6)).clamp_(max=1.0)
+            self.scales[device] = scale.to(device)
+        grad.mul_(self.scales[device])
+        return square
+
+    def step(self, optimizer, closure):
+        """What optimizer.step() does after a fused backward: check, and begin anew."""
+        self.refuse(optimizer, closure)
+        if self.squares:
+            first, *others = self.squares.values()
+            self.norm = sum((other.to(first.device) for other in others), first).sqrt()
+        self.squares, self.scales = {}, {}
+        self.check()  # of the step before, where that was not waited for
+        self.send()
+        if self.unread and self.unread[2] is None:  # they have arrived
+            self.check()
+
+    def send(self):
+        """Let the sizes of this step's gradients go to the host; nothing waits for them."""
+        sizes, self.sizes = self.sizes, {}
+        if not sizes:
+            return
+        first = next(iter(sizes.values())).device
+        numbers = torch.stack([size.to(first, torch.float32) for size in sizes.values()])
+        arrived = None
+        if numbers.is_cuda:
+            host = torch.empty(numbers.shape, pin_memory=True)
+            numbers = host.copy_(numbers, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(first))
+        self.unread = list(sizes), numbers, arrived
+
+    def check(self):
+        """Read what `send` has sent, if anything. Raises GradientNotFinite."""
+        if self.unread is None:
+            return
+        (params, numbers, arrived), self.unread = self.unread, None
+        if arrived is not None:
+            arrived.synchronize()
+        if not numbers.isfinite().all():
+            self.report(self.optimizer, [p for p, n in zip(params, numbers) if not n.isfinite()])
+
+    def state_dict(self):
+        """The norm that the next step is clipped by, where it is known."""
+        return {} if self.norm is None else {"gradient_norm": self.norm}
+
+    def load_state_dict(self, state_dict):
+        self.norm = state_dict.get("gradient_norm")
