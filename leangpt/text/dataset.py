@@ -68,11 +68,14 @@ class Dataset:
         mean over blocks is the split's loss. The last batch may have fewer rows, and fewer than
         T + 1 tokens at the very end are left out.
         """
-        tokens = self._long_enough(split, block_size)
-        blocks = (len(tokens) - 1) // block_size
+        tokens, blocks = self.split(split), self.block_count(split, block_size)
         for first in range(0, blocks, batch_size):
             starts = np.arange(first, min(first + batch_size, blocks))[:, None] * block_size
             yield to_device(tokens[starts + np.arange(block_size + 1)], device)
+
+    def block_count(self, split, block_size):
+        """Blocks of T tokens, and the one after each, that lie side by side in a split."""
+        return (len(self._long_enough(split, block_size)) - 1) // block_size
 
     def check_block_size(self, block_size):
         """Raise UserError where a split has no block of T tokens and the one after them."""

@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from leangpt.system.progress import progress
+
 TRAIN_SAMPLE = 50  # batches that estimate the training loss where eval_iters=0
 
 
@@ -25,6 +27,8 @@ def evaluate(model, dataset, settings, runtime, stopping, compiled=None):
     for split in ("train", "val"):
         sums, tokens = [torch.zeros((), device=runtime.device)], 0
         batches = evaluation_batches(dataset, split, settings, runtime.device)
+        count = batch_count(dataset, split, settings)
+        batches = progress(batches, f"evaluating {split}", count, shown=runtime.is_main)
         for index, (x, y) in enumerate(batches):
             if index % runtime.world_size == 0 and stopping():
                 model.train()
@@ -45,7 +49,7 @@ def evaluate(model, dataset, settings, runtime, stopping, compiled=None):
 
 def evaluation_batches(dataset, split, settings, device):
     """Pairs of x, y (b, T) int64 on the device: the whole split, or its fixed sample."""
-    if split == "val" and settings.eval_iters == 0:
+    if is_whole(split, settings):
         yield from dataset.full_split_batches(
             split, settings.block_size, settings.batch_size, device
         )
@@ -53,3 +57,15 @@ def evaluation_batches(dataset, split, settings, device):
     generator = torch.Generator().manual_seed(0)  # of no run: all runs see the same sample
     for _ in range(settings.eval_iters or TRAIN_SAMPLE):
         yield dataset.batch(split, settings.batch_size, settings.block_size, generator, device)
+
+
+def is_whole(split, settings):
+    """Is all of this split evaluated, not a sample?"""
+    return split == "val" and settings.eval_iters == 0
+
+
+def batch_count(dataset, split, settings):
+    """How many batches evaluation_batches yields."""
+    if is_whole(split, settings):
+        return -(-dataset.block_count(split, settings.block_size) // settings.batch_size)
+    return settings.eval_iters or TRAIN_SAMPLE
