@@ -97,7 +97,7 @@ def rewrite(text, results):
 
     def block(match):
         opening, name, closing = match.groups()
-        return f"{opening}{made('table', TABLES, name)}\n\n{closing}"
+        return f"{opening}{made('table', TABLES, name)}\n{closing}"
 
     def inline(match):
         opening, name, closing = match.groups()
