@@ -17,6 +17,7 @@ import torch
 from leangpt.system.errors import UserError
 from leangpt.system.reading import regular_file
 from leangpt.system.whole_files import written_whole
+from leangpt.training.plain_numbers import foreign_object, numbers_allowed
 from leangpt.weights.empty_model import allocate, shapes_of
 
 BEST, LAST = "ckpt.pt", "ckpt_last.pt"
@@ -85,7 +86,7 @@ def load_checkpoint(path, device="cpu", mmap=False):
 def _read(path, device, mmap):
     try:
         _check_sums(regular_file(path), tensors=not mmap)
-        with warnings.catch_warnings(action="ignore"):  # torch's, about files that fail below
+        with warnings.catch_warnings(action="ignore"), numbers_allowed():  # of what fails below
             checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(
@@ -94,6 +95,11 @@ def _read(path, device, mmap):
     except MemoryError:
         raise
     except Exception as error:  # a damaged file may fail in any way there is
+        if foreign := foreign_object(error):
+            raise UserError(
+                f"{path} holds an object of {foreign}, which could run code: only tensors and "
+                "plain values are read; save it again without"
+            ) from None
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"{path} is truncated or not a checkpoint ({reason})") from None
     missing = [key for key in REQUIRED if not isinstance(checkpoint, dict) or key not in checkpoint]

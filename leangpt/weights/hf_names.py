@@ -184,10 +184,20 @@ def config_from_hf(hf, where="config.json"):
 
 
 def _require(hf, where, **expected):
-    """UserError naming the first key of hf that is present with a value other than expected."""
+    """UserError naming the first key of hf that is present with a value other than expected.
+
+    null is a no where a yes or no is expected, and elsewhere as good as absent.
+    """
     for key, value in expected.items():
-        if hf.get(key, value) != value:
+        found = _yes(hf, key, value) if isinstance(value, bool) else hf.get(key)
+        if found is not None and found != value:
             raise UserError(f"{where}: {key}={hf[key]!r} is not supported, only {value!r}")
+
+
+def _yes(hf, key, default):
+    """hf[key], where null is a no."""
+    found = hf.get(key, default)
+    return False if found is None else found
 
 
 def _gpt2_config(hf, where):
@@ -217,7 +227,7 @@ def _gpt2_config(hf, where):
         norm="layernorm",
         norm_eps=_positive(hf, "layer_norm_epsilon", 1e-5, where),
         mlp=GPT2_ACTIVATIONS[activation],
-        tie_embeddings=hf.get("tie_word_embeddings", True),
+        tie_embeddings=_yes(hf, "tie_word_embeddings", True),
     )
 
 
@@ -248,6 +258,8 @@ def _llama_config(hf, where, apart, absent):
     )
     rope = {key: value for key, value in rope.items() if key != "rope_theta"}
     _require(rope, where, partial_rotary_factor=1.0)
+    if rope.get("rope_type", rope.get("type")) == "llama3":  # its one optional key
+        rope = {"original_max_position_embeddings": context} | rope
     try:
         scaling = None if check_scaling(rope) == "default" else rope
     except UserError as error:
@@ -274,7 +286,7 @@ def _llama_config(hf, where, apart, absent):
         norm="rmsnorm",
         norm_eps=_positive(hf, "rms_norm_eps", 1e-6, where),
         mlp="swiglu",
-        tie_embeddings=hf.get("tie_word_embeddings", False),
+        tie_embeddings=_yes(hf, "tie_word_embeddings", False),
     )
 
 

@@ -1,9 +1,12 @@
 import os
+import pathlib
 import pickle
 import random
 import resource
 import signal
+import zipfile
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -224,6 +227,44 @@ def test_prefixes_and_mask_buffers_of_other_programs_are_cleaned(tmp_path):
     save_checkpoint(tmp_path / BEST, checkpoint)
     loaded = load_checkpoint(tmp_path / BEST)
     assert list(loaded["model"]) == list(model.state_dict()) and loaded["best_val_loss"] == 2.5
+
+
+@pytest.mark.parametrize("core", ["numpy._core", "numpy.core"])
+def test_numpy_scalars_are_read_as_numbers(tmp_path, core):
+    """As forks of nanoGPT save them; older versions of NumPy call its inner package otherwise."""
+    path, values = tmp_path / BEST, [np.float64(0.1), np.float32(2.5), np.int64(-3), np.bool_(True)]
+    config = {str(i): value for i, value in enumerate(values)}
+    checkpoint = checkpoint_of(tiny_model()) | {"best_val_loss": np.float64(1.25), "config": config}
+    torch.save(checkpoint | {"iter_num": np.int64(7)}, path)
+    if core == "numpy.core":
+        rewrite(path, lambda content: content.replace(b"cnumpy._core.", b"cnumpy.core."))
+    loaded = load_checkpoint(path)
+    assert loaded["iter_num"] == 7 and loaded["best_val_loss"] == 1.25
+    assert [loaded["config"][key] for key in config] == [0.1, 2.5, -3, True]
+    assert [type(value) for value in loaded["config"].values()] == [float, float, int, bool]
+
+
+def rewrite(path, change):
+    """Replace the pickle inside a file of torch.save's."""
+    with zipfile.ZipFile(path) as old:
+        entries = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as new:
+        for name, content in entries.items():
+            new.writestr(name, change(content) if name.endswith("/data.pkl") else content)
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (np.zeros(2), "holds an object of numpy._core.multiarray._reconstruct, which could run"),
+        (pathlib.PurePosixPath("x"), "holds an object of pathlib.PurePosixPath"),
+        (np.complex64(1), "numpy value of type 'c8'"),
+    ],
+)
+def test_other_objects_are_refused_by_name(tmp_path, value, words):
+    torch.save(checkpoint_of(tiny_model()) | {"config": {"x": value}}, tmp_path / BEST)
+    with pytest.raises(UserError, match=words):
+        load_checkpoint(tmp_path / BEST)
 
 
 def nanogpt_optimizer(model):

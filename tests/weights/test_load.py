@@ -78,6 +78,22 @@ def test_llama_logits_equal_transformers(transformers, tmp_path, changes):
     assert_equal_logits(theirs_and_ours(model, tmp_path))
 
 
+def test_keys_that_transformers_fills_in(transformers, tmp_path):
+    """null for a no, and llama3 rope without its optional key: the length the model reads."""
+    torch.manual_seed(0)
+    rope = {key: LLAMA3_ROPE[key] for key in LLAMA3_ROPE if not key.startswith("original")}
+    config = transformers.LlamaConfig(**{**LLAMA, "rope_parameters": rope})
+    model = transformers.LlamaForCausalLM(config)
+    assert_equal_logits(theirs_and_ours(model, tmp_path))
+    hf = json.loads((tmp_path / "config.json").read_text())
+    del hf["rope_parameters"]["original_max_position_embeddings"]
+    hf |= dict(attention_bias=None, mlp_bias=None, tie_word_embeddings=None)
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    idx = torch.randint(67, (2, 40))
+    with torch.no_grad():
+        assert_equal_logits((model(idx).logits, load_pretrained(GPT, tmp_path)(idx)[0]))
+
+
 def test_scaling_changes_the_logits(transformers, tmp_path):
     # the rope tests above would pass on any scaling if it had no effect at these lengths
     torch.manual_seed(0)
