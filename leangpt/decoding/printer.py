@@ -2,34 +2,56 @@
 
 import sys
 
+REACH = 4  # tokens of context: what a decoder makes of one depends on its neighbours
+
 
 class Printer:
     """Prints a text as its tokens come, holding back a character until all its bytes are there.
 
-    tokenizer: has decode(list[int]) -> str. ids: the prompt, shown first if `show_prompt`.
+    What it has printed in the end is what decode makes of all tokens at once: of the prompt's and
+    the new ones with `show_prompt`, else of the new ones alone.
+    tokenizer: has decode(list[int]) -> str, and may have unsettled(int) -> bool, whether the text
+    of a token may change with the next one. ids: the prompt.
     """
 
     def __init__(self, tokenizer, stop_tokens, ids, show_prompt=True):
-        self.decode, self.stop_tokens, self.ids = tokenizer.decode, stop_tokens, list(ids)
-        self.since = self.done = len(ids)  # a few tokens of context, then what is not yet printed
-        if show_prompt:
-            self.show(self.decode(self.ids))
+        self.decode, self.stop_tokens = tokenizer.decode, stop_tokens
+        self.unsettled = getattr(tokenizer, "unsettled", lambda token: False)
+        self.ids, self.done = [], 0  # tokens, and how many of them are printed
+        self.shown, self.since = "", 0  # what is printed of the text from token `since` on
+        if show_prompt and ids:
+            self.ids = list(ids)
+            self.show_settled()
 
     def __call__(self, tokens):
         """generate's `stream`: the newest token of the only row."""
-        if tokens[0] in self.stop_tokens:
-            return
-        self.ids.append(tokens[0])
+        if tokens[0] not in self.stop_tokens:
+            self.ids.append(tokens[0])
+            self.show_settled()
+
+    def show_settled(self):
+        """Print what is new, unless its end may still change."""
         new = self.new_text()
-        if not new.endswith("\ufffd"):
+        if not new.endswith("\ufffd") and not self.unsettled(self.ids[-1]):
             self.show(new)
-            self.since, self.done = self.done, len(self.ids)
+            self.shown += new
+            self.done = len(self.ids)
+            self.forget()
+
+    def forget(self):
+        """Tokens long printed are not decoded again, as long as the rest reads alike without."""
+        since = self.done - REACH
+        if since - self.since >= REACH:
+            shorter = self.decode(self.ids[since:])
+            if shorter and self.shown.endswith(shorter):
+                self.since, self.shown = since, shorter
 
     def new_text(self):
-        before = self.decode(self.ids[self.since : self.done])
-        return self.decode(self.ids[self.since :])[len(before) :]
+        """What the tokens not yet printed add to those before."""
+        return self.decode(self.ids[self.since :])[len(self.shown) :]
 
     def show(self, text):
+        """Print without a line's end, at once."""
         sys.stdout.write(text)
         sys.stdout.flush()
 

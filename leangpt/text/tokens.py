@@ -4,11 +4,15 @@ Nothing here needs torch, so preparing data starts at once.
 """
 
 import os
+import re
 from pathlib import Path
 
 from leangpt.system.errors import UserError
 from leangpt.text.folder import GPT2_VOCAB_SIZE, read_meta
 from leangpt.text.sources import gpt2_encoding
+
+
+BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of SentencePiece
 
 
 class CharTokenizer:
@@ -133,6 +137,11 @@ class FileTokenizer:
 
     def decode(self, ids):
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def unsettled(self, token):
+        """Whether it is a byte that SentencePiece reads together with those that follow: what
+        several are is known when the last is there."""
+        return BYTE.fullmatch(self.tokenizer.id_to_token(token) or "") is not None
 
 
 def load_tokenizer(source):

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from leangpt.system.errors import UserError
+from leangpt.system.plain_numbers import foreign_object, numbers_allowed
 from leangpt.system.reading import regular_file
 from leangpt.system.whole_files import written_whole
-from leangpt.training.plain_numbers import foreign_object, numbers_allowed
 from leangpt.weights.empty_model import allocate, shapes_of
 
 BEST, LAST = "ckpt.pt", "ckpt_last.pt"

@@ -9,7 +9,7 @@ import re
 import numpy as np
 import torch
 
-FOREIGN = re.compile(r"Unsupported (?:global: GLOBAL|operand|class) ([\w.]+)")
+FOREIGN = re.compile(r"Unsupported (?:global: GLOBAL|class) ([\w.]+)")
 
 
 class _NumberType:
