@@ -22,6 +22,7 @@ from leangpt.decoding.printer import Printer, until_stop
 from leangpt.decoding.sampling import Sampler
 from leangpt.int4.calibration import quantize_gpt_
 from leangpt.int4.files import load_int4, save_int4
+from leangpt.int4.kept import read_or_round
 from leangpt.int4.quantize import int4_layers, storage_bits
 from leangpt.int4.tuning import quantize_and_tune_
 from leangpt.layers.int4_linear import GROUP_SIZES
@@ -100,10 +101,9 @@ def main(argv=None):
             f"the prompt has {len(ids)} tokens, the model reads at most "
             f"block_size={model.config.block_size}: shorten it"
         )
-    model.to(runtime.device)
     if settings.int4:
-        quantise(loaded, settings)
-    model.to(dtype)
+        model = quantise(loaded, settings, runtime.device)
+    model.to(runtime.device, dtype)
     parameters = sum(p.numel() for p in model.parameters()) + sum(
         layer.in_features * layer.out_features for layer in int4_layers(model).values()
     )
@@ -161,6 +161,7 @@ class Loaded:
 
     model: GPT  # on the CPU
     text: ModelText
+    source: str | Path  # the file or folder that the model came from, or a hub id
     pretrained: str | None = None  # the name of a published model
     dataset: dict | None = None  # meta.json of the data set that the model was trained on
 
@@ -174,23 +175,24 @@ def load(settings, dtype):
     source = settings.init_from
     if source == "resume":
         path = Path(settings.out_dir) / "ckpt.pt"
-        checkpoint = load_checkpoint(path if path.exists() else checkpoint_to_resume(path.parent))
+        path = path if path.exists() else checkpoint_to_resume(path.parent)
+        checkpoint = load_checkpoint(path)
         dataset = checkpoint.get("dataset")
         if dataset is None:  # nanoGPT's own checkpoints name the data set only
             name = checkpoint.get("config", {}).get("dataset")
             folder = {"folder": str(Path(settings.data_dir) / name)} if name else None
             dataset = folder or {"tokenizer": "gpt2"}
         model = model_from_checkpoint(GPT, checkpoint).eval()
-        return Loaded(model, text_of(dataset=dataset), dataset=dataset)
+        return Loaded(model, text_of(dataset=dataset), path, dataset=dataset)
     if source.endswith(".safetensors"):
         if settings.int4:
             raise UserError(f"{source} is in 4 bits already; leave out int4")
         model, notes = load_int4(GPT, source, dtype=dtype)
         pretrained, dataset = notes.get("init_from"), notes.get("dataset", {})
-        return Loaded(model, text_of(pretrained, dataset), pretrained, dataset)
+        return Loaded(model, text_of(pretrained, dataset), source, pretrained, dataset)
     exact = torch.float32 if settings.int4 else dtype  # round once, from the best there is
     model = GPT.from_pretrained(source, dtype=exact)
-    return Loaded(model, text_of(source), pretrained=source)
+    return Loaded(model, text_of(source), source, pretrained=source)
 
 
 def text_of(pretrained=None, dataset=None):
@@ -211,10 +213,13 @@ def set_policy(model, policy):
     model.config.attention_policy = policy
 
 
-def quantise(loaded, settings):
-    """Pack the model in 4 bits, rounded on a text of its own; save it if asked to."""
-    model, began = loaded.model, time.perf_counter()
-    if settings.int4_tune:
+def quantise(loaded, settings, device):
+    """The model packed in 4 bits, on the device: as it was kept beside the exact one, or rounded on
+    a text of its own. Saved once more if asked to."""
+
+    def round_(model):
+        if not settings.int4_tune:
+            return quantize_gpt_(model, settings.group_size)
         before, after = quantize_and_tune_(
             model, settings.group_size, settings.int4_tune, report=say_tuning
         )
@@ -222,14 +227,21 @@ def quantise(loaded, settings):
             f"fitted: {before:.5f} nats a token from the exact model before, {after:.5f} after"
             + ("" if after < before else "; left as rounded, more steps are needed")
         )
-    else:
-        quantize_gpt_(model, settings.group_size)
-    seconds = time.perf_counter() - began
-    print(f"rounded to {storage_bits(model):.3g} bits per weight in {seconds:.1f} s")
+
+    loaded.model = read_or_round(
+        loaded.model,
+        loaded.source,
+        round_,
+        settings.group_size,
+        settings.int4_tune,
+        loaded.notes(),
+        device,
+    )
     if settings.save_int4:
-        save_int4(model, settings.save_int4, loaded.notes())
+        save_int4(loaded.model, settings.save_int4, loaded.notes())
         size = Path(settings.save_int4).stat().st_size
         print(f"saved {settings.save_int4} ({size / 1e6:.1f} MB); next time give it as init_from")
+    return loaded.model
 
 
 def say_tuning(step, steps, divergence):
@@ -246,7 +258,7 @@ def write(model, text, ids, settings, runtime):
     """Print num_samples continuations of ids, then how fast they came."""
     generator = torch.Generator(runtime.device).manual_seed(settings.seed)
     at_once = 1 if settings.stream else settings.num_samples
-    steps, seconds = 0, 0.0
+    steps, seconds, warm_ups = 0, 0.0, []
     for _ in range(0, settings.num_samples, at_once):
         idx = torch.tensor([ids] * at_once, device=runtime.device)
         printer = None
@@ -267,9 +279,10 @@ def write(model, text, ids, settings, runtime):
             printer,
             slide=settings.slide,
             vocab_size=text.sampled,
+            warmed=warm_ups.append,
         )
         runtime.synchronize()
-        seconds += time.perf_counter() - began
+        seconds += time.perf_counter() - began - warm_ups[-1]
         rows = [until_stop(row, len(ids), text.stop_tokens) for row in out.tolist()]
         steps += max(len(row) for row in rows) - len(ids)
         for row in rows:
@@ -283,8 +296,9 @@ def write(model, text, ids, settings, runtime):
     read = (weights + at_once * cache) * steps / seconds
     print(
         f"{steps * at_once / seconds:,.1f} tokens/s, prompts included "
-        f"({at_once} at once, {seconds:.2f} s); a step reads {weights / 1e6:,.1f} MB of weights "
-        f"and {at_once * cache / 1e6:,.1f} MB of cache: {read / 1e9:,.1f} GB/s"
+        f"({at_once} at once, {seconds:.2f} s after {sum(warm_ups):.2f} s of warming up); a step "
+        f"reads {weights / 1e6:,.1f} MB of weights and {at_once * cache / 1e6:,.1f} MB of cache: "
+        f"{read / 1e9:,.1f} GB/s"
     )
 
 

@@ -15,6 +15,7 @@ block_size + 1 - slide tokens and prefilled anew, each `slide` tokens. slide=1 i
 slide=block_size/4 costs little and sees at least three quarters of that.
 """
 
+import time
 from collections.abc import Callable, Iterable
 
 import torch
@@ -41,6 +42,7 @@ def generate(
     lengths: torch.Tensor | None = None,
     slide: int = 1,
     vocab_size: int | None = None,
+    warmed: Callable[[float], None] | None = None,
 ) -> torch.Tensor:
     """Continue the prompts idx (B, T) int64 -> (B, T + max_new_tokens) int64.
 
@@ -49,6 +51,8 @@ def generate(
     each step's B tokens. slide: see the top of the file.
     lengths (B,): real tokens of each prompt where they are unequal, padded on the right; row b of
     the result has lengths[b] + max_new_tokens tokens, then zeros.
+    warmed(seconds): what only a first time takes, as building kernels, is done before anything is
+    written, and told; by default it is part of the writing.
     Raises UserError for an empty prompt, one longer than block_size, a setting out of range, and
     where the model's logits turn out NaN or infinite.
     """
@@ -71,7 +75,12 @@ def generate(
             if max_new_tokens * max(1, cache.slot_count / 4096) < KERNELS_FROM:
                 cache.kernel = None  # PyTorch's own do as well, and are there
             rows = TokenRows(idx, lengths, max_new_tokens, stop_tokens)
-            write(DecodeLoop(model, cache, sampler, rows), max_new_tokens, stream, slide)
+            loop = DecodeLoop(model, cache, sampler, rows)
+            if warmed is not None:
+                began = time.perf_counter()
+                loop.warm_up(idx, lengths)
+                warmed(time.perf_counter() - began)
+            write(loop, max_new_tokens, stream, slide)
         return rows.tokens.clone()  # an ordinary tensor, fit for training on
     finally:
         model.train(training)

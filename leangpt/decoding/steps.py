@@ -13,6 +13,7 @@ from leangpt.decoding import step_cpu, step_triton
 from leangpt.system.errors import UserError
 
 CHECK = 32  # tokens between looks at the device
+WARM_UP, WARM_UP_CUDA = 16, 4096  # tokens of a prompt that are read to warm up
 
 
 class TokenRows:
@@ -102,6 +103,27 @@ class DecodeLoop:
         """Read idx (B, T) into the empty cache, and add the tokens that follow."""
         self.rows.add(*self.sampler(self.model.prefill(idx, self.cache, lengths)))
 
+    def warm_up(self, idx, lengths=None):
+        """Read the prompts' first tokens and take one step, then forget both.
+
+        What only the first time takes is over then: kernels are built or compiled, libraries
+        loaded, and on CUDA the step is captured.
+        """
+        rows, generator = self.rows, self.generator()
+        state = [rows.tokens, rows.token, rows.ends, rows.stopped, rows.evidence]
+        before, length = [tensor.clone() for tensor in state], rows.length
+        random = generator.get_state()
+        some = WARM_UP_CUDA if self.captured else WARM_UP
+        self.prefill(idx[:, :some], None if lengths is None else lengths.clamp(max=some))
+        if rows.length < rows.tokens.size(1) and self.cache.length < self.cache.max_length:
+            self.next()
+        rows.check_finite()  # waits for the device
+        for tensor, old in zip(state, before):
+            tensor.copy_(old)
+        rows.length = length
+        self.cache.reset()
+        generator.set_state(random)
+
     def next(self):
         """Decode the newest tokens and add the ones that follow."""
         if not self.captured:
@@ -111,6 +133,14 @@ class DecodeLoop:
         self.graph.replay()
         self.cache.length += 1  # what the graph cannot do: the host's counts
         self.rows.length += 1
+
+    def generator(self):
+        """What the sampler draws from."""
+        if self.sampler.generator is not None:
+            return self.sampler.generator
+        if self.captured:
+            return torch.cuda.default_generators[self.rows.token.device.index or 0]
+        return torch.default_generator
 
     def step(self):
         logits = self.decode(self.rows.token, self.cache)
@@ -125,9 +155,7 @@ class DecodeLoop:
         state = [cache.positions, rows.token, rows.ends, rows.stopped, rows.evidence]
         before = [tensor.clone() for tensor in state]
         counts = cache.length, rows.length
-        generator = self.sampler.generator
-        if generator is None:
-            generator = torch.cuda.default_generators[rows.token.device.index or 0]
+        generator = self.generator()
         random = generator.get_state()
 
         def restore():

@@ -14,13 +14,15 @@ Least squares lowers |w - w'|^2 without GPTQ too, and yet raised the loss (by 0.
 on the character model): it shrinks the weights a little, and nothing then makes up for that.
 """
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
 from torch.nn import functional as F
 
-from leangpt.int4 import rounding_cpu
+from leangpt.int4 import rounding_cpu, rounding_triton
 from leangpt.int4.rounding_cpu import LANES
+from leangpt.system import triton
 
 SHRINK = (1.0, 0.92, 0.84, 0.76, 0.68)  # clipping ranges tried, as parts of the full one
 REFITS = 2  # least-squares rounds for each
@@ -89,6 +91,18 @@ def _codes(x, scale, zero):
     return ((x - zero) / scale).round_().clamp_(-8, 7)
 
 
+@contextmanager
+def exact_products():
+    """float32 products in float32, though a run allows CUDA TF32: rounding adds up their errors."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@exact_products()
 def round_to_inputs(weight, group_size, inputs):
     """As fit_groups, for a layer whose typical inputs are inputs (..., K)."""
     N, K = weight.shape
@@ -114,7 +128,9 @@ def round_to_inputs(weight, group_size, inputs):
 
 
 def steps_for(device):
-    """fit, compensate and descend, each for one group of inputs: in C where that can be."""
+    """fit, compensate and descend, each for one group of inputs: by kernels where that can be."""
+    if device.type == "cuda" and triton.AVAILABLE:
+        return rounding_triton
     return rounding_cpu if device.type == "cpu" and rounding_cpu.library() else PLAIN
 
 

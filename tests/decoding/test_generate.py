@@ -1,8 +1,11 @@
 """Generation: the text is the one a plain loop over full forwards would write."""
 
+import time
+
 import pytest
 import torch
 
+from leangpt.decoding import steps
 from leangpt.decoding.generate import generate
 from leangpt.decoding.sampling import sample_token
 from leangpt.decoding.steps import DecodeLoop
@@ -53,6 +56,53 @@ def test_relative_positions_up_to_block_size_and_beyond(position):
     got = generate(model, prompt(), 40, temperature=0)
     assert torch.equal(got[:, :24], recompute_all(model, prompt(), 19, greedy))
     assert got.shape == (2, 45)
+
+
+@pytest.mark.parametrize("lengths", [None, torch.tensor([5, 3])])
+@pytest.mark.parametrize("count", [1, 2, 40])
+@pytest.mark.parametrize("kv_bits", [None, 8])
+@pytest.mark.parametrize("policy,n_kv_head", POLICIES)
+def test_warming_up_leaves_no_trace(policy, n_kv_head, kv_bits, count, lengths, monkeypatch):
+    model, generator, seconds, streamed = make(policy, n_kv_head), torch.Generator(), [], []
+
+    def text(**options):
+        generator.manual_seed(11)
+        return generate(
+            model, prompt(), count, generator=generator, kv_bits=kv_bits, lengths=lengths, **options
+        )
+
+    want, state = text(), generator.get_state()
+    warm = text(warmed=seconds.append, stream=streamed.append)
+    assert torch.equal(warm, want) and torch.equal(generator.get_state(), state)
+    assert len(seconds) == 1 and len(streamed) == count
+    monkeypatch.setattr(steps, "WARM_UP", 3)  # less than the whole prompt
+    assert torch.equal(text(warmed=seconds.append), want)
+    want = generate(model, prompt(), count, temperature=0)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert torch.equal(generate(model, prompt(), count, 0, warmed=seconds.append), want)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_only_a_first_time_takes_is_over_before_the_writing(monkeypatch):
+    """As with kernels that compile: here the first step takes a second."""
+    original, calls = DecodeLoop.step, []
+
+    def slow_at_first(self):
+        if not calls:
+            time.sleep(1.0)
+        calls.append(time.perf_counter())
+        original(self)
+
+    monkeypatch.setattr(DecodeLoop, "step", slow_at_first)
+    told = []
+
+    def warmed(seconds):
+        told.extend([seconds, time.perf_counter()])
+
+    generate(make(), prompt(), 20, warmed=warmed)
+    seconds, when = told
+    assert seconds >= 1.0 and calls[0] < when < calls[1]
 
 
 def test_sampled_text_is_the_plain_loops():

@@ -6,9 +6,10 @@ import pytest
 import torch
 from int4_models import linear, relative
 
-from leangpt.int4 import rounding, rounding_cpu
+from leangpt.int4 import rounding, rounding_cpu, rounding_triton
 from leangpt.int4.rounding import fit_groups, round_to_inputs
 from leangpt.layers import int4_layouts
+from leangpt.system.triton import AVAILABLE, INTERPRETED
 
 
 def minmax(weight, group_size):
@@ -56,20 +57,47 @@ def test_weights_on_a_grid_stay_there():
     assert relative(x @ back(round_to_inputs(weight, 32, x)).T, x @ weight.T) < 3e-3
 
 
-@pytest.mark.skipif(rounding_cpu.library() is None, reason="no C compiler")
+STEPS = {
+    "c": pytest.param(
+        rounding_cpu,
+        "cpu",
+        marks=pytest.mark.skipif(rounding_cpu.library() is None, reason="no C compiler"),
+    ),
+    "triton": pytest.param(
+        rounding_triton,
+        "cpu" if INTERPRETED else "cuda",
+        marks=pytest.mark.skipif(
+            not AVAILABLE, reason="needs CUDA, or Triton and TRITON_INTERPRET=1"
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("steps, device", STEPS.values(), ids=STEPS)
 @pytest.mark.parametrize("rows,inputs,group_size", [(70, 96, 32), (33, 128, 64), (16, 256, 128)])
-def test_rounding_in_c_equals_pytorchs(rows, inputs, group_size, monkeypatch):
+def test_kernels_equal_pytorchs_steps(rows, inputs, group_size, steps, device, monkeypatch):
     weight = linear(rows, inputs).weight.detach()
     weight[3] = 0.25  # all alike: no slope to fit
     x = torch.randn(600, inputs) @ torch.randn(inputs, inputs) + torch.randn(600, inputs)
-    in_c = round_to_inputs(weight, group_size, x)
-    monkeypatch.setattr(rounding_cpu, "library", lambda: None)
+    weight, x = weight.to(device), x.to(device)
+    monkeypatch.setattr(rounding, "steps_for", lambda device: steps)
+    by_kernels = round_to_inputs(weight, group_size, x)
+    monkeypatch.setattr(rounding, "steps_for", lambda device: rounding.PLAIN)
     plain = round_to_inputs(weight, group_size, x)
-    for found, want in zip(in_c, plain):  # but for codes that were as near to two values
+    for found, want in zip(by_kernels, plain):  # but for codes that were as near to two values
         assert found.shape == want.shape and found.dtype == want.dtype
         assert (found == want).float().mean() > 0.995
-    errors = [((back(rounded) - weight) @ x.T).norm().item() for rounded in (in_c, plain)]
+    errors = [((back(rounded) - weight) @ x.T).norm().item() for rounded in (by_kernels, plain)]
     assert errors[0] == pytest.approx(errors[1], rel=1e-3)
+
+
+def test_rounding_leaves_the_precision_of_products_alone():
+    torch.set_float32_matmul_precision("high")
+    try:
+        round_to_inputs(linear(16, 64).weight.detach(), 32, torch.randn(100, 64))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_each_sweep_lowers_the_error(monkeypatch):
