@@ -98,7 +98,7 @@ def compiler_for(march, folder):
     script.write_text(
         "#!/usr/bin/env python3\nimport os, sys\n"
         f"words = [w.replace('-march=native', '-march={march}') for w in sys.argv[1:]]\n"
-        f"os.execv({real!r}, ['cc', *words])\n"
+        f"os.execv({real!r}, [{real!r}, *words])\n"
     )
     script.chmod(0o755)
 
