@@ -23,7 +23,8 @@ from leangpt.decoding.sampling import Sampler
 from leangpt.int4.calibration import quantize_gpt_
 from leangpt.int4.files import load_int4, save_int4
 from leangpt.int4.kept import read_or_round
-from leangpt.int4.quantize import int4_layers, storage_bits
+from leangpt.int4.quantize import int4_layers, linears_of, storage_bits
+from leangpt.int4.stored import STORED_GROUP, take_stored_
 from leangpt.int4.tuning import quantize_and_tune_
 from leangpt.layers.int4_linear import GROUP_SIZES
 from leangpt.system.errors import UserError, exit_cleanly
@@ -33,6 +34,7 @@ from leangpt.text.text_files import write_text_files
 from leangpt.training.checkpoint import checkpoint_to_resume, load_checkpoint, model_from_checkpoint
 from leangpt.weights.chat_text import load_pretrained_text
 from leangpt.weights.export import export_pretrained
+from leangpt.weights.find import find_pretrained
 from model import GPT
 
 RULE = "-" * 15  # between samples, as nanoGPT prints it
@@ -219,7 +221,12 @@ def quantise(loaded, settings, device):
 
     def round_(model):
         if not settings.int4_tune:
-            return quantize_gpt_(model, settings.group_size)
+            if loaded.pretrained and settings.group_size == STORED_GROUP:
+                if taken := take_stored_(model, find_pretrained(loaded.pretrained)):
+                    print(f"{len(taken)} layers keep the 4-bit codes of {loaded.pretrained}")
+            if linears_of(model, settings.group_size):
+                quantize_gpt_(model, settings.group_size)
+            return
         before, after = quantize_and_tune_(
             model, settings.group_size, settings.int4_tune, report=say_tuning
         )

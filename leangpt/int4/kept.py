@@ -19,7 +19,7 @@ from leangpt.system.cache import cache_folder
 from leangpt.system.errors import UserError
 from leangpt.system.lock import FolderLock
 
-ROUNDING = 1  # another number here, and all that was kept is rounded again
+ROUNDING = 2  # another number here, and all that was kept is rounded again
 FOLDER = "int4"
 
 

@@ -16,18 +16,24 @@ import torch
 from leangpt.int4.quantize import gather_, swap_
 from leangpt.layers.int4_layouts import pack
 from leangpt.layers.int4_linear import Int4Linear
+from leangpt.weights.find import open_weights
+from leangpt.weights.gguf import GGUFWeights
 from leangpt.weights.load import halves_apart
 
-GROUP = 32  # weights that share a scale, in these formats
+STORED_GROUP = 32  # weights that share a scale, in these formats
 FLOATS = {"Q4_0": 1, "Q4_1": 2}  # float16 numbers at the head of a block
 
 
-def take_stored_(model, weights):
-    """Replace in `model` each linear layer that `weights` holds in 4 bits, in place -> their names.
+def take_stored_(model, path):
+    """Put a GGUF file's own 4-bit codes in the place of linear layers of `model` -> their names.
 
-    model: a GPT that was filled from `weights` (weights.gguf.GGUFWeights), whose other layers stay
-    as they are. A layer of ours that several tensors fill is taken where all of them are in 4 bits.
+    model: a GPT that was filled from `path` (a file, or a folder as weights.find has it: none is
+    replaced where that holds no GGUF file); other layers stay as they are. A layer of ours that
+    several tensors fill is taken where all of them are in 4 bits.
     """
+    weights = open_weights(path)
+    if not isinstance(weights, GGUFWeights):
+        return []
     layers, tied = {}, model.config.tie_embeddings
     for piece in weights.pieces(model.config):
         name, _, kind = piece.ours.rpartition(".")
@@ -55,11 +61,11 @@ def stored_layer(linear, pieces, weights):
         codes.append(parts[0])
         scale_zero.append(parts[1].unflatten(1, (-1, 2)) if parts[1].ndim == 2 else parts[1])
     N, K = linear.weight.shape
-    layer = Int4Linear(K, N, group_size=GROUP)
+    layer = Int4Linear(K, N, group_size=STORED_GROUP)
     scale_zero = torch.cat(scale_zero).transpose(0, 1).contiguous()
     layer.store(pack(torch.cat(codes)), scale_zero)
     layer.bias = linear.bias
-    return layer
+    return layer.to(linear.weight.device)
 
 
 def read_blocks(data, kind):
@@ -68,7 +74,7 @@ def read_blocks(data, kind):
     data: (N, bytes of a row) uint8, as gguf maps it; kind: a name of FLOATS.
     """
     head = 2 * FLOATS[kind]
-    blocks = np.ascontiguousarray(data).reshape(len(data), -1, head + GROUP // 2)
+    blocks = np.ascontiguousarray(data).reshape(len(data), -1, head + STORED_GROUP // 2)
     numbers = torch.from_numpy(blocks[..., :head].copy().view(np.float16)).float()
     both = torch.from_numpy(blocks[..., head:].copy())  # (N, K/32, 16)
     codes = torch.cat([both & 15, both >> 4], dim=-1).flatten(1)

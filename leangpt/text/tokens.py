@@ -11,7 +11,6 @@ from leangpt.system.errors import UserError
 from leangpt.text.folder import GPT2_VOCAB_SIZE, read_meta
 from leangpt.text.sources import gpt2_encoding
 
-
 BYTE = re.compile("<0x[0-9A-F]{2}>")  # a token of SentencePiece
 
 

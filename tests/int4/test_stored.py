@@ -5,9 +5,12 @@ import pytest
 import torch
 from torch import nn
 
+import sample
 from leangpt.int4.quantize import int4_layers
 from leangpt.int4.stored import read_blocks, take_stored_
-from leangpt.weights.gguf import GGUFWeights
+from leangpt.text.model_text import ModelText
+from leangpt.text.tokens import CharTokenizer
+from leangpt.weights.export import export_pretrained
 from leangpt.weights.load import load_pretrained
 from model import GPT
 
@@ -67,7 +70,7 @@ def test_codes_and_scales_of_blocks(kind):
 def test_layers_are_the_files_own(tmp_path):
     path = write_llama(tmp_path / "tiny.gguf", {"attn_v": "Q4_0"})
     exact, model = load_pretrained(GPT, path), load_pretrained(GPT, path)
-    taken = take_stored_(model, GGUFWeights(path))
+    taken = take_stored_(model, path)
     block = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert set(taken) == {"lm_head", *(f"transformer.h.0.{name}" for name in block)}
     for name, layer in int4_layers(model).items():  # q and k in our order of rows
@@ -83,10 +86,29 @@ def test_layers_are_the_files_own(tmp_path):
 def test_what_is_not_wholly_in_4_bits_stays(tmp_path):
     path = write_llama(tmp_path / "tiny.gguf", {"attn_v": "Q8_0", "token_embd": "Q8_0"})
     model = load_pretrained(GPT, path)
-    taken = take_stored_(model, GGUFWeights(path))
+    taken = take_stored_(model, path)
     assert taken == list(int4_layers(model))
     assert taken == [
         f"transformer.h.0.{name}" for name in ("attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     ]
     for name in ("transformer.h.0.attn.c_attn", "lm_head"):  # v and the embedding are in 8 bits
         assert isinstance(model.get_submodule(name), nn.Linear)
+
+
+def test_other_files_have_none(tmp_path):
+    path = write_llama(tmp_path / "tiny.gguf", {})
+    model = load_pretrained(GPT, path)
+    export_pretrained(model, tmp_path / "hf")
+    assert take_stored_(model, tmp_path / "hf") == []
+
+
+def test_sampling_in_4_bits_keeps_them(tmp_path, monkeypatch, capsys):
+    """Nothing is left to be rounded, so no text is written to round on."""
+    path = write_llama(tmp_path / "tiny.gguf", {})
+    text = ModelText(CharTokenizer("".join(map(chr, range(65, 65 + V)))))
+    monkeypatch.setattr(sample, "text_of", lambda *_: text)
+    monkeypatch.setattr(sample, "quantize_gpt_", None)
+    flags = [f"--init_from={path}", "--start=AB", "--max_new_tokens=4", "--device=cpu"]
+    for said in ("5 layers keep the 4-bit codes", "rounded earlier"):
+        sample.main([*flags, "--int4=True", "--num_samples=1"])
+        assert said in capsys.readouterr().out
