@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from contextlib import closing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -222,9 +222,22 @@ def build_model(settings, given, dataset, checkpoint=None):
         model = model_from_checkpoint(GPT, checkpoint, **free)
     else:
         model = GPT.from_pretrained(settings.init_from, **free)
-    if "block_size" in given and settings.block_size < model.config.block_size:
-        model.crop_block_size(settings.block_size)
+    if "block_size" in given:
+        fit_context(model, settings.block_size)
     return model.to(DTYPES[settings.param_dtype])
+
+
+def fit_context(model, block_size):
+    """Make a model that was not made for this run take sequences of block_size tokens.
+
+    A table of learned positions is cropped. Relative positions reach as far as they are asked to,
+    and a model that trains on less than its context keeps it. Raises UserError past a window.
+    """
+    learned, more = model.config.position == "learned", block_size - model.config.block_size
+    if learned and more < 0:
+        model.crop_block_size(block_size)
+    elif not learned and more > 0:
+        model.config.block_size = replace(model.config, block_size=block_size).block_size
 
 
 class Trainer:
@@ -237,7 +250,7 @@ class Trainer:
         self.dataset = load_dataset(settings.dataset, settings.data_dir)
         self.raw_model = build_model(settings, given, self.dataset, checkpoint)
         self.settings = settings = adopt_model_args(settings, given, self.raw_model)
-        check_dataset(self.dataset, self.raw_model, checkpoint)
+        check_dataset(self.dataset, self.raw_model, settings.block_size, checkpoint)
         self.one_pass = one_pass(settings, self.dataset)
         self.raw_model.to(runtime.device).train()
         self.optimizer = make_optimizer(settings, self.raw_model, runtime)
@@ -315,14 +328,14 @@ class Trainer:
         """
         settings, runtime, scaler = self.settings, self.runtime, self.scaler
         runtime.seed(iteration_seed(settings.seed, self.iteration, 1 + runtime.rank))
-        total, share = 0.0, self.share
+        total = 0.0
         batches = iteration_batches(self.dataset, settings, runtime, self.iteration, self.one_pass)
-        for index, (x, y) in enumerate(batches):
+        for index, (x, y, divisor) in enumerate(batches):
             tick()
             if runtime.world_size > 1:  # gradients are averaged once, after the last one
-                self.parallel.require_backward_grad_sync = index == share.count - 1
+                self.parallel.require_backward_grad_sync = index == self.share.count - 1
             with runtime.autocast():
-                loss = self.parallel(x, y)[1] / share.divisor
+                loss = self.parallel(x, y)[1] / divisor
             scaler.scale(loss).backward()
             total = total + loss.detach()
         freed = frees_gradients(self.optimizer)  # and clipped, as far as they can be

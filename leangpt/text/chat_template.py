@@ -1,9 +1,9 @@
 """A chat template filled in, in a process of its own: its author is a stranger.
 
-Run as a program it reads {"template", "values"} as JSON from stdin and writes {"text"} or {"error"}
-to stdout. Jinja's sandbox keeps a template from reaching anything, not from running for ever: a few
-nested loops or doublings are enough. So the process has SECONDS of the processor and MEMORY, and
-ends when they are spent.
+Run as a program it reads {"template", "values"} as JSON from stdin, values being a list of dicts,
+and writes {"texts"} or {"error"} to stdout. Jinja's sandbox keeps a template from reaching things,
+not from running for ever: a few nested loops or doublings are enough. So the process has SECONDS of
+the processor and MEMORY, and ends when they are spent.
 """
 
 import json
@@ -20,6 +20,11 @@ LONGEST = 2**24  # characters of text
 
 def render_alone(template: str, values: dict) -> str:
     """render in another process. Raises ValueError with one line for whatever goes wrong there."""
+    return render_several(template, [values])[0]
+
+
+def render_several(template: str, values: list[dict]) -> list[str]:
+    """render_alone of each of `values`, all in one process, which has no more time for it."""
     asked = json.dumps({"template": template, "values": values})
     try:
         done = subprocess.run(
@@ -39,7 +44,7 @@ def render_alone(template: str, values: dict) -> str:
     answer = json.loads(done.stdout)
     if "error" in answer:
         raise ValueError(answer["error"])
-    return answer["text"]
+    return answer["texts"]
 
 
 def render(template: str, values: dict) -> str:
@@ -125,17 +130,18 @@ def limit_this_process():
 
 
 def main():
-    """This file run as a program: {"template", "values"} on stdin -> {"text"} or {"error"}."""
+    """This file run as a program: {"template", "values"} on stdin -> {"texts"} or {"error"}."""
     import jinja2.ext  # noqa: F401  before the limits
     import jinja2.sandbox  # noqa: F401
 
     asked = json.loads(sys.stdin.buffer.read())
     limit_this_process()
     try:
-        text = render(asked["template"], asked["values"])
-        if len(text) > LONGEST:
-            raise ValueError(f"it makes {len(text):,} characters of a message")
-        answer = {"text": text}
+        texts = [render(asked["template"], values) for values in asked["values"]]
+        length = sum(map(len, texts))
+        if length > LONGEST:
+            raise ValueError(f"it makes {length:,} characters of a message")
+        answer = {"texts": texts}
     except Exception as error:  # a stranger's program: it may fail in any way there is
         answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
     sys.stdout.write(json.dumps(answer))

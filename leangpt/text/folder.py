@@ -1,8 +1,10 @@
 """The folder of a prepared dataset: its files, what they say of themselves, how they come to be.
 
-    train.bin, val.bin   token ids, raw uint16 (nanoGPT's format)
-    meta.json            tokenizer ("char" | "gpt2" | "file"), vocab_size, source, counts, and the
-                         size and sha256 of each .bin file
+    train.bin, val.bin   token ids, raw uint16 (nanoGPT's format), or uint32 as meta.json's "dtype"
+    meta.json            tokenizer ("char" | "gpt2" | "file" | "model"), vocab_size, source, counts,
+                         and the size and sha256 of each .bin file; "row_tokens" where they are rows
+                         of so many tokens that belong to nothing else (chat_rows.py)
+    tokenizer.json, ...  with "model": that model's text files (text_files.py)
     meta.pkl             nanoGPT's own character vocabulary, for its readers
     INCOMPLETE           only while files change, or after that was interrupted: no reader goes on
 
@@ -19,10 +21,12 @@ import numpy as np
 from leangpt.system.errors import UserError, refused
 from leangpt.system.lock import FolderLock
 from leangpt.system.whole_files import write_whole
-from leangpt.text.integrity import digest_and_largest
+from leangpt.text.integrity import TYPES, digest_and_largest
+from leangpt.text.text_files import read_text_files, write_text_files
 
 GPT2_VOCAB_SIZE = 50257
-MAX_VOCAB_SIZE = 65535  # .bin files are uint16
+MAX_VOCAB_SIZE = {"uint16": 65535, "uint32": 2**31 - 1}  # by the type of .bin files
+TOKEN_BYTES = {"uint16": 2, "uint32": 4}
 SPLITS = ("train", "val")
 MARK = "INCOMPLETE"
 MARK_TEXT = "A prepare script was changing this folder. If none runs, run it again.\n"
@@ -51,8 +55,18 @@ def read_meta(directory):
             "vocab_size": GPT2_VOCAB_SIZE,
             "source": "no meta file: taken to be GPT-2 BPE tokens",
         }
-    check_vocab_size(meta["vocab_size"])
+    dtype = token_type(meta)
+    if dtype not in TYPES:
+        raise UserError(f"{directory}: tokens are uint16 or uint32, not {dtype!r}")
+    check_vocab_size(meta["vocab_size"], dtype)
+    if meta["tokenizer"] == "model":
+        meta["text_files"] = read_text_files(directory)
     return meta
+
+
+def token_type(meta):
+    """The type of a folder's .bin files: "uint16", or what its meta data says."""
+    return meta.get("dtype", "uint16")
 
 
 def check_whole(directory):
@@ -65,6 +79,7 @@ def check_whole(directory):
 
 
 META_TYPES = {"source": str, "sha256": str, "train_tokens": int, "val_tokens": int, "files": dict}
+META_TYPES |= {"row_tokens": int, "dtype": str}
 
 
 def _check_meta(path, meta):
@@ -118,32 +133,38 @@ def prepare_hint(directory):
     return f"run  python data/prepare_text.py --input FILE --name {directory.name}"
 
 
-def check_vocab_size(vocab_size):
-    """Raise UserError where token ids of this vocabulary do not fit the .bin files' uint16."""
-    if not isinstance(vocab_size, int) or not 0 < vocab_size <= MAX_VOCAB_SIZE:
+def check_vocab_size(vocab_size, dtype="uint16"):
+    """Raise UserError where token ids of this vocabulary do not fit .bin files of this type."""
+    if not isinstance(vocab_size, int) or not 0 < vocab_size <= MAX_VOCAB_SIZE[dtype]:
         raise UserError(
-            f"a vocabulary of {vocab_size} does not fit the uint16 token files: "
-            f"it must be between 1 and {MAX_VOCAB_SIZE}"
+            f"a vocabulary of {vocab_size} does not fit the {dtype} token files: "
+            f"it must be between 1 and {MAX_VOCAB_SIZE[dtype]}"
         )
 
 
 def write_dataset(directory, train_ids, val_ids, meta):
     """Write train.bin, val.bin, meta.pkl (characters only) and, last, meta.json.
 
-    Ids are integers below meta["vocab_size"] <= 65535. Returns the meta dict as written, with the
-    token counts. Whoever reads the folder meanwhile, or after a kill, is told that it is not whole.
+    Ids are integers below meta["vocab_size"]; files are uint16, or uint32 where meta's "dtype" says
+    so or the vocabulary needs it. Returns the meta dict as written, with the token counts. Whoever
+    reads the folder meanwhile, or after a kill, is told that it is not whole.
     """
-    check_vocab_size(meta["vocab_size"])
+    if meta["vocab_size"] > MAX_VOCAB_SIZE["uint16"]:
+        meta = {"dtype": "uint32", **meta}
+    check_vocab_size(meta["vocab_size"], token_type(meta))
+    meta = dict(meta)
     splits = {"train": np.asarray(train_ids), "val": np.asarray(val_ids)}
     for split, ids in splits.items():
         if len(ids) < 2:
             raise UserError(f"the text is too short: its {split} split has {len(ids)} tokens")
-        if ids.min() < 0 or ids.max() >= meta["vocab_size"]:
+        if ids.min() < 0 or (ids & MAX_VOCAB_SIZE["uint32"]).max() >= meta["vocab_size"]:
             raise ValueError(f"{split} holds ids outside the vocabulary of {meta['vocab_size']}")
     directory = Path(directory)
     with changing(directory):
         for split, ids in splits.items():
-            write_whole(directory / f"{split}.bin", ids.astype("<u2").tobytes())
+            numbers = ids.astype(TYPES[token_type(meta)])
+            write_whole(directory / f"{split}.bin", numbers.tobytes())
+        write_text_files(meta.pop("text_files", {}), directory)
         if meta["tokenizer"] == "char":  # for nanoGPT's own readers
             characters = meta["characters"]
             pickled = {
@@ -179,16 +200,16 @@ def write_meta(directory, meta):
     Returns the dict as written. Raises UserError for a split of fewer than 2 tokens or with ids
     outside the vocabulary.
     """
-    files = {}
+    files, dtype = {}, token_type(meta)
     for split in SPLITS:
         path = directory / f"{split}.bin"
-        digest, largest = digest_and_largest(path)
-        size = path.stat().st_size
-        if size < 4:
-            raise UserError(f"the text is too short: its {split} split has {size // 2} tokens")
+        digest, largest = digest_and_largest(path, dtype)
+        size, each = path.stat().st_size, TOKEN_BYTES[dtype]
+        if size < 2 * each:
+            raise UserError(f"the text is too short: its {split} split has {size // each} tokens")
         if largest >= meta["vocab_size"]:
             raise UserError(f"{path} holds token {largest} of a vocabulary of {meta['vocab_size']}")
-        meta = meta | {f"{split}_tokens": size // 2}
+        meta = meta | {f"{split}_tokens": size // each}
         files[path.name] = {"bytes": size, "sha256": digest}
     if meta.get("sha256") is None:  # of the text, where there was one text
         meta = meta | {"sha256": files["train.bin"]["sha256"], "sha256_of": "train.bin"}

@@ -15,15 +15,19 @@ from leangpt.system.errors import UserError
 
 AT_ONCE = 1 << 26  # bytes: such a file is read in a tenth of a second
 CHUNK = 1 << 22  # bytes read at a time
+TYPES = {"uint16": "<u2", "uint32": "<u4"}  # of a file's tokens
+NO_LOSS = 1 << 31  # in a uint32: the token is read, and not to be predicted (chat_rows.py)
 
 
-def digest_and_largest(path):
-    """(sha256 as hex, largest uint16) of a token file in one reading; (..., -1) if it is empty."""
+def digest_and_largest(path, dtype="uint16"):
+    """(sha256 as hex, largest token) of a token file in one reading; (..., -1) if it is empty."""
     digest, largest = hashlib.sha256(), -1
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
-            ids = np.frombuffer(chunk[: len(chunk) // 2 * 2], dtype="<u2")
+            size = np.dtype(TYPES[dtype]).itemsize
+            ids = np.frombuffer(chunk[: len(chunk) // size * size], dtype=TYPES[dtype])
+            ids = ids if size == 2 else ids & (NO_LOSS - 1)
             largest = max(largest, int(ids.max(initial=0)))
     return digest.hexdigest(), largest
 
@@ -31,13 +35,13 @@ def digest_and_largest(path):
 class TokenFileCheck:
     """Reads one token file to its end, now or beside the run, and knows what is wrong with it."""
 
-    def __init__(self, path, vocab_size, sha256, remedy):
+    def __init__(self, path, vocab_size, sha256, remedy, dtype="uint16"):
         """path: of a .bin file; sha256: what it should have, or None; remedy: what to do about it.
 
         Raises UserError at once where the file is small enough to be read here.
         """
         self.path, self.vocab_size, self.sha256, self.remedy = path, vocab_size, sha256, remedy
-        self.error = None
+        self.error, self.dtype = None, dtype
         self._thread = None
         if path.stat().st_size <= AT_ONCE:
             self._read()
@@ -48,7 +52,7 @@ class TokenFileCheck:
 
     def _read(self):
         try:
-            digest, largest = digest_and_largest(self.path)
+            digest, largest = digest_and_largest(self.path, self.dtype)
         except OSError as error:
             self.error = f"{self.path} cannot be read: {error.strerror or error}"
             return

@@ -4,9 +4,11 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 
 from leangpt.system.errors import UserError
-from leangpt.text.chat_template import render_alone
+from leangpt.text.chat_template import render_several
+from leangpt.text.folder import read_meta
 from leangpt.text.sources import gpt2_vocabulary
 from leangpt.text.text_files import GENERATION, SETTINGS, TEMPLATE, TOKENIZER, parse
 from leangpt.text.tokenizer_json import byte_level_bpe, read_merges, table
@@ -46,15 +48,20 @@ class ModelText:
         process that sees these values alone and is given little time and memory. Raises UserError
         where there is no template, or it fails.
         """
-        if self.template is None:
-            raise UserError("this model has no chat format; prompt it without chat")
         if isinstance(messages, str):
             messages = [{"role": "user", "content": messages}]
+        return self.chats([(messages, True)])[0]
+
+    def chats(self, wanted: list[tuple[list[dict], bool]]) -> list[str]:
+        """The text of each (messages, ask for the next answer?), at the price of one."""
+        if self.template is None:
+            raise UserError("this model has no chat format; prompt it without chat")
         if find_spec("jinja2") is None:
             raise UserError("chat formats need jinja2: pip install jinja2")
-        values = dict(messages=messages, tools=None, documents=None, add_generation_prompt=True)
+        fixed = dict(tools=None, documents=None) | self.special_tokens
+        values = [dict(messages=m, add_generation_prompt=ask) | fixed for m, ask in wanted]
         try:
-            return render_alone(self.template, values | self.special_tokens)
+            return render_several(self.template, values)
         except ValueError as error:
             raise UserError(f"the model's chat format cannot be filled in ({error})") from None
 
@@ -125,6 +132,10 @@ def _template(settings, where):
 
 def text_of_data(source) -> ModelText:
     """ModelText of what load_tokenizer takes: a Dataset, its folder, or a meta dict."""
+    meta = source if isinstance(source, dict) else getattr(source, "meta", None)
+    meta = read_meta(Path(source)) if meta is None else meta
+    if meta.get("tokenizer") == "model" and meta.get("text_files"):
+        return text_of_files(meta["text_files"], "the data set")
     tokenizer = load_tokenizer(source)
     return ModelText(tokenizer, sampled=tokenizer.vocab_size)
 

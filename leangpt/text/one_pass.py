@@ -23,7 +23,8 @@ class OnePass:
         self.tokens = dataset.train
         self.batch_size, self.block_size = batch_size, block_size
         self.micro_batches = micro_batches
-        count = (len(self.tokens) - 1) // block_size  # each with the token after it
+        count = dataset.block_count("train", block_size)
+        self.stride = dataset.row_tokens or block_size
         generator = torch.Generator().manual_seed(seed)
         groups = [
             first + torch.randperm(GROUP, generator=generator) for first in range(0, count, GROUP)
@@ -34,7 +35,7 @@ class OnePass:
     def batch(self, iteration, index=0, device="cpu"):
         """An iteration's micro-batch number `index`: x, y (B, T) int64 on `device`."""
         first = (iteration * self.micro_batches + index) * self.batch_size
-        starts = self.order[first : first + self.batch_size, None] * self.block_size
+        starts = self.order[first : first + self.batch_size, None] * self.stride
         return to_device(self.tokens[starts + np.arange(self.block_size + 1)], device)
 
 

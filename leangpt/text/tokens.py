@@ -147,7 +147,8 @@ def load_tokenizer(source):
     """The tokenizer of a Dataset, of a dataset folder, or of a meta dict (as checkpoints carry).
 
     A meta dict is {"tokenizer": "gpt2"}, {"tokenizer": "char", "characters": "..."} or
-    {"tokenizer": "file", "path": "tokenizer.json"}, the path seen from the dataset's folder.
+    {"tokenizer": "file", "path": "tokenizer.json"}, the path seen from the dataset's folder, or
+    {"tokenizer": "model", "text_files": {name: content}} (text_files.py).
     """
     if isinstance(source, dict):
         directory, meta = Path(), source
@@ -168,6 +169,11 @@ def load_tokenizer(source):
         return TableTokenizer(meta["pieces"])
     if kind == "gpt2":
         return GPT2Tokenizer()
+    if kind == "model":  # its own special tokens and chat format: model_text.text_of_data
+        files = meta.get("text_files") or {}
+        if not isinstance(files.get("tokenizer.json"), str):
+            raise UserError("the data set lacks its model's tokenizer.json: prepare it again")
+        return FileTokenizer(files["tokenizer.json"], "the data set's tokenizer.json")
     if kind == "file":
         return FileTokenizer.read(directory / meta["path"])
-    raise UserError(f"unknown tokenizer {kind!r}: it must be char, gpt2, file or table")
+    raise UserError(f"unknown tokenizer {kind!r}: it must be char, gpt2, file, model or table")

@@ -40,15 +40,31 @@ def share_of(settings, rank=0, world_size=1) -> Share:
 
 
 def iteration_batches(dataset, settings, runtime, iteration, one_pass=None):
-    """This process's share of an iteration's batch: pairs of x, y (b, T) int64 on its device.
+    """This process's share of an iteration's batch: x, y (b, T) int64 on its device, and what to
+    divide their mean loss by.
 
     Every process draws all of it, in order, from a generator seeded for the iteration, and keeps
     what `share_of` says: neither a resume nor the number of processes changes the data.
     one_pass: the OnePass of a run with data_order=once. settings: seed,
-    gradient_accumulation_steps, batch_size and block_size count.
+    gradient_accumulation_steps, batch_size and block_size count. Every token that has a loss weighs
+    the same, however they are spread over micro-batches.
     """
     generator = torch.Generator().manual_seed(iteration_seed(settings.seed, iteration, DATA_STREAM))
     share = share_of(settings, runtime.rank, runtime.world_size)
+    batches = _all_batches(dataset, settings, runtime, generator, share, iteration, one_pass)
+    if dataset.row_tokens is None:
+        yield from ((x, y, share.divisor) for x, y, _ in batches if x is not None)
+        return
+    batches = list(batches)
+    total = sum(counted for _, _, counted in batches)
+    for x, y, _ in batches:
+        if x is not None:
+            yield x, y, total / (int((y >= 0).sum()) * runtime.world_size)
+
+
+def _all_batches(dataset, settings, runtime, generator, share, iteration, one_pass):
+    """x, y of this process's rows, None where it has none, and how many tokens of the whole
+    micro-batch have a loss (None where all have)."""
     for index in range(settings.gradient_accumulation_steps):
         mine = share.stride == 1 or index % share.stride == runtime.rank
         device = runtime.device if mine else "cpu"
@@ -57,5 +73,5 @@ def iteration_batches(dataset, settings, runtime, iteration, one_pass=None):
         else:
             shape = settings.batch_size, settings.block_size
             x, y = dataset.batch("train", *shape, generator, device)
-        if mine:
-            yield x[share.rows], y[share.rows]
+        counted = None if dataset.row_tokens is None else int((y >= 0).sum())
+        yield (x[share.rows], y[share.rows], counted) if mine else (None, None, counted)

@@ -38,8 +38,8 @@ def evaluate(model, dataset, settings, runtime, stopping, compiled=None):
             # a compiled model would be compiled again for the last, smaller batch
             forward = compiled if compiled is not None and x.shape == shape else model
             with runtime.autocast():
-                sums.append(forward(x, y)[1] * y.numel())
-            tokens += y.numel()
+                sums.append(forward(x, y)[1] * (counted := loss_tokens(dataset, y)))
+            tokens += counted
         total = math.fsum(torch.stack(sums).tolist())
         total, count = runtime.mean_over_processes([total, float(tokens)])
         losses[split] = total / count
@@ -57,6 +57,11 @@ def evaluation_batches(dataset, split, settings, device):
     generator = torch.Generator().manual_seed(0)  # of no run: all runs see the same sample
     for _ in range(settings.eval_iters or TRAIN_SAMPLE):
         yield dataset.batch(split, settings.batch_size, settings.block_size, generator, device)
+
+
+def loss_tokens(dataset, y):
+    """How many targets y have a loss."""
+    return y.numel() if dataset.row_tokens is None else int((y >= 0).sum())
 
 
 def is_whole(split, settings):

@@ -41,9 +41,15 @@ def resumed_settings(settings, given, checkpoint):
 def adopt_model_args(settings, given, model):
     """`settings` with the shapes `model` really has -> a new settings object.
 
-    Raises UserError where this command gave a shape that the weights do not have.
+    block_size remains where it is less than the context of a model with relative positions, and was
+    given, now or by the run that is resumed. Raises UserError where this command gave a shape that
+    the weights do not have.
     """
     args = {name: value for name, value in asdict(model.config).items() if hasattr(settings, name)}
+    given_once = "block_size" in given or settings.init_from == "resume"
+    if model.config.position != "learned" and given_once:
+        if settings.block_size <= model.config.block_size:
+            args.pop("block_size")
     if settings.init_from != "scratch":
         for name in sorted(set(given) & set(args)):
             wanted = getattr(settings, name)
@@ -55,7 +61,7 @@ def adopt_model_args(settings, given, model):
     return replace(settings, **args)
 
 
-def check_dataset(dataset, model, checkpoint=None):
+def check_dataset(dataset, model, block_size, checkpoint=None):
     """Raise UserError where the data set cannot train the model: other tokens, or too few."""
     saved = (checkpoint or {}).get("dataset") or {}
     for key in ("tokenizer", "characters"):
@@ -70,7 +76,7 @@ def check_dataset(dataset, model, checkpoint=None):
             f"the data set has {need} different tokens, the model {have}: they do not "
             "share a tokenizer; prepare the data with the model's"
         )
-    dataset.check_block_size(model.config.block_size)
+    dataset.check_block_size(block_size)
 
 
 def continue_optimizer(settings, model, optimizer, scaler, checkpoint):

@@ -1,7 +1,7 @@
 """data_order=once: every token once, in an order of the seed's; resumed and shared out alike."""
 
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from tiny_run import arguments, determined
 import train
 from configurator import parse_config
 from leangpt.system.errors import UserError
-from leangpt.text.dataset import load_dataset
+from leangpt.text.dataset import Dataset, load_dataset
 from leangpt.text.one_pass import OnePass, one_pass
 
 ONCE = [
@@ -67,7 +67,7 @@ def test_a_short_text_is_read_as_the_beginning_of_a_long_one(monkeypatch):
     monkeypatch.setattr(sys.modules["leangpt.text.one_pass"], "GROUP", 8)
     tokens = np.arange(16 * 50 + 1, dtype=np.uint16)
     short, long = (
-        OnePass(SimpleNamespace(train=tokens[:length]), 4, 16, 2, seed=3)
+        OnePass(Dataset("tiny", Path(), tokens[:length], tokens, {}), 4, 16, 2, seed=3)
         for length in (16 * 30 + 1, len(tokens))
     )
     assert (short.order[:24] == long.order[:24]).all() and len(short.order) == 30
