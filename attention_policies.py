@@ -25,7 +25,7 @@ import torch
 from leangpt.attention.block_tiles import fill_cache, run_tiles
 from leangpt.attention.kv_cache import KeysValues, StoredInputs
 from leangpt.attention.kv_source import RecomputedRows, StoredRows, attend, row_positions
-from leangpt.attention.tile_sizes import tile_sizes
+from leangpt.attention.tile_sizes import sizes_in_pieces, tile_sizes
 from leangpt.system.errors import UserError
 
 
@@ -102,6 +102,8 @@ def run_block(block, x: torch.Tensor, inplace: bool = False) -> torch.Tensor:
     layers needs one residual stream in all. Raises UserError for attention dropout under tiles.
     """
     sizes = tile_sizes(block.config, x.size(1), x.device.type)
+    if block.pieces is not None:
+        sizes = sizes_in_pieces(block.config, x.size(1), x.device.type)
     if sizes is None:
         return (block.compiled or block).plain(x)
     return run_tiles(block, x, sizes, inplace)

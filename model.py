@@ -252,6 +252,7 @@ class Block(nn.Module):
     """
 
     compiled = None  # RowParts, once GPT.compile_rows has made them
+    pieces = None  # parallel/pieces.Pieces, where other processes hold the other rows
 
     def __init__(self, config, offload=None):
         """offload: the HostStack that all the model's blocks share, where config.offload."""
@@ -299,6 +300,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Embeddings, blocks, a norm and a head: from tokens to logits, or to their loss."""
 
+    pieces = None  # parallel/pieces.Pieces, where several processes share a sequence
     config_class = GPTConfig  # for those who are handed GPT: readers of files build it themselves
 
     def __init__(self, config):
@@ -353,9 +355,9 @@ class GPT(nn.Module):
             x += table[:T] if positions is None else F.embedding(positions, table)
         return self.transformer.drop(x)
 
-    def hidden(self, idx):
+    def hidden(self, idx, positions=None):
         """idx (B, T) int64 -> the residual stream after the last block, not normed, (B, T, C)."""
-        x = self.embed(idx)
+        x = self.embed(idx, positions)
         for block in self.transformer.h:
             x = block(x, inplace=not torch.is_grad_enabled())
         return x
@@ -366,12 +368,15 @@ class GPT(nn.Module):
         Without targets: (logits (B, T, V), None). With them: (None, mean loss), float32; the
         (B T, V) logits never exist at once (layers/loss.py). Raises UserError past block_size.
         """
-        x = self.hidden(idx)
+        positions = count = None
+        if self.pieces is not None:  # the mean of the processes' losses is meant
+            idx, targets, positions, count = self.pieces.share(idx, targets)
+        x = self.hidden(idx, positions)
         if targets is None:
             return self.lm_head(self.transformer.ln_f(x)), None
         packed = not isinstance(self.lm_head, nn.Linear)  # int4: evaluated, never trained
         head = self.lm_head.dequantize(x.dtype) if packed else self.lm_head.weight
-        loss = chunked_cross_entropy(x, head, targets, self.transformer.ln_f)
+        loss = chunked_cross_entropy(x, head, targets, self.transformer.ln_f, count=count)
         return None, loss
 
     def compiled(self, T, device_type):

@@ -21,6 +21,7 @@ from leangpt.optim.build import EMBEDDING_OPTIONS
 from leangpt.optim.rates import Rates, choose_rates, model_width
 from leangpt.optim.roles import place_parameters
 from leangpt.system.errors import UserError, exit_cleanly
+from leangpt.training.batches import share_of
 from leangpt.training.schedule import warmup_and_decay
 
 
@@ -28,8 +29,8 @@ def make_optimizer(settings, model, runtime) -> torch.optim.Optimizer:
     """The optimizer of a run.
 
     settings: train.py's; read are optimizer_variant, optimizer_options, learning_rate,
-    embedding_lr, weight_decay, beta1, beta2, grad_clip and gradient_accumulation_steps.
-    runtime: its dtype alone. Raises UserError for what makes no sense together.
+    embedding_lr, weight_decay, beta1, beta2, grad_clip, gradient_accumulation_steps and batch_size.
+    runtime: its dtype and data_parallel. Raises UserError for what makes no sense together.
     """
     options = parse_options(settings.optimizer_options)
     check_option_types(settings.optimizer_variant, options)
@@ -38,10 +39,11 @@ def make_optimizer(settings, model, runtime) -> torch.optim.Optimizer:
         options["grad_clip"] = settings.grad_clip
         if runtime.dtype == torch.float16:
             raise UserError(f"{freeing[0]} cannot unscale float16 gradients: use bfloat16")
-    if options.get("fused_backward") and settings.gradient_accumulation_steps != 1:
+    each = share_of(settings, world_size=getattr(runtime, "data_parallel", 1)).count
+    if options.get("fused_backward") and each > 1:
         raise UserError(
             "fused_backward=True needs gradient_accumulation_steps=1, not "
-            f"{settings.gradient_accumulation_steps}: gradient_bits=8 instead adds gradients up"
+            f"{each} for each process: gradient_bits=8 instead adds gradients up"
         )
     betas = None
     if settings.beta1 is not None or settings.beta2 is not None:

@@ -17,11 +17,14 @@ from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from attention_policies import POLICIES
 from configurator import config_dict, describe_changes, parse_config
 from leangpt.optim import VARIANTS, GradientNotFinite, frees_gradients
+from leangpt.parallel.engine import Parallel, check_codes, clip_gradients
+from leangpt.parallel.failures import attempt, first_to_say, is_lost_process, launch
+from leangpt.parallel.modes import parallel_mode
+from leangpt.parallel.pieces import cut_sequences
 from leangpt.system.errors import UserError, is_out_of_memory
 from leangpt.system.processor import keep_freed_memory
 from leangpt.system.runtime import (
@@ -122,11 +125,19 @@ class Settings:
     param_dtype: str = "float32"  # of weights and gradients: float32 | bfloat16 (see README)
     compile: bool | None = None  # torch.compile; None: on CUDA only
     backend: str = "auto"  # of several processes: auto | nccl | gloo
+    parallel: str = "auto"  # they hold: ddp: everything each | fsdp: a share | auto: ddp if it fits
+    context_parallel: int = 1  # processes that share each sequence, a piece of its rows each
 
     def __post_init__(self):
         positive = {
             name: getattr(self, name)
-            for name in ("log_interval", "gradient_accumulation_steps", "batch_size", "block_size")
+            for name in (
+                "log_interval",
+                "gradient_accumulation_steps",
+                "batch_size",
+                "block_size",
+                "context_parallel",
+            )
         }
         for name, value in positive.items():
             if value <= 0:
@@ -168,13 +179,14 @@ def main(argv=None, make_optimizer=make_optimizer):
     trainer = checkpoint = None
     writes = is_main_process() and not settings.eval_only
     with RunFolder(settings.out_dir, writes) as folder:
-        if settings.init_from == "auto":
+        if settings.init_from == "auto" or attempt() and launch() == folder.launch:
             settings.init_from = "resume" if folder.resumable else "scratch"
         if settings.init_from == "resume":
             checkpoint = folder.resume()
             settings = resumed_settings(settings, given, checkpoint)
         dtype = settings.dtype if settings.param_dtype == "float32" else settings.param_dtype
-        runtime = setup_runtime(settings.device, dtype, settings.seed, settings.backend)
+        machine = (settings.device, dtype, settings.seed, settings.backend)
+        runtime = setup_runtime(*machine, settings.context_parallel)
         if runtime.device_type == "cpu":
             keep_freed_memory()
         try:
@@ -191,6 +203,15 @@ def main(argv=None, make_optimizer=make_optimizer):
                 )
             sys.exit(1)
         except (RuntimeError, MemoryError) as error:
+            if is_lost_process(error):
+                runtime.abandon()
+                if first_to_say("lost"):
+                    print(
+                        "error: another process of this run ended; go on from "
+                        f"{folder.path / LAST} with --init_from=resume",
+                        file=sys.stderr,
+                    )
+                sys.exit(1)
             if not is_out_of_memory(error):
                 raise
             built = (trainer.raw_model, trainer.optimizer) if trainer else ()
@@ -246,14 +267,20 @@ class Trainer:
     def __init__(self, settings, given, runtime, checkpoint=None, make_optimizer=make_optimizer):
         """Build data set, model and optimizer. Raises UserError; writes nothing."""
         self.runtime = runtime
-        self.share = share_of(settings, runtime.rank, runtime.world_size)
+        self.share = share_of(settings, runtime.data_rank, runtime.data_parallel)
         self.dataset = load_dataset(settings.dataset, settings.data_dir)
         self.raw_model = build_model(settings, given, self.dataset, checkpoint)
         self.settings = settings = adopt_model_args(settings, given, self.raw_model)
         check_dataset(self.dataset, self.raw_model, settings.block_size, checkpoint)
         self.one_pass = one_pass(settings, self.dataset)
+        mode = parallel_mode(settings, self.raw_model, make_optimizer, runtime)
+        self.parallel = Parallel(mode, runtime)
         self.raw_model.to(runtime.device).train()
+        if settings.context_parallel > 1:
+            cut_sequences(self.raw_model, self.raw_model.transformer.h, settings.context_parallel)
+        self.parallel.shard(self.raw_model, self.raw_model.transformer.h)
         self.optimizer = make_optimizer(settings, self.raw_model, runtime)
+        check_codes(self.optimizer)
         self.rates = run_rates(settings, self.raw_model)
         half = runtime.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(runtime.device_type, enabled=half)
@@ -265,9 +292,8 @@ class Trainer:
         self.compiled = on_gpu if settings.compile is None else settings.compile
         self.model = self.raw_model
         if self.compiled:
-            self.model = self.raw_model.compiled(settings.block_size, runtime.device_type)
-        several = runtime.world_size > 1
-        self.parallel = DistributedDataParallel(self.model) if several else self.model
+            self.model = self.parallel.compiled(self.raw_model, settings.block_size)
+        self.shared = self.parallel.wrap(self.model)  # its gradients are all processes'
         self.losses = Losses(runtime)
         self.norm = None  # of the last gradients, before clipping
         self.stop = StopSignal()
@@ -290,6 +316,7 @@ class Trainer:
                 self.optimizer,
                 self.rates,
                 self.runtime,
+                parallel=self.parallel,
                 compiled=self.compiled,
                 iteration=self.iteration,
                 changes=describe_changes(settings),
@@ -332,17 +359,15 @@ class Trainer:
         batches = iteration_batches(self.dataset, settings, runtime, self.iteration, self.one_pass)
         for index, (x, y, divisor) in enumerate(batches):
             tick()
-            if runtime.world_size > 1:  # gradients are averaged once, after the last one
-                self.parallel.require_backward_grad_sync = index == self.share.count - 1
+            self.parallel.begin_micro_batch(last=index == self.share.count - 1)
             with runtime.autocast():
-                loss = self.parallel(x, y)[1] / divisor
+                loss = self.shared(x, y)[1] / divisor
             scaler.scale(loss).backward()
             total = total + loss.detach()
         freed = frees_gradients(self.optimizer)  # and clipped, as far as they can be
         if settings.grad_clip > 0 and not freed:
             scaler.unscale_(self.optimizer)
-            parameters = self.raw_model.parameters()
-            self.norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
+            self.norm = clip_gradients(self.raw_model.parameters(), settings.grad_clip)
         scaler.step(self.optimizer)
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -362,7 +387,9 @@ class Trainer:
             self.runtime,
             self.stopping.again(),
             self.model if self.compiled else None,
+            self.parallel.mode == "fsdp",
         )
+        self.parallel.rest()
         if losses is not None:
             self.record.evaluation(self.iteration, losses, time.perf_counter() - began)
             self.record.clock.start()

@@ -21,7 +21,7 @@ from functools import partial
 
 import torch
 
-from leangpt.attention.kv_source import StoredRows, attend_rows, key_tiles, row_positions
+from leangpt.attention.kv_source import StoredRows, key_tiles, row_positions
 from leangpt.attention.tile_kernels import tile_backward
 
 
@@ -94,13 +94,12 @@ def backward_tiles(tiles, x, lse, out, out_dtype, grad, weights):
 def after_attention(tiles, x, recompute, out, multiple, grad, grad_x, weights, batch_start):
     """Phase 1: out becomes its own gradient, multiple (b, H, T) what it must be multiplied by."""
     source = tiles.source(x) if recompute else None
-    for start, stop in tiles.row_tiles():
+    for group in tiles.groups():
         if recompute:
-            q = tiles.queries(x, start, stop)
-            tile_out, _ = attend_rows(q, source, start, stop, tiles.fixed_shapes)
-            out[:, start:stop] = tile_out.transpose(1, 2).flatten(2)
-            del q, tile_out
-        for a, b in tiles.mlp_tiles(start, stop, len(x)):
+            for (start, stop), (tile_out, _) in zip(group, tiles.attend(x, source, group)):
+                out[:, start:stop] = tile_out.transpose(1, 2).flatten(2)
+            del tile_out
+        for a, b in (part for run in group for part in tiles.mlp_tiles(*run, len(x))):
             xm = x[:, a:b].detach().requires_grad_()
             om = tiles.by_head(out[:, a:b]).detach().requires_grad_()
             with torch.enable_grad():
@@ -154,6 +153,13 @@ def attention_backward(tiles, x, lse, grad_out, multiple, grad_x, weights, heads
         dq[:, :, rows] += dq_tile
         return dk, dv
 
+    others = None  # what the queries of other processes add to dk and dv
+    if tiles.pieces is not None:
+        source = config.source(partial(tiles.project, parts="kv", heads=heads), x, tiles.k_chunk)
+        like = grad_out.new_empty(2, b, h // g, 0, D)
+        others = tiles.pieces.ring.backward(pair_backward, queries, source, like, tiles.piece)
+        del source
+
     for start, stop in reversed(tiles.row_tiles()):
         xt = x[:, start:stop].detach().requires_grad_()
         with torch.enable_grad():
@@ -166,6 +172,10 @@ def attention_backward(tiles, x, lse, grad_out, multiple, grad_x, weights, heads
             ):
                 total += part
             del part  # before the next tile's are made
+
+        if others is not None:
+            for total, part in zip((dk, dv), others):
+                total += part[:, :, start:stop]
 
         # before attention: dk, dv and the rows' dq are complete now
         grads = [part.to(q.dtype) for part in (dq[:, :, start:stop], dk, dv)]

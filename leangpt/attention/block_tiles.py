@@ -33,6 +33,7 @@ class Tiles:
 
     def __init__(self, block, shape, device, sizes, seed=None, training=False):
         self.config, self.device, self.seed = block.config, device, seed
+        self.pieces = getattr(block, "pieces", None)
         parts = block.compiled or block
         self.project, self._finish, self._plain = parts.project, parts.finish, parts.plain
         self.batch, self.length, _ = shape
@@ -45,20 +46,47 @@ class Tiles:
         self.m_chunk = self.q_chunk if few else mlp_rows(self.b_chunk * tile, device.type, training)
         # nor is there anything to gain from parts where a tile holds whole sequences
         self.whole = few and self.config.checkpoint_layers and self.length <= self.q_chunk
+        self.piece = None  # rows of each of two pieces, where others hold the rest
         # cuDNN builds a plan for each shape: worth it where all tiles but the last are alike
         self.fixed_shapes = self.q_chunk % self.k_chunk == 0 and (
             self.length > self.q_chunk or self.length % 128 == 0
         )
 
+        if self.pieces is not None:
+            self.whole, self.piece = False, self.length // 2
+            runs = -(-self.piece // max(1, self.q_chunk // 2))
+            self.run = -(-self.piece // runs)  # rows of a piece that go together
+            self.fixed_shapes = not self.piece % self.run and not self.piece % self.k_chunk
+            self.project = partial(self._project_placed, parts.project)
+
+    def _project_placed(self, project, x, positions, *args, **kwargs):
+        """project, of rows by their number here: by their place in the sequence."""
+        return project(x, self.pieces.positions(positions, self.piece), *args, **kwargs)
+
     def batches(self):
         return [slice(b, b + self.b_chunk) for b in range(0, self.batch, self.b_chunk)]
 
+    def groups(self):
+        """The tiles, last to first: each a list of the runs of rows, (start, stop), whose attention
+        goes together. One run, or of two pieces one each."""
+        if self.piece is None:
+            tiles = key_tiles(0, self.length, self.q_chunk)
+            return [[tile] for tile in reversed(tiles)]
+        runs = key_tiles(0, self.piece, self.run)
+        return [[(a, b), (self.piece + a, self.piece + b)] for a, b in reversed(runs)]
+
     def row_tiles(self):
-        """(start, stop) of the tiles, last to first."""
-        return [
-            (a, min(a + self.q_chunk, self.length))
-            for a in reversed(range(0, self.length, self.q_chunk))
-        ]
+        """(start, stop) of all runs of rows, last to first."""
+        return sorted((run for group in self.groups() for run in group), reverse=True)
+
+    def attend(self, x, source, group):
+        """Attention of a group's rows of x (b, T, C) -> [(out (b, H, t, D), lse (b, H, t))]."""
+        queries = [self.queries(x, *run) for run in group]
+        if self.piece is None:
+            return [attend_rows(queries.pop(), source, *group[0], self.fixed_shapes)]
+        return self.pieces.ring.attend(
+            queries, source, group, self.piece, self.config.kv_heads, self.fixed_shapes
+        )
 
     def mlp_tiles(self, start, stop, batch_rows):
         """(start, stop) of the MLP's smaller tiles inside one row tile."""
@@ -123,17 +151,16 @@ def forward_tiles(tiles, x, into, keep=None):
     for batch in tiles.batches():
         xb, yb = x[batch], into[batch]
         source = tiles.source(xb)
-        for start, stop in tiles.row_tiles():
-            q = tiles.queries(xb, start, stop)
-            out, lse = attend_rows(q, source, start, stop, tiles.fixed_shapes)
-            del q
-            if keep is not None:
-                keep(batch, start, stop, out, lse)
-            for a, b in tiles.mlp_tiles(start, stop, len(xb)):
-                yb[:, a:b] = tiles.finish(
-                    xb[:, a:b], out[:, :, a - start : b - start], a, batch.start
-                )
-            del out, lse  # before the next tile's are made
+        for group in tiles.groups():
+            attended = tiles.attend(xb, source, group)
+            for (start, stop), (out, lse) in zip(group, attended):
+                if keep is not None:
+                    keep(batch, start, stop, out, lse)
+                for a, b in tiles.mlp_tiles(start, stop, len(xb)):
+                    yb[:, a:b] = tiles.finish(
+                        xb[:, a:b], out[:, :, a - start : b - start], a, batch.start
+                    )
+            del attended, out, lse  # before the next tile's are made
         del source  # its K and V, before the next sequences' are made
 
 
@@ -166,6 +193,8 @@ def run_tiles(
         )
     if torch.is_grad_enabled():
         return _TiledBlock.apply(x, block, sizes, *block.parameters())
+    if getattr(block, "pieces", None) is not None and block.config.source.recomputes:
+        inplace = False  # the other processes want keys of rows that would be written over
     into = x if inplace else torch.empty_like(x)
     forward_tiles(Tiles(block, x.shape, x.device, sizes), x, into)
     return into

@@ -36,7 +36,8 @@ class RowParts(NamedTuple):
 
 
 class TileableBlock(Protocol):
-    """What a transformer block must offer so that block_tiles can run it by tiles of rows."""
+    """What a transformer block must offer so that block_tiles can run it by tiles of rows. It may
+    have `pieces` as well: parallel/pieces.Pieces, where other processes hold other rows."""
 
     config: BlockShape
     attention_dropout: float  # probability in force now; more than 0 is refused

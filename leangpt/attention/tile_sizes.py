@@ -49,6 +49,13 @@ def tile_sizes(
     return q_chunk, config.k_chunk or min(q_chunk, 16384)
 
 
+def sizes_in_pieces(config: BlockShape, T: int, device_type: str) -> tuple[int, int]:
+    """The same for a block whose sequence of T rows goes on elsewhere: it always takes tiles."""
+    sizes = tile_sizes(config, T, device_type, training=True)
+    chunk = default_chunk(config, device_type)
+    return sizes or (config.q_chunk or chunk, config.k_chunk or chunk)
+
+
 def default_chunk(config: BlockShape, device_type: str) -> int:
     """Rows per tile when none are asked for: 8 C/g (CPU) or 16 C/g (CUDA), as a power of two."""
     times = 16 if device_type == "cuda" else 8

@@ -24,12 +24,14 @@ def chunked_cross_entropy(
     norm: torch.nn.Module | None = None,
     *,
     ignore_index: int = -100,
+    count: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean cross-entropy of softmax(norm(hidden) weightᵀ) at targets, as F.cross_entropy's.
 
     hidden: (..., C) float; weight: (V, C), the head; targets: (...) int64, classes 0 to V - 1, or
     ignore_index, which does not count; norm: a module over rows, or None. Returns a float32 scalar
-    (float64 for float64 input), NaN if every target is ignored, as torch's. Under autocast the
+    (float64 for float64 input), NaN if every target is ignored, as torch's. count: () tensor, what
+    the sum of losses is divided by; None: the number of targets that count. Under autocast the
     products run in its dtype; the softmax and the loss are always float32 or wider.
 
     Raises UserError for targets of another shape or dtype, and for one outside the vocabulary. On
@@ -44,7 +46,7 @@ def chunked_cross_entropy(
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     counted = targets != ignore_index
     outside = outside_vocabulary(targets, counted, weight.size(0))
-    count = counted.sum()
+    count = counted.sum() if count is None else count
     targets = targets.where(counted if outside is None else counted & ~outside, NOT_COUNTED)
     if torch.is_grad_enabled():
         loss = _loss(norm(hidden) if norm else hidden, weight, targets, count)

@@ -22,12 +22,14 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 def tensor_bytes(tensors):
     """Bytes of the storages behind `tensors` (an iterable, or a module), each counted once.
 
-    Views and tied weights share a storage and therefore add nothing.
+    Views and tied weights share a storage and therefore add nothing. Of sharded tensors this
+    process's rows count.
     """
     if isinstance(tensors, torch.nn.Module):
         tensors = [*tensors.parameters(), *tensors.buffers()]
     storages = {}
     for tensor in tensors:
+        tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         storage = tensor.untyped_storage()
         storages[tensor.device, storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

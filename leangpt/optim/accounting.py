@@ -8,7 +8,7 @@ from leangpt.optim.adamsn import AdamSN
 from leangpt.optim.base import MemoryOptimizer
 from leangpt.optim.muonsn import MuonSN
 from leangpt.optim.roles import place_parameters
-from leangpt.optim.sharding import local
+from leangpt.optim.sharded.rows import local
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -29,7 +29,7 @@ def planned_bytes(optimizer: torch.optim.Optimizer, p: nn.Parameter, group: dict
     elif isinstance(optimizer, MemoryOptimizer):
         tensors = list(optimizer.planned_state(p, group).values())
     else:  # torch's AdamW: two moments and a float32 step count
-        return 2 * p.numel() * p.element_size() + 4
+        return 2 * local(p).numel() * p.element_size() + 4
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

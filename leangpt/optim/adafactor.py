@@ -19,7 +19,13 @@ from collections.abc import Iterable
 
 import torch
 
-from leangpt.optim.arithmetic import HUGEST, clip_update, compute_dtype, mean_square
+from leangpt.optim.arithmetic import (
+    HUGEST,
+    clip_update,
+    compute_dtype,
+    mean_square,
+    whole_mean_square,
+)
 from leangpt.optim.base import COMMON_HELP, MemoryOptimizer, check_number
 from leangpt.optim.momentum import new_momentum, update_momentum
 from leangpt.system.errors import UserError
@@ -102,6 +108,11 @@ class Adafactor(MemoryOptimizer):
     def spans_rows(self, name, tensor, group, shards):
         return name == "column_mean_square"
 
+    def needs_ranks(self, tensor, group, shards):
+        factored = tensor.ndim > 1 and group["factored"]
+        clips = group["clip"] is not None or group["relative_step"]
+        return factored or clips or super().needs_ranks(tensor, group, shards)
+
     def schedule(self, group, step):
         keep = min(group["beta2"], 1 - step ** -group["decay"])
         return 1 - keep, min(1e-2, step**-0.5)
@@ -122,10 +133,12 @@ class Adafactor(MemoryOptimizer):
             average_into(second, grad.square(), fresh, eps1)
             update = grad / second.sqrt()
             if group["clip"] is not None:
-                update = clip_update(update, group["clip"], shards)
+                update = yield from clip_update(update, group["clip"], shards)
         else:
             grad = grad.flatten(2)  # (N, n, m)
-            update, scale = factored_update(grad, state, fresh, eps1, group["clip"], shards)
+            update, scale = yield from factored_update(
+                grad, state, fresh, eps1, group["clip"], shards
+            )
         if group["momentum"] > 0:
             update = update if scale is None else update * scale
             update, scale = update.view(batch.grad.shape), None
@@ -133,7 +146,8 @@ class Adafactor(MemoryOptimizer):
         if group["relative_step"]:
             params = torch.stack([p.to(update.dtype) for p in batch.params])
             params = params.flatten(2) if params.ndim > 2 else params.view(len(params), -1, 1)
-            rms = mean_square(params, (1, 2), shards).sqrt_().clamp_min_(eps2).mul_(relative_rate)
+            rms = (yield from whole_mean_square(params, (1, 2), shards)).sqrt_()
+            rms = rms.clamp_min_(eps2).mul_(relative_rate)
             rms = rms.view(-1, *[1] * (update.ndim - 1))
             scale = rms if scale is None else scale * rms
         return update, scale
@@ -147,18 +161,19 @@ def is_factored(item):
 def factored_update(grad, state, fresh, eps1, clip, shards=None):
     """U = g / sqrt(R Cᵀ / mean(R)), clipped, as (g scaled by columns, a scale per row).
 
-    grad (N, n, m) -> (N, n, m), (N, n, 1).
+    grad (N, n, m) -> (N, n, m), (N, n, 1). To be driven: sharded/exchange.py.
     """
     row, column = state["row_mean_square"], state["column_mean_square"]  # (N, n, 1), (N, 1, m)
     rows = shards.rows if shards else grad.shape[1]
     by_row, by_column = row_and_column_sums(grad)
-    by_column = shards.sum(by_column) if shards else by_column
+    by_column = yield by_column
     average_into(row, by_row.div_(grad.shape[2]), fresh, eps1)
     average_into(column, by_column.div_(rows), fresh, eps1)
-    mean = sum_rows(row, shards) / rows
+    mean = (yield row.sum(1, keepdim=True)) / rows
     update, scale = grad * column.rsqrt(), (row / mean).rsqrt_()
     if clip is not None:
-        rms = (sum_rows(mean_square(update, (2,)) * scale.square(), shards) / rows).sqrt_()
+        squares = mean_square(update, (2,)) * scale.square()
+        rms = ((yield squares.sum(1, keepdim=True)) / rows).sqrt_()
         scale = scale / (rms / clip).clamp_min_(1)
     return update, scale
 
@@ -175,12 +190,6 @@ def row_and_column_sums(grad):
         by_row.append(squares.sum(2, keepdim=True))
         by_column = squares.sum(1, keepdim=True) + by_column
     return torch.cat(by_row, dim=1), by_column
-
-
-def sum_rows(x, shards=None):
-    """(N, n, 1) -> (N, 1, 1), over the rows of every rank."""
-    total = x.sum(1, keepdim=True)
-    return shards.sum(total) if shards else total
 
 
 def average_into(mean, square, fresh, eps1):

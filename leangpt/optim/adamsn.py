@@ -20,7 +20,7 @@ from dataclasses import replace
 
 import torch
 
-from leangpt.optim.arithmetic import compute_dtype, mean_square, shift
+from leangpt.optim.arithmetic import compute_dtype, mean_square, shift, whole_mean_square
 from leangpt.optim.base import COMMON_HELP, MemoryOptimizer, say_once
 from leangpt.optim.batches import STACK_EACH, is_plain
 from leangpt.optim.momentum import BLOCK, new_momentum, update_momentum
@@ -103,6 +103,15 @@ class AdamSN(MemoryOptimizer):
     def spans_rows(self, name, tensor, group, shards):
         return name == "second_moment" and 1 in subset_view(tensor.shape, group, shards)[1]
 
+    def needs_ranks(self, tensor, group, shards):
+        partition = group["partition"]
+        if super().needs_ranks(tensor, group, shards):
+            return True
+        if tensor.ndim < 2 or partition in ("row", "element"):
+            return False
+        columns = math.prod(tensor.shape[1:])
+        return not isinstance(partition, int) or columns % partition > 0  # not runs within rows
+
     def schedule(self, group, step):
         """The gradient's share of u against the momentum's; the sum of both weights; 1 - b2^t."""
         (beta1, beta2), nu1 = group["betas"], group["nu1"]
@@ -115,7 +124,12 @@ class AdamSN(MemoryOptimizer):
         momentum = update_momentum(batch.state, batch.grad, beta1, batch.step, batch.generator)
         view, dims = subset_view(batch.grad.shape[1:], group, batch.shards)
         grad = batch.grad.reshape(len(batch.grad), *view)
-        second.lerp_(subset_norm(grad, dims, group["norm"], batch.shards), 1 - beta2)
+        if 1 in dims:
+            squares = yield from whole_mean_square(grad, dims, batch.shards)
+            squares = subset_sum(squares, grad, dims, group["norm"], batch.shards)
+        else:
+            squares = subset_norm(grad, dims, group["norm"])
+        second.lerp_(squares, 1 - beta2)
         scale = (second / correction2).sqrt_().add_(group["eps"]).reciprocal_().mul_(weight)
         update = momentum if group["nu1"] == 1 else momentum.lerp(batch.grad, share)
         return update.reshape(grad.shape), scale
@@ -251,19 +265,22 @@ def update_subsets(items, schedule):
         shift(i.param, update.view(view), scale, decay, rate)
 
 
-def subset_norm(grad, dims, norm, shards=None):
+def subset_norm(grad, dims, norm):
     """N(g_j, j in S) for every subset S: grad (N, *view) -> (N, *view with `dims` of size 1).
 
     At most the largest finite number: an infinite second moment would stay so, or turn to nan.
     """
-    most = torch.finfo(grad.dtype).max
     if not dims:
-        return grad.square().clamp_(max=most)
-    squares = mean_square(grad, dims, shards if 1 in dims else None)
+        return grad.square().clamp_(max=torch.finfo(grad.dtype).max)
+    return subset_sum(mean_square(grad, dims), grad, dims, norm)
+
+
+def subset_sum(means, grad, dims, norm, shards=None):
+    """N from the mean squares of subsets: themselves, or times the subsets' size."""
     if norm == "sum":
         rows = shards.rows if shards else grad.shape[1]
-        squares.mul_(math.prod([rows if d == 1 else grad.shape[d] for d in dims]))
-    return squares.clamp_(max=most)
+        means.mul_(math.prod([rows if d == 1 else grad.shape[d] for d in dims]))
+    return means.clamp_(max=torch.finfo(grad.dtype).max)
 
 
 def check_partition(partition):

@@ -35,26 +35,33 @@ def shift(param, update, scale, decay, rate):
         param.mul_(decay).addcmul_(update, scale, value=-rate)
 
 
-def mean_square(x, dims, shards=None):
-    """Mean of x² over `dims`, kept as size 1. With `shards`, dim 1 is the rows of every rank."""
-    sizes = list(x.shape)
-    if shards is not None:
-        sizes[1] = shards.rows
+def sum_of_squares(x, dims):
+    """Sum of x² over `dims`, kept as size 1."""
     if x.is_cuda or dims[-1] == x.ndim - 1:
-        total = torch.linalg.vector_norm(x, dim=dims, keepdim=True).square_()
-    else:  # on the CPU ten times faster than a norm over rows, for a copy's memory
-        total = x.square().sum(dims, keepdim=True)
-    if shards is not None:
-        shards.sum(total)
-    return total.div_(math.prod([sizes[d] for d in dims]))
+        return torch.linalg.vector_norm(x, dim=dims, keepdim=True).square_()
+    # on the CPU ten times faster than a norm over rows, for a copy's memory
+    return x.square().sum(dims, keepdim=True)
+
+
+def mean_square(x, dims):
+    """Mean of x² over `dims`, kept as size 1."""
+    return sum_of_squares(x, dims).div_(math.prod([x.shape[d] for d in dims]))
+
+
+def whole_mean_square(x, dims, shards):
+    """The same where dim 1, one of `dims`, is the rows of every rank. To be driven:
+    sharded/exchange.py. shards: a RowShards, or None where all rows are here."""
+    total = yield sum_of_squares(x, dims)
+    rows = shards.rows if shards else x.shape[1]
+    return total.div_(math.prod([rows if d == 1 else x.shape[d] for d in dims]))
 
 
 def clip_update(update, limit, shards=None):
     """Scale each of N updates down to a root mean square of at most `limit` (1804.04235, Alg. 4).
 
-    Out of place: the update may be the momentum itself.
+    Out of place: the update may be the momentum itself. To be driven, as whole_mean_square.
     """
     if update.ndim == 1:
         return update.clamp(-limit, limit)
-    rms = mean_square(update, tuple(range(1, update.ndim)), shards).sqrt_()
+    rms = (yield from whole_mean_square(update, tuple(range(1, update.ndim)), shards)).sqrt_()
     return update / (rms / limit).clamp_min_(1)

@@ -14,7 +14,7 @@ import torch
 
 from leangpt.optim.batches import Kept, as_rows, make_item, update_in_batches
 from leangpt.optim.momentum import BLOCK, FORMAT, MOMENTUM_BITS, from_format_1
-from leangpt.optim.sharding import is_sharded, local
+from leangpt.optim.sharded.rows import is_sharded, local
 from leangpt.system.errors import UserError
 
 
@@ -44,6 +44,10 @@ class MemoryOptimizer(torch.optim.Optimizer):
         """Is state `name` a statistic over all rows, so that every rank holds it whole?"""
         return False
 
+    def needs_ranks(self, tensor, group, shards):
+        """Does `direction` ask for what other ranks' rows of a sharded tensor hold?"""
+        return group["update_clip"] is not None
+
     def schedule(self, group, step):
         """The numbers that depend on the step count (1 at the first update) alone: a tuple."""
         raise NotImplementedError
@@ -53,7 +57,7 @@ class MemoryOptimizer(torch.optim.Optimizer):
 
         update: N tensors' numbers as (N, *view), not to be written to by the caller; scale: None or
         broadcasting against it, such as one number per row. The product is never formed if it need
-        not be.
+        not be. One that needs the rows of all ranks is a generator: sharded/exchange.py.
         """
         raise NotImplementedError
 
@@ -193,13 +197,14 @@ class MemoryOptimizer(torch.optim.Optimizer):
                 )
         return group
 
-    def check_state(self, p, group, state):
-        """Raise UserError where a saved state is not laid out as this class lays out its own."""
+    def check_state(self, p, group, state, wanted=None):
+        """Raise UserError where a saved state is not laid out as this class lays out its own, or
+        as `wanted` (dict name -> tensor) is."""
         if not state or is_sharded(p):
             return
         if type(state.get("step")) is not int or not 0 < state["step"] < 2**31:
             raise UserError("this optimizer state does not fit: it counts no steps")
-        wanted = self.planned_state(p, group)
+        wanted = self.planned_state(p, group) if wanted is None else wanted
         found = {name: value for name, value in state.items() if torch.is_tensor(value)}
         for name in wanted | found:
             kinds = [

@@ -15,11 +15,13 @@ import torch
 from leangpt.optim.arithmetic import clip_update, compute_dtype, shift, stack
 from leangpt.optim.kernels.dispatch import Dispatch
 from leangpt.optim.momentum import round_to_bfloat16
-from leangpt.optim.sharding import RowShards, is_sharded, local, local_state, shard_state
+from leangpt.optim.sharded.exchange import in_portions, run_alone, run_sums
+from leangpt.optim.sharded.rows import RowShards, is_sharded, local, local_state, shard_state
 from leangpt.system.errors import UserError
 
 STACK_EACH = 1 << 18  # tensors of at most this many numbers are stacked ...
 STACK_TOTAL = 1 << 24  # ... up to this many numbers in one stack
+RANK_STRIDE = 1 << 20  # parameters that an optimizer has at most
 VARYING = {
     "params",
     "lr",
@@ -39,8 +41,9 @@ class Item:
     state: dict  # name -> tensor, without the step count
     group: dict
     step: int  # 1 at the first update
-    shards: RowShards | None = None  # how to reduce over the ranks that hold the other rows
-    number: int = 0  # the parameter's place among all of the optimizer's
+    shards: RowShards | None = None  # where the other rows are, if the direction asks for them
+    number: int = 0  # the parameter's place among all of the optimizer's, and in noise the rank's
+    saved: dict | None = None  # the state's own tensors, of which `state` has this rank's part
 
 
 @dataclass(slots=True)
@@ -64,6 +67,7 @@ class Kept:
     items: dict = field(default_factory=dict)  # parameter -> its Item of the step before
     numbers: dict = field(default_factory=dict)  # parameter -> its place in the optimizer
     generators: dict = field(default_factory=dict)  # device -> this step's torch.Generator
+    loads: list = field(default_factory=list)  # rank -> work on whole matrices given to it
     kernels: Dispatch = field(default_factory=Dispatch)
 
 
@@ -78,7 +82,7 @@ def make_item(optimizer, p, group):
     kept, state = optimizer.kept, optimizer.state[p]
     item = kept.items.get(p)
     if item is not None and item.group is group and state:
-        if all(state[name] is value for name, value in item.state.items()):
+        if all(state[name] is value for name, value in item.saved.items()):
             state["step"] += 1
             item.step = state["step"]
             item.param, item.grad = parameter_and_gradient(p, group)
@@ -95,15 +99,18 @@ def make_item(optimizer, p, group):
                 value = shard_state(name, value, p, spans)
             state[name] = value
     state["step"] += 1
-    tensors = {
-        name: local_state(name, value, state) for name, value in state.items() if name != "step"
-    }
+    saved = {name: value for name, value in state.items() if name != "step"}
+    tensors = {name: local_state(name, value, state) for name, value in saved.items()}
     if p not in kept.numbers:
         everything = [q for g in optimizer.param_groups for q in g["params"]]
         kept.numbers = {q: number for number, q in enumerate(everything)}
-    item = Item(param, grad, tensors, group, state["step"], shards, kept.numbers[p])
-    if not shards:
-        kept.items[p] = item
+    number = kept.numbers[p]
+    if shards:  # rows elsewhere are rounded by other noise
+        number += shards.rank * RANK_STRIDE
+        if not optimizer.needs_ranks(param, group, shards):
+            shards = None
+    item = Item(param, grad, tensors, group, state["step"], shards, number, saved)
+    kept.items[p] = item
     return item
 
 
@@ -129,9 +136,16 @@ def is_plain(item):
 
 
 def update_in_batches(optimizer, items, each=STACK_EACH):
-    """Move every item by the optimizer's `direction`; tensors of up to `each` numbers stacked."""
-    for batch in batches(items, optimizer.defaults, each):
-        update_batch(optimizer, batch)
+    """Move every item by the optimizer's `direction`; tensors of up to `each` numbers stacked.
+
+    Of tensors whose rows are on several ranks many go together: sharded/exchange.py.
+    """
+    spread = [item for item in items if item.shards]
+    for batch in batches([i for i in items if not i.shards], optimizer.defaults, each):
+        if batch[0].param.numel():
+            run_alone(update_run(optimizer, batch))
+    for portion in in_portions(spread):
+        run_sums([update_run(optimizer, [item]) for item in portion], portion[0].shards)
 
 
 def batches(items, options, each=STACK_EACH):
@@ -144,8 +158,8 @@ def batches(items, options, each=STACK_EACH):
     for item in items:
         group, shape = item.group, item.param.shape
         stackable = group["foreach"] and item.param.numel() <= each
-        if not stackable or item.shards or torch.is_tensor(group["lr"]):
-            yield [item]  # sharded ones in the order of the parameters, alike on every rank
+        if not stackable or torch.is_tensor(group["lr"]):
+            yield [item]
             continue
         if id(group) not in keys:
             keys[id(group)] = repr([group.get(name) for name in shared])
@@ -158,11 +172,10 @@ def batches(items, options, each=STACK_EACH):
             yield alike[start : start + size]
 
 
-def update_batch(optimizer, items):
-    """Move N equally shaped tensors: stack, ask for the direction, write back."""
+def update_run(optimizer, items):
+    """Move N equally shaped tensors: stack, ask for the direction, write back. A generator, which
+    asks as `direction` does (sharded/exchange.py)."""
     first = items[0]
-    if not first.param.numel() and not first.shards:
-        return
 
     def generator():
         return rounding_generator(optimizer.kept.generators, first)
@@ -177,14 +190,19 @@ def update_batch(optimizer, items):
         shards=first.shards,
         generator=generator,
     )
-    update, scale = optimizer.direction(batch)
+    update, scale = yield from as_run(optimizer.direction(batch))
     if len(items) > 1:  # a stack is a copy; a single tensor was updated in place
         for name, value in batch.state.items():
             torch._foreach_copy_([i.state[name] for i in items], list(value.unbind(0)))
     if first.group["update_clip"] is not None:
-        update = update if scale is None else update * scale
-        update, scale = clip_update(update, first.group["update_clip"], first.shards), None
+        update, scale = update if scale is None else update * scale, None
+        update = yield from clip_update(update, first.group["update_clip"], first.shards)
     write(items, update, scale, generator)
+
+
+def as_run(direction):
+    """A direction that needs no other ranks is a pair, and not a generator: it may be either."""
+    return (yield from direction) if hasattr(direction, "send") else direction
 
 
 def write(items, update, scale, generator):
@@ -221,9 +239,12 @@ def rounding_generator(generators, item):
     """The generator of this step's rounding on the item's device; `generators` keeps it.
 
     Seeded by the step count: a resumed run rounds as the uninterrupted one would, every rank
-    of a data-parallel run rounds alike, and torch's global generators are left alone.
+    of a data-parallel run rounds alike (of a sharded one each its own rows), and torch's global
+    generators are left alone.
     """
     device = item.param.device
     if device not in generators:
-        generators[device] = torch.Generator(device).manual_seed(0x5EED + item.step)
+        rank = item.number // RANK_STRIDE
+        seed = 0x5EED + item.step + (rank << 32)
+        generators[device] = torch.Generator(device).manual_seed(seed)
     return generators[device]

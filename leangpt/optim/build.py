@@ -14,7 +14,7 @@ from torch import nn
 
 from leangpt.optim.adafactor import Adafactor
 from leangpt.optim.adamsn import AdamSN
-from leangpt.optim.backward.fused_backward import fuse_into_backward
+from leangpt.optim.backward.fused_backward import fuse_into_backward, sharded_units
 from leangpt.optim.backward.gradient_sums import sum_in_bits
 from leangpt.optim.base import COMMON, MemoryOptimizer, say_once
 from leangpt.optim.muonsn import MuonSN
@@ -105,7 +105,9 @@ def build_optimizer(
     names = {p: name for name, p, _ in placed}
     if gradient_bits:
         return sum_in_bits(optimizer, gradient_bits, grad_clip, names)
-    return fuse_into_backward(optimizer, grad_clip, names) if fused_backward else optimizer
+    if fused_backward:
+        fuse_into_backward(optimizer, grad_clip, names, sharded_units(model))
+    return optimizer
 
 
 # ---------------------------------------------------------------------- the recipe

@@ -36,9 +36,10 @@ import torch
 from leangpt.optim.adamsn import AdamSN
 from leangpt.optim.arithmetic import compute_dtype, mean_square
 from leangpt.optim.base import COMMON_HELP, MemoryOptimizer, check_number
-from leangpt.optim.batches import STACK_TOTAL, update_in_batches
+from leangpt.optim.batches import STACK_TOTAL, update_in_batches, update_run
 from leangpt.optim.kernels import step_cuda
 from leangpt.optim.momentum import new_momentum, update_momentum
+from leangpt.optim.sharded.exchange import Whole, run_whole
 from leangpt.system.errors import UserError
 from leangpt.system.processor import fast_bfloat16
 
@@ -135,12 +136,18 @@ class MuonSN(AdamSN):
             return False
         return super().spans_rows(name, tensor, group, shards)
 
+    def needs_ranks(self, tensor, group, shards):
+        return is_orthogonalized(tensor, group) or super().needs_ranks(tensor, group, shards)
+
     def update(self, items):
         matrices = [i for i in items if is_orthogonalized(i.param, i.group)]
         matrices = self.kept.kernels.run(
             matrices, lambda item: True, self.launch_matrices, [step_cuda], step_cuda.MOST
         )
-        update_in_batches(self, matrices, each=STACK_TOTAL)  # one bmm for all of one shape
+        here = [i for i in matrices if not i.shards]
+        update_in_batches(self, here, each=STACK_TOTAL)  # one bmm for all of one shape
+        if spread := [i for i in matrices if i.shards]:
+            run_whole(spread, lambda item: update_run(self, [item]), self.kept.loads)
         super().update([i for i in items if not is_orthogonalized(i.param, i.group)])
 
     def launch_matrices(self, stack):
@@ -153,23 +160,18 @@ class MuonSN(AdamSN):
     def direction(self, batch):
         group, grad, shards = batch.group, batch.grad, batch.shards
         if "row_mean_square" not in batch.state:
-            return super().direction(batch)
+            return (yield from super().direction(batch))
         mu = group["momentum"]
         momentum = update_momentum(batch.state, grad, mu, batch.step, batch.generator)
         ahead = grad.lerp(momentum, group["nu"]) if mu > 0 else momentum
-        ahead = ahead.flatten(2)  # (N, n, m)
-        if shards:  # every rank orthogonalises the whole matrix and keeps its rows
-            update = shards.scatter(orthogonalize_blocks(shards.gather(ahead), group))
-        else:
-            update = orthogonalize_blocks(ahead, group)
+        ahead = Whole(ahead.flatten(2), orthogonalize_blocks, group)  # (N, n, m), of all ranks
+        update = yield ahead
         row_square = mean_square(update, (2,))  # (N, n, 1)
         second = batch.state["row_mean_square"].lerp_(row_square, 1 - group["row_beta2"])
         second = second / batch.schedule[3]
         scale = second.sqrt_().add_(group["eps"]).reciprocal_()  # (N, n, 1)
-        total = (scale.square() * row_square).sum(1, keepdim=True)  # (N, 1, 1)
-        rows = grad.shape[1]
-        if shards:
-            total, rows = shards.sum(total), shards.rows
+        total = yield (scale.square() * row_square).sum(1, keepdim=True)  # (N, 1, 1)
+        rows = shards.rows if shards else grad.shape[1]
         rms = (total / rows).sqrt_().clamp_min_(torch.finfo(total.dtype).tiny ** 0.5)
         return update, scale.mul_(group["update_rms"] / rms)
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from leangpt.optim.base import MemoryOptimizer, check_layout
 from leangpt.optim.momentum import BLOCK
+from leangpt.optim.sharded.rows import RowShards, is_sharded, shard_saved
 from leangpt.system.errors import UserError
 
 TORCH_ADAM = (torch.optim.Adam, torch.optim.AdamW)
@@ -37,6 +38,7 @@ def load_optimizer(
         state = state | {"state": _cropped(optimizer, model, state["state"], shapes or {})}
         if isinstance(optimizer, TORCH_ADAM):  # ours check for themselves
             _check_adam(optimizer, state)
+        state = state | {"state": _sharded(optimizer, state["state"])}
         optimizer.load_state_dict(state)
     except (ValueError, KeyError) as error:  # UserError is the first
         optimizer.state.clear()
@@ -110,6 +112,28 @@ def _numbers(optimizer):
     return {id(p): number for number, p in enumerate(every)}
 
 
+# ---------------------------------------------------------------------- sharded weights
+
+
+def _sharded(optimizer, entries):
+    """Entries by number, of whole parameters, for those of this optimizer that are sharded."""
+    numbers, result = _numbers(optimizer), dict(entries)
+    for group in optimizer.param_groups:
+        for p in filter(is_sharded, group["params"]):
+            if (number := numbers[id(p)]) in entries:
+                result[number] = _shard(optimizer, entries[number], p, group)
+    return result
+
+
+def _shard(optimizer, entry, p, group):
+    if not isinstance(optimizer, MemoryOptimizer):
+        return shard_saved(entry, p, lambda name: False)
+    shards, whole = RowShards(p), torch.empty(p.shape, dtype=p.dtype, device="meta")
+    wanted = optimizer.new_state(whole, group, shards)
+    optimizer.check_state(whole, group, entry, wanted)
+    return shard_saved(entry, p, lambda name: optimizer.spans_rows(name, whole, group, shards))
+
+
 # ---------------------------------------------------------------------- fewer rows than were saved
 
 
@@ -131,7 +155,7 @@ def _crop(optimizer, entry, p, shape, group):
     wanted = {}
     if isinstance(optimizer, MemoryOptimizer):
         optimizer.check_state(torch.empty(shape, dtype=p.dtype, device="meta"), group, entry)
-        wanted = optimizer.planned_state(p, group)
+        wanted = optimizer.planned_state(torch.empty_like(p, device="meta"), group)
     cropped = dict(entry)
     for name, value in entry.items():
         if not torch.is_tensor(value) or value.ndim == 0:

@@ -30,6 +30,18 @@ class Runtime:
     dtype: torch.dtype  # what autocast computes in
     rank: int = 0
     world_size: int = 1
+    context_parallel: int = 1  # neighbouring processes that share each sequence
+    abandoned: bool = False  # is another process of the group gone?
+
+    @property
+    def data_parallel(self):
+        """How many shares an iteration's batch is divided into."""
+        return self.world_size // self.context_parallel
+
+    @property
+    def data_rank(self):
+        """Which of them is this process's."""
+        return self.rank // self.context_parallel
 
     @property
     def device_type(self):
@@ -91,9 +103,13 @@ class Runtime:
 
     def close(self):
         """Leave the process group, if there is one."""
-        if dist.is_initialized():
+        if dist.is_initialized() and not self.abandoned:
             gc.collect()  # what still holds the group (DDP's buckets) goes first
             dist.destroy_process_group()
+
+    def abandon(self):
+        """Another process is gone: `close` then waits for nobody."""
+        self.abandoned = True
 
 
 def is_main_process():
@@ -129,15 +145,21 @@ def leave(status=0):
     os._exit(status)
 
 
-def setup_runtime(device="auto", dtype="auto", seed=1337, backend="auto"):
+def setup_runtime(device="auto", dtype="auto", seed=1337, backend="auto", context_parallel=1):
     """Choose device and dtype, seed torch, join torchrun's process group -> Runtime.
 
     device: auto | cpu | cuda | cuda:N | mps; auto is CUDA where there is one, else the CPU.
     dtype: auto | float32 | bfloat16 | float16; auto is bfloat16 on a GPU that has it, float16 on
     an older one, float32 elsewhere. backend: auto (nccl on CUDA, gloo else) | nccl | gloo.
-    Every process is seeded alike. Raises UserError for what is unknown or not there.
+    context_parallel: how many processes share each sequence, a divisor of their number. Every
+    process is seeded alike. Raises UserError for what is unknown or not there.
     """
     world_size = _environment_int("WORLD_SIZE", 1)
+    if world_size % context_parallel:
+        raise UserError(
+            f"context_parallel={context_parallel} must divide the number of processes, which "
+            f"is {world_size}"
+        )
     rank, local_rank = _environment_int("RANK", 0), _environment_int("LOCAL_RANK", 0)
     distributed = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     chosen, reason = _choose_device(device, local_rank if distributed else None)
@@ -160,7 +182,7 @@ def setup_runtime(device="auto", dtype="auto", seed=1337, backend="auto"):
                 )
         dist.init_process_group(backend)
     torch.manual_seed(seed)
-    return Runtime(chosen, reason, chosen_dtype, rank, world_size)
+    return Runtime(chosen, reason, chosen_dtype, rank, world_size, context_parallel)
 
 
 def iteration_seed(seed, iteration, stream):

@@ -19,7 +19,7 @@ class Share:
 
 
 def share_of(settings, rank=0, world_size=1) -> Share:
-    """What process `rank` of `world_size` computes of each iteration.
+    """What process `rank` of `world_size` that read data computes of each iteration.
 
     Whole micro-batches where their number allows it, else rows of each, as evenly as they come.
     settings: gradient_accumulation_steps and batch_size count. Raises UserError where neither goes.
@@ -50,7 +50,7 @@ def iteration_batches(dataset, settings, runtime, iteration, one_pass=None):
     the same, however they are spread over micro-batches.
     """
     generator = torch.Generator().manual_seed(iteration_seed(settings.seed, iteration, DATA_STREAM))
-    share = share_of(settings, runtime.rank, runtime.world_size)
+    share = share_of(settings, runtime.data_rank, runtime.data_parallel)
     batches = _all_batches(dataset, settings, runtime, generator, share, iteration, one_pass)
     if dataset.row_tokens is None:
         yield from ((x, y, share.divisor) for x, y, _ in batches if x is not None)
@@ -59,14 +59,14 @@ def iteration_batches(dataset, settings, runtime, iteration, one_pass=None):
     total = sum(counted for _, _, counted in batches)
     for x, y, _ in batches:
         if x is not None:
-            yield x, y, total / (int((y >= 0).sum()) * runtime.world_size)
+            yield x, y, total / (int((y >= 0).sum()) * runtime.data_parallel)
 
 
 def _all_batches(dataset, settings, runtime, generator, share, iteration, one_pass):
     """x, y of this process's rows, None where it has none, and how many tokens of the whole
     micro-batch have a loss (None where all have)."""
     for index in range(settings.gradient_accumulation_steps):
-        mine = share.stride == 1 or index % share.stride == runtime.rank
+        mine = share.stride == 1 or index % share.stride == runtime.data_rank
         device = runtime.device if mine else "cpu"
         if one_pass is not None:
             x, y = one_pass.batch(iteration, index, device)

@@ -2,9 +2,11 @@
 
 A checkpoint is a dict with nanoGPT's keys (model, optimizer, model_args, iter_num, best_val_loss,
 config) and a few of ours. `ckpt.pt` holds the best model so far, `ckpt_last.pt` the latest state:
-training resumes from the latter. Both hold everything, so either can be sampled or resumed.
+training resumes from the latter. Both hold everything, so either can be sampled or resumed. Of a
+sharded run they name a folder beside them that has the tensors (parallel/shards.py).
 """
 
+import contextlib
 import math
 import shutil
 import warnings
@@ -14,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from leangpt.parallel.shards import has_shards, remove_others, with_shards, write_shards
 from leangpt.system.errors import UserError
 from leangpt.system.plain_numbers import foreign_object, numbers_allowed
 from leangpt.system.reading import regular_file
@@ -38,26 +41,39 @@ def save_checkpoint(path, checkpoint):
             raise cause if isinstance(cause, OSError) else OSError(str(error)) from error
 
 
-def save_run(paths, model, optimizer, scaler, dataset, config, **progress):
+def save_run(paths, model, optimizer, scaler, dataset, config, main=True, **progress):
     """Write a run's state to each of `paths`, in that order: see `save_checkpoint`.
 
-    config: its settings as a dict. progress: iter_num, best_val_loss, train_seconds.
+    Of a sharded model's processes all call this together, and each writes its rows; `main` is the
+    one that writes the rest. config: its settings as a dict. progress: iter_num, best_val_loss,
+    train_seconds.
     """
-    first, *others = paths
-    save_checkpoint(
-        first,
-        {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "model_args": model_args(model),
-            "config": config,
-            "dataset": {"name": dataset.name, **dataset.meta},
-            **progress,
-        },
-    )
-    for other in others:
-        copy_checkpoint(first, other)
+    first, *others = map(Path, paths)
+    checkpoint = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict(),
+        "model_args": model_args(model),
+        "config": config,
+        "dataset": {"name": dataset.name, **dataset.meta},
+        **progress,
+    }
+    if has_shards(model):
+        checkpoint = write_shards(checkpoint, model, first.parent, f"{progress['iter_num']:08d}")
+    if main:
+        save_checkpoint(first, checkpoint)
+        for other in others:
+            copy_checkpoint(first, other)
+        remove_others(
+            first.parent, {*map(shards_named_in, (first.parent / BEST, first.parent / LAST))}
+        )
+
+
+def shards_named_in(path):
+    """The folder of shards that a checkpoint's tensors are in; None: they are in the file."""
+    with contextlib.suppress(Exception):  # none, or one that cannot be looked into without reading
+        return torch.load(path, mmap=True, weights_only=True).get("shards", {}).get("folder")
+    return None
 
 
 def copy_checkpoint(source, path):
@@ -109,6 +125,8 @@ def _read(path, device, mmap):
             f"{', '.join(missing)}"
         )
     _check_entries(checkpoint, path)
+    if "shards" in checkpoint:
+        checkpoint = with_shards(checkpoint, path.parent)
     checkpoint["model"] = {
         _plain_name(name): tensor
         for name, tensor in checkpoint["model"].items()
@@ -162,6 +180,8 @@ def _check_entries(checkpoint, path):
         "dataset": mapping,
         "scaler": mapping,
         "optimizer": mapping,
+        "shards": mapping,
+        "tied": mapping,
     }
     for name, (kind, fits) in {**rules, **optional}.items():
         value = checkpoint.get(name)

@@ -13,14 +13,15 @@ TRAIN_SAMPLE = 50  # batches that estimate the training loss where eval_iters=0
 
 
 @torch.no_grad()
-def evaluate(model, dataset, settings, runtime, stopping, compiled=None):
+def evaluate(model, dataset, settings, runtime, stopping, compiled=None, in_step=False):
     """Mean loss of both splits -> {"train": float, "val": float}, or None if `stopping()` said so.
 
     Over the whole validation split (eval_iters=0), or a fixed sample. Every token weighs the same,
     whatever the size of its batch. model: a GPT in training mode, which it is left in; compiled:
-    the same compiled for whole batches, used for those. settings: batch_size, block_size and
-    eval_iters count.
+    the same compiled for whole batches, used for those. in_step: every process runs it equally
+    often, as sharded weights ask for. settings: batch_size, block_size and eval_iters count.
     """
+    shares, mine = runtime.data_parallel, runtime.data_rank
     shape = (settings.batch_size, settings.block_size)
     model.eval()
     losses = {}
@@ -30,16 +31,19 @@ def evaluate(model, dataset, settings, runtime, stopping, compiled=None):
         count = batch_count(dataset, split, settings)
         batches = progress(batches, f"evaluating {split}", count, shown=runtime.is_main)
         for index, (x, y) in enumerate(batches):
-            if index % runtime.world_size == 0 and stopping():
+            if index % shares == 0 and stopping():
                 model.train()
                 return None
-            if index % runtime.world_size != runtime.rank:
+            if index % shares != mine:
                 continue
             # a compiled model would be compiled again for the last, smaller batch
             forward = compiled if compiled is not None and x.shape == shape else model
             with runtime.autocast():
                 sums.append(forward(x, y)[1] * (counted := loss_tokens(dataset, y)))
             tokens += counted
+        if in_step and mine > index % shares:  # the others have one more
+            with runtime.autocast():
+                model(x, y)
         total = math.fsum(torch.stack(sums).tolist())
         total, count = runtime.mean_over_processes([total, float(tokens)])
         losses[split] = total / count

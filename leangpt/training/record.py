@@ -3,6 +3,8 @@
 import math
 
 from leangpt.optim import check_gradients
+from leangpt.optim.sharded.rows import local
+from leangpt.parallel.shards import has_shards
 from leangpt.training.checkpoint import BEST, LAST, save_run
 from leangpt.training.clock import StepClock
 from leangpt.training.log import TrainingLog, remaining_seconds
@@ -109,11 +111,14 @@ class RunRecord:
         if self.folder is None:
             return
         check_gradients(self.optimizer)
-        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+        finite = all(bool(local(p).isfinite().all()) for p in self.model.parameters())
+        if self.runtime.mean_over_processes([float(finite)]) != [1.0]:
             raise NotFinite("a weight", iteration)
         self.saved_iteration = iteration
-        if self.runtime.is_main:
+        main = self.runtime.is_main
+        if main:
             self.log.metrics.sync()
+        if main or has_shards(self.model):
             save_run(
                 [self.folder.path / name for name in names],
                 self.model,
@@ -121,6 +126,7 @@ class RunRecord:
                 self.scaler,
                 self.dataset,
                 self.config,
+                main,
                 iter_num=iteration,
                 best_val_loss=self.best_val_loss,
                 train_seconds=self.clock.total,

@@ -11,6 +11,7 @@ import os
 import re
 from pathlib import Path
 
+from leangpt.parallel.shards import remove_others
 from leangpt.system.errors import UserError
 from leangpt.system.lock import FolderLock
 from leangpt.training.checkpoint import BEST, LAST, checkpoint_to_resume, load_checkpoint
@@ -42,6 +43,13 @@ class RunFolder:
     def resumable(self) -> bool:
         """Is there a checkpoint to go on from?"""
         return checkpoint_to_resume(self.path).is_file()
+
+    @property
+    def launch(self) -> str | None:
+        """Which launch of torchrun's began the run in here (parallel/failures.py), if one did."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            return json.loads((self.path / FACTS).read_text(encoding="utf-8")).get("launch")
+        return None
 
     def resume(self) -> dict:
         """The latest checkpoint -> dict. Raises UserError where there is none or it is damaged."""
@@ -77,6 +85,7 @@ class RunFolder:
     def _erase(self):
         for name in RUN_FILES:
             (self.path / name).unlink(missing_ok=True)
+        remove_others(self.path, set())
         return f"erased the earlier run in {self.path}"
 
     def _move_aside(self, keep):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from leangpt.memory.meter import tensor_bytes
+from leangpt.parallel.failures import launch
 from leangpt.system.errors import UserError
 from leangpt.system.timing import commit_id, describe_machine
 from leangpt.system.whole_files import written_whole
@@ -52,6 +53,7 @@ def run_facts(model: torch.nn.Module, state_bytes: int, dataset, runtime) -> dic
         },
         "machine": describe_machine(runtime.device),
         "processes": runtime.world_size,
+        "launch": launch(),
         "torch": torch.__version__,
         "commit": commit_id(),
     }

@@ -18,6 +18,8 @@ PER_COMMAND = (
     "data_dir",
     "device",
     "backend",
+    "parallel",
+    "context_parallel",
     "compile",
     "eval_only",
 )

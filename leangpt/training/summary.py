@@ -10,12 +10,12 @@ from leangpt.training.batches import share_of
 
 
 def startup_summary(
-    settings, dataset, model, optimizer, rates, runtime, *, compiled, iteration, changes
+    settings, dataset, model, optimizer, rates, runtime, *, parallel, compiled, iteration, changes
 ):
     """What is about to run, as lines of text.
 
-    rates: of optim/rates.py; iteration: the first one; changes: the settings that are not at their
-    defaults, as text.
+    rates: of optim/rates.py; parallel: of parallel/engine.py; iteration: the first one; changes:
+    the settings that are not at their defaults, as text.
     """
     weights = tensor_bytes(model.parameters())
     gradients = megabytes(gradient_bytes(optimizer))
@@ -42,6 +42,8 @@ def startup_summary(
         f"of {settings.block_size}{describe_share(settings, runtime)}",
         "changed": changes,
     }
+    if runtime.world_size > 1:
+        lines["parallel"] = parallel.describe()
     if iteration:
         lines["resuming"] = f"from iteration {iteration} of {settings.out_dir}"
     return "\n".join(f"{name:<10} {line}" for name, line in lines.items())

@@ -121,7 +121,7 @@ def test_sharded_training_equals_one_process():
 
 
 def test_other_placements_are_refused():
-    from leangpt.optim.sharding import RowShards
+    from leangpt.optim.sharded.rows import RowShards
 
     class Placement:
         def is_replicate(self):

@@ -2,7 +2,7 @@
 
 import torch
 
-from leangpt.optim.sharding import is_sharded
+from leangpt.optim.sharded.rows import is_sharded
 from leangpt.system.errors import UserError
 
 
@@ -32,9 +32,10 @@ class TakenGradients:
     """
 
     option = ""  # of build_optimizer, for messages
+    takes_shards = False  # gradients that FSDP2 has reduced and scattered, too?
 
     def __init__(self, optimizer, max_norm, names):
-        check_parameters(optimizer, max_norm, self.option)
+        check_parameters(optimizer, max_norm, self.option, self.takes_shards)
         self.max_norm, self.norm = max_norm, None
         self.names = names or {}
         self.handles = []
@@ -93,16 +94,18 @@ class TakenGradients:
         """Take back what `state_dict` gave."""
 
 
-def check_parameters(optimizer, max_norm, option):
+def check_parameters(optimizer, max_norm, option, takes_shards):
     """Raise UserError where gradients cannot be taken as they come."""
     if not max_norm >= 0:
         raise UserError(f"max_norm must not be negative, and 0 for no clipping, not {max_norm}")
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    sharded = [is_sharded(p) for p in params]
+    if any(sharded) and not takes_shards:
+        raise UserError(f"{option} does not work with sharded parameters (FSDP)")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        if torch.distributed.get_world_size() > 1:
-            raise UserError(f"{option} runs on one process: DDP and FSDP reduce too late")
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if is_sharded(p):
-                raise UserError(f"{option} does not work with sharded parameters (FSDP)")
-            if p.dtype == torch.float16:
-                raise UserError(f"{option} cannot unscale float16 gradients: use bfloat16")
+        if torch.distributed.get_world_size() > 1 and not all(sharded):
+            allowed = " or on sharded weights (--parallel=fsdp)" if takes_shards else ""
+            raise UserError(f"{option} runs on one process{allowed}: DDP reduces too late")
+    for p in params:
+        if p.dtype == torch.float16:
+            raise UserError(f"{option} cannot unscale float16 gradients: use bfloat16")

@@ -1,13 +1,14 @@
 """Parameters sharded by rows over ranks (DTensor, FSDP2): local tensors, and exact reductions.
 
-Optimizers here work on the local rows; a statistic that spans rows (a column mean, a norm, a whole
-matrix) goes through `RowShards`. Only Shard(0) and Replicate placements exist under FSDP2; others
-are refused. Imports of torch.distributed stay inside: a plain run never pays for them.
+Optimizers here work on the local rows; for what spans rows (a column mean, a norm, a whole matrix)
+see exchange.py. Only Shard(0) and Replicate placements exist under FSDP2; others are refused.
+DTensor is imported inside: a plain run never pays for it.
 """
 
 import math
 
 import torch
+import torch.distributed as dist
 
 from leangpt.optim.momentum import BLOCK
 from leangpt.system.errors import UserError
@@ -24,48 +25,34 @@ def local(tensor):
 
 
 class RowShards:
-    """How one DTensor's rows lie over the ranks."""
+    """How one DTensor's rows lie over the ranks: equal shares one after the other, the last ones
+    smaller or empty."""
 
     def __init__(self, tensor):
         self.mesh, self.placements = tensor.device_mesh, tensor.placements
         for placement in self.placements:
             if not (placement.is_replicate() or placement.is_shard(0)):
                 raise UserError(f"only rows may be sharded (Shard(0)), not {placement}")
-        self.shape, self.stride = tensor.shape, tensor.stride()
+        sharded = [d for d, placement in enumerate(self.placements) if placement.is_shard()]
+        if len(sharded) > 1:
+            raise UserError("rows may be sharded over one dimension of the mesh, not over several")
+        self.shape = tensor.shape
         self.rows = tensor.shape[0] if tensor.ndim else 1
-        self.local_rows = tensor.to_local().shape[0] if tensor.ndim else 1
+        self.group, self.rank, self.ranks = None, 0, 1
+        if sharded:
+            self.group = self.mesh.get_group(sharded[0])
+            self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+
+    def rows_of(self, rank):
+        """(start, stop) of the rows that a rank holds."""
+        share = -(-self.rows // self.ranks)
+        return min(rank * share, self.rows), min((rank + 1) * share, self.rows)
 
     def sum(self, partial):
         """Sum of every shard's `partial` (same shape on each rank), in place."""
-        import torch.distributed as dist
-
-        for dim, placement in enumerate(self.placements):
-            if placement.is_shard():
-                dist.all_reduce(partial, group=self.mesh.get_group(dim))
+        if self.group is not None:
+            dist.all_reduce(partial, group=self.group)
         return partial
-
-    def gather(self, rows):
-        """Local rows (1, n_local, m) of every rank -> the whole matrix (1, n, m)."""
-        from torch.distributed.tensor import DTensor
-
-        shape = (self.rows, *rows.shape[2:])
-        whole = DTensor.from_local(
-            rows[0].contiguous(),
-            self.mesh,
-            self.placements,
-            run_check=False,
-            shape=torch.Size(shape),
-            stride=torch.empty(shape, device="meta").stride(),
-        )
-        return whole.full_tensor().unsqueeze(0)
-
-    def scatter(self, whole):
-        """The whole matrix (1, n, m), alike on every rank -> this rank's rows; nothing is sent."""
-        from torch.distributed.tensor import DTensor, Replicate
-
-        everywhere = [Replicate()] * self.mesh.ndim
-        whole = DTensor.from_local(whole[0], self.mesh, everywhere, run_check=False)
-        return whole.redistribute(placements=self.placements).to_local().unsqueeze(0)
 
 
 QUANTIZED = ("momentum", "momentum_scale")
@@ -108,3 +95,29 @@ def shard_like(value, param, replicated):
         shape=torch.Size(shape),
         stride=torch.empty(shape, device="meta").stride(),
     )
+
+
+def shard_saved(entry, param, replicated):
+    """The state of a whole parameter, as a checkpoint has it, for the sharded `param`.
+
+    entry: dict name -> tensor or number; replicated(name): does every rank hold it whole? Tensors
+    of no dimension stay as they are. Raises UserError where rows cannot be told apart.
+    """
+    rows = slice(*RowShards(param).rows_of(RowShards(param).rank))
+    sharded = dict(entry)
+    for name, value in entry.items():
+        if not torch.is_tensor(value) or value.ndim == 0:
+            continue
+        value = value.to(local(param).device)
+        if not replicated(name):
+            if name in QUANTIZED and "momentum_scale" in entry:
+                if math.prod(param.shape[1:]) % BLOCK:
+                    raise UserError(f"blocks of {name} of a weight {tuple(param.shape)} span rows")
+                value = value.view(param.shape[0], -1, value.shape[-1])
+            if value.shape[0] != param.shape[0]:
+                raise UserError(
+                    f"{name} of a sharded weight {tuple(param.shape)} is {tuple(value.shape)}"
+                )
+            value = value[rows]
+        sharded[name] = shard_like(value.clone(), param, replicated(name))
+    return sharded

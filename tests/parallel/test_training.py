@@ -1,0 +1,89 @@
+"""train.py in several processes, whichever way they share it: the losses of one process."""
+
+import itertools
+
+import pytest
+import torch
+from several_processes import train_in_processes
+from tiny_run import arguments, determined
+
+import train
+
+pytestmark = pytest.mark.slow
+
+VARIANTS = ("adam", "adamsn8", "adafactor", "muonsn8", "muonsn4")
+SHAPE = ["--n_embd=32", "--max_iters=20", "--eval_interval=10"]
+INSIDE = "--optimizer_options=fused_backward=True"
+
+
+def settings_of(variant):
+    """Flags of the runs that a variant is compared in: accumulation 1 and 3, updates inside
+    backward; odd numbers of sequences for two processes to share."""
+    runs = [
+        ["--gradient_accumulation_steps=1", "--batch_size=3"],
+        ["--gradient_accumulation_steps=3"],
+    ]
+    if variant != "adam":
+        runs.append(["--gradient_accumulation_steps=1", INSIDE])
+    return [[*SHAPE, f"--optimizer_variant={variant}", *flags] for flags in runs]
+
+
+def numbers(out_dir):
+    return [[float(value or 0) for value in row] for row in determined(out_dir)]
+
+
+def compare(tmp_path, runs, processes, *flags, within=1e-3):
+    """Each of `runs` in one process, and in several with `flags` as well: metrics.csv agrees."""
+    torch.set_num_threads(1)
+    for index, run in enumerate(runs):
+        train.main(arguments(tmp_path, f"one-{index}", *run))
+    several = [
+        arguments(tmp_path, f"several-{index}", *run, *flags) for index, run in enumerate(runs)
+    ]
+    train_in_processes(processes, *several)
+    for index, run in enumerate(runs):
+        rows = itertools.zip_longest(
+            *(numbers(tmp_path / f"{side}-{index}") for side in ("one", "several"))
+        )
+        for one, other in rows:
+            assert one == pytest.approx(other, rel=within, abs=within), run
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sharded_weights(tmp_path, variant):
+    compare(tmp_path, settings_of(variant), 2, "--parallel=fsdp")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sequences_in_pieces(tmp_path, variant):
+    """With sharded weights where updates are inside backward, else with all weights everywhere;
+    17 tokens do not fall into four pieces."""
+    for parallel, runs in (("fsdp", settings_of(variant)[2:]), ("ddp", settings_of(variant)[:2])):
+        runs = [[*run, "--block_size=17", "--position=rope", "--q_chunk=6"] for run in runs]
+        flags = (f"--parallel={parallel}", "--context_parallel=2")
+        compare(tmp_path / parallel, runs, 2, *flags)
+
+
+def test_whole_weights(tmp_path):
+    runs = [
+        [*SHAPE, "--optimizer_variant=muonsn4", "--gradient_accumulation_steps=3"],
+        [*SHAPE, "--attention_policy=grouped", "--gradient_accumulation_steps=2"],
+    ]
+    compare(tmp_path, runs, 2, "--parallel=ddp")
+
+
+@pytest.mark.parametrize(
+    "flags", (["--attention_policy=grouped"], ["--attention_policy=recompute"])
+)
+def test_four_processes_share_weights_and_sequences(tmp_path, flags):
+    """Two shares of the batch, each on two processes; tied heads, few key/value heads, layers that
+    keep their inputs alone; an accumulation that the processes do not divide."""
+    few = ["--n_embd=32", "--max_iters=6", "--eval_interval=3", "--checkpoint_layers=True"]
+    runs = [
+        [*few, *flags, "--n_head=4", "--q_chunk=8", f"--optimizer_variant={variant}", *steps]
+        for variant, steps in (
+            ("muonsn8", ["--gradient_accumulation_steps=3"]),
+            ("adamsn8", ["--gradient_accumulation_steps=1", INSIDE]),
+        )
+    ]
+    compare(tmp_path, runs, 4, "--parallel=fsdp", "--context_parallel=2")
