@@ -29,7 +29,7 @@ from leangpt.int4.tuning import quantize_and_tune_
 from leangpt.layers.int4_linear import GROUP_SIZES
 from leangpt.system.errors import UserError, exit_cleanly
 from leangpt.system.runtime import setup_runtime
-from leangpt.text.model_text import ModelText, files_to_export, text_of_data
+from leangpt.text.model_text import ModelText, files_to_export, text_of_data, text_of_files
 from leangpt.text.text_files import write_text_files
 from leangpt.training.checkpoint import checkpoint_to_resume, load_checkpoint, model_from_checkpoint
 from leangpt.weights.chat_text import load_pretrained_text
@@ -168,8 +168,10 @@ class Loaded:
     dataset: dict | None = None  # meta.json of the data set that the model was trained on
 
     def notes(self):
-        """What a 4-bit file says of the text, a dict for JSON; see text_of."""
-        return {"init_from": self.pretrained} if self.pretrained else {"dataset": self.dataset}
+        """What a 4-bit file says of the text, a dict for save_int4; see text_of."""
+        if self.pretrained:
+            return {"init_from": self.pretrained, "text_files": files_to_export(self.text)}
+        return {"dataset": self.dataset, "text_files": self.text.files}
 
 
 def load(settings, dtype):
@@ -185,20 +187,24 @@ def load(settings, dtype):
             folder = {"folder": str(Path(settings.data_dir) / name)} if name else None
             dataset = folder or {"tokenizer": "gpt2"}
         model = model_from_checkpoint(GPT, checkpoint).eval()
-        return Loaded(model, text_of(dataset=dataset), path, dataset=dataset)
+        text = text_of(checkpoint.get("text_files"), dataset=dataset)
+        return Loaded(model, text, path, dataset=dataset)
     if source.endswith(".safetensors"):
         if settings.int4:
             raise UserError(f"{source} is in 4 bits already; leave out int4")
         model, notes = load_int4(GPT, source, dtype=dtype)
         pretrained, dataset = notes.get("init_from"), notes.get("dataset", {})
-        return Loaded(model, text_of(pretrained, dataset), source, pretrained, dataset)
+        text = text_of(notes.get("text_files"), pretrained, dataset)
+        return Loaded(model, text, source, pretrained, dataset)
     exact = torch.float32 if settings.int4 else dtype  # round once, from the best there is
     model = GPT.from_pretrained(source, dtype=exact)
-    return Loaded(model, text_of(source), source, pretrained=source)
+    return Loaded(model, text_of(pretrained=source), source, pretrained=source)
 
 
-def text_of(pretrained=None, dataset=None):
-    """The tokenizer that a published model came with, or else a data set."""
+def text_of(files=None, pretrained=None, dataset=None):
+    """A model's text: the files it carries, or what a published one came with, or a data set's."""
+    if files:
+        return text_of_files(files, "the model's own text")
     if pretrained:
         return load_pretrained_text(pretrained)
     return text_of_data(dataset.get("folder", dataset))

@@ -47,6 +47,7 @@ from leangpt.training.run_folder import RunFolder
 from leangpt.training.schedule import SCHEDULES, set_rates
 from leangpt.training.start import (
     adopt_model_args,
+    carried_text,
     check_dataset,
     continue_optimizer,
     resumed_settings,
@@ -271,7 +272,8 @@ class Trainer:
         self.dataset = load_dataset(settings.dataset, settings.data_dir)
         self.raw_model = build_model(settings, given, self.dataset, checkpoint)
         self.settings = settings = adopt_model_args(settings, given, self.raw_model)
-        check_dataset(self.dataset, self.raw_model, settings.block_size, checkpoint)
+        files, said, same_tokens = carried_text(settings.init_from, self.dataset, checkpoint)
+        check_dataset(self.dataset, self.raw_model, settings.block_size, checkpoint, same_tokens)
         self.one_pass = one_pass(settings, self.dataset)
         mode = parallel_mode(settings, self.raw_model, make_optimizer, runtime)
         self.parallel = Parallel(mode, runtime)
@@ -286,7 +288,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(runtime.device_type, enabled=half)
         learned = (self.raw_model, self.optimizer, self.scaler)
         self.iteration = checkpoint["iter_num"] if checkpoint else 0
-        self.notices = continue_optimizer(settings, *learned, checkpoint) if checkpoint else []
+        self.notices = said
+        if checkpoint:
+            self.notices = said + continue_optimizer(settings, *learned, checkpoint)
         runtime.check_alike("the iteration to start from", self.iteration)
         on_gpu = runtime.device_type == "cuda"
         self.compiled = on_gpu if settings.compile is None else settings.compile
@@ -299,7 +303,7 @@ class Trainer:
         self.stop = StopSignal()
         self.stopping = Agreement(runtime, self.stop)
         self.record = RunRecord(
-            settings, config_dict(settings), self.dataset, *learned, runtime, checkpoint
+            settings, config_dict(settings), self.dataset, files, *learned, runtime, checkpoint
         )
 
     def run(self, folder):

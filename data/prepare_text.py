@@ -1,10 +1,14 @@
 """Any text of your own as a dataset: writes data/NAME/{train.bin, val.bin, meta.json}.
 
-    python data/prepare_text.py --input book.txt --name mybook --tokenizer char
+    python data/prepare_text.py --input book.txt --name mine --tokenizer char
+    python data/prepare_text.py --input book.txt --name mine --tokenizer HuggingFaceTB/SmolLM2-135M
 
+The second makes tokens of a model's own, to train it further (--init_from): its tokenizer and chat
+format are kept beside them, and go into the checkpoints of the run.
 The first 90% of the characters is for training, the rest for validation, as nanoGPT has it.
 """
 
+import hashlib
 import json
 import re
 import sys
@@ -16,9 +20,17 @@ sys.path.insert(0, str(ROOT))
 
 from configurator import parse_config  # noqa: E402
 from leangpt.system.errors import UserError, exit_cleanly  # noqa: E402
-from leangpt.text.folder import MARK, one_at_a_time, write_dataset  # noqa: E402
+from leangpt.text.folder import (  # noqa: E402
+    MARK,
+    TOKEN_BYTES,
+    one_at_a_time,
+    token_type,
+    write_dataset,
+)
+from leangpt.text.model_text import files_to_export  # noqa: E402
 from leangpt.text.sources import read_text, shakespeare_text  # noqa: E402
 from leangpt.text.tokens import CharTokenizer, GPT2Tokenizer  # noqa: E402
+from leangpt.weights.chat_text import load_pretrained_text  # noqa: E402
 
 TRAIN_PART = 0.9
 
@@ -29,7 +41,7 @@ class Settings:
 
     input: str | None = None  # the text file, UTF-8 (needed)
     name: str | None = None  # the dataset's name: a folder under data/ (needed)
-    tokenizer: str = "char"  # char (one token a character) | gpt2 (byte-pair encoding)
+    tokenizer: str = "char"  # char (one token a character) | gpt2 | a model's hub id, folder, .gguf
     data_dir: str = str(ROOT / "data")  # where the dataset's folder goes
 
 
@@ -43,9 +55,35 @@ def main():
     if (directory / "prepare.py").is_file():
         raise UserError(f"{directory} has a prepare.py of its own: choose another --name")
     text = read_text(config.input, "--input names it")
+    vocabulary = Vocabulary(config.tokenizer)
     with one_at_a_time(directory):
-        if not report_if_prepared(directory, config.tokenizer, text.sha256):
-            prepare(text, directory, config.tokenizer)
+        if not report_if_prepared(directory, vocabulary.meta, text.sha256):
+            prepare(text, directory, vocabulary)
+
+
+class Vocabulary:
+    """What --tokenizer names: `tokenizer` (None: a text's own characters), `files`, and `meta`,
+    which tells it from others in a meta.json. Raises UserError where there is no such tokenizer."""
+
+    def __init__(self, name):
+        self.tokenizer, self.files, self.meta = None, {}, {"tokenizer": name}
+        if name == "gpt2":
+            self.tokenizer = GPT2Tokenizer()
+        elif name != "char":
+            try:
+                model = load_pretrained_text(name, text_only=True)
+            except UserError as error:
+                kinds = "char, gpt2, or a model whose own it is"
+                raise UserError(f"unknown tokenizer {name!r}: {kinds} ({error})") from None
+            for note in model.notes:
+                print(f"note: {note}")
+            self.tokenizer, self.files = model.tokenizer, files_to_export(model)
+            content = json.dumps(self.files, sort_keys=True).encode()
+            self.meta = {
+                "tokenizer": "model",
+                "model": str(name),
+                "tokenizer_sha256": hashlib.sha256(content).hexdigest(),
+            }
 
 
 @dataclass
@@ -68,21 +106,18 @@ def prepare_shakespeare(input_file, directory, tokenizer, cache=None):
     if input_file is not None or own.is_file():
         wanted = read_text(own, "").sha256
     with one_at_a_time(directory):
-        if not report_if_prepared(directory, tokenizer, wanted):
-            prepare(shakespeare_text(input_file, directory, cache), directory, tokenizer)
+        if not report_if_prepared(directory, {"tokenizer": tokenizer}, wanted):
+            text = shakespeare_text(input_file, directory, cache)
+            prepare(text, directory, Vocabulary(tokenizer))
 
 
-def prepare(text, directory, tokenizer):
+def prepare(text, directory, vocabulary):
     """Tokenize a `Text`, split it 90/10 and write the dataset; prints what it did."""
-    if tokenizer == "char":
-        characters = text.characters or "".join(sorted(set(text.text)))
-        tokenizer_object = CharTokenizer(characters)
-        meta = {"tokenizer": "char", "vocab_size": len(characters), "characters": characters}
-    elif tokenizer == "gpt2":
-        tokenizer_object = GPT2Tokenizer()
-        meta = {"tokenizer": "gpt2", "vocab_size": tokenizer_object.vocab_size}
-    else:
-        raise UserError(f"unknown tokenizer {tokenizer!r}: it must be char or gpt2")
+    tokenizer, meta = vocabulary.tokenizer, dict(vocabulary.meta)
+    if tokenizer is None:
+        meta["characters"] = text.characters or "".join(sorted(set(text.text)))
+        tokenizer = CharTokenizer(meta["characters"])
+    meta["vocab_size"] = tokenizer.vocab_size
     print(f"text: {text}")
     cut = int(len(text.text) * TRAIN_PART)
     meta |= {
@@ -91,25 +126,29 @@ def prepare(text, directory, tokenizer):
         "sha256": text.sha256,
         "text_characters": len(text.text),
     }
-    meta = write_dataset(
-        directory,
-        tokenizer_object.encode(text.text[:cut]),
-        tokenizer_object.encode(text.text[cut:]),
-        meta,
-    )
+    # of a model's tokenizer: what it puts around a text is for prompts, not for a stretch of one
+    bare = {"add_special_tokens": False} if vocabulary.files else {}
+    splits = (tokenizer.encode(part, **bare) for part in (text.text[:cut], text.text[cut:]))
+    if vocabulary.files:
+        meta["text_files"] = vocabulary.files
+    meta = write_dataset(directory, *splits, meta)
     print(f"wrote {_summary(directory, meta)}")
 
 
-def report_if_prepared(directory, tokenizer, sha256=None):
-    """Whether `directory` holds this dataset whole (from the text `sha256`, if given); says so."""
+def report_if_prepared(directory, wanted, sha256=None):
+    """Whether `directory` holds this dataset whole (from the text `sha256`, if given); says so.
+
+    wanted: what its meta.json must say, a dict.
+    """
     try:
         meta = json.loads((Path(directory) / "meta.json").read_text(encoding="utf-8"))
         whole = (
             not (Path(directory) / MARK).exists()
-            and meta["tokenizer"] == tokenizer
+            and wanted.items() <= meta.items()
             and sha256 in (None, meta["sha256"])
             and all(
-                (Path(directory) / f"{split}.bin").stat().st_size == 2 * meta[f"{split}_tokens"]
+                (Path(directory) / f"{split}.bin").stat().st_size
+                == TOKEN_BYTES[token_type(meta)] * meta[f"{split}_tokens"]
                 for split in ("train", "val")
             )
         )
@@ -118,8 +157,8 @@ def report_if_prepared(directory, tokenizer, sha256=None):
                 f"already prepared: {_summary(directory, meta)}\n"
                 "(delete meta.json there to prepare it again)"
             )
-    except (OSError, ValueError, KeyError, TypeError):  # absent or broken: prepare it again
-        return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # absent or broken: prepare it again
     return whole
 
 

@@ -59,3 +59,42 @@ def write_folder(path, config, tensors):
     (path / "config.json").write_text(json.dumps(config))
     save_file(tensors, path / "model.safetensors")
     return path
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def chat_model(path, first=None):
+    """A folder with a tiny Llama, a byte-level tokenizer of its own, and a chat format.
+
+    first: another alphabet, in which this letter comes before all others.
+    """
+    from tokenizers import pre_tokenizers
+
+    from leangpt.text.tokenizer_json import byte_level_bpe
+    from leangpt.weights.export import export_pretrained
+    from model import GPT, GPTConfig
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), key=lambda c: (c != first, c))
+    tokens = ["<|im_start|>", "<|im_end|>", *letters, "he", "Ġhe", "Ġsa"]
+    merges = [("h", "e"), ("Ġ", "he"), ("Ġ", "s"), ("Ġs", "a")]
+    tokens.insert(-1, "Ġs")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    torch.manual_seed(0)
+    shape = dict(block_size=64, vocab_size=len(tokens) + 7, n_layer=2, n_head=4, n_embd=32)
+    llama = dict(position="rope", norm="rmsnorm", mlp="swiglu", n_inner=64, tie_embeddings=False)
+    model = GPT(GPTConfig(**shape, **llama))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(3)
+    export_pretrained(model, path)
+    content = byte_level_bpe(vocabulary, merges, special=tokens[:2])
+    (path / "tokenizer.json").write_text(content, encoding="utf-8")
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": CHAT_TEMPLATE}
+    settings |= {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
+    return path

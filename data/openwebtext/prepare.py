@@ -50,7 +50,7 @@ def main(argv=None):
     config, _ = parse_config(Settings, argv, config_files=False)
     directory = Path(config.out_dir)
     with one_at_a_time(directory):
-        if not report_if_prepared(directory, "gpt2"):
+        if not report_if_prepared(directory, {"tokenizer": "gpt2"}):
             prepare(config, directory)
 
 
@@ -77,7 +77,7 @@ def local_documents(path):
         raise UserError(f"no such file: {path}")
 
     def read(skip):
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             lines = (line for line in enumerate(file, 1) if line[1].strip())
             for number, line in itertools.islice(lines, skip, None):
                 if not path.endswith(".jsonl"):

@@ -1,7 +1,8 @@
 """Saving and loading 4-bit models as safetensors: packed on the disk, packed from the start.
 
 A file holds the tensors of the quantised model's state dict (layers/int4_linear.py: `packed`,
-`scale_zero`) and, in its header, the model's arguments, the group size and a checksum. Loading
+`scale_zero`) and, in its header, the model's arguments, the group size, a checksum, and the files
+of its tokenizer and chat format, each under TEXT and its name. Loading
 builds the model without its float linear weights: they never exist, neither on the disk nor in
 memory.
 """
@@ -22,15 +23,19 @@ from leangpt.system.whole_files import written_whole
 from leangpt.weights.empty_model import shapes_of
 
 FORMAT = "int4-groups"
+TEXT = "text/"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # what may not be packed
 
 
 def save_int4(model, path, notes=None):
     """Write a quantised GPT to `path` (.safetensors), atomically.
 
-    notes: a JSON-able dict kept in the header (where the tokenizer is, say). Raises UserError if
-    the model is not quantised or the path not writable.
+    notes: a JSON-able dict kept in the header (where it came from, say); its `text_files` (those of
+    text_files.py, {name: content}) are a field each. Raises UserError if the model is not quantised
+    or the path not writable.
     """
+    notes = dict(notes or {})
+    text_files = notes.pop("text_files", {})
     sizes = {layer.group_size for layer in int4_layers(model).values()}
     if len(sizes) != 1:
         raise UserError("save_int4: the model is not in 4 bits; call quantize_gpt_ first")
@@ -40,8 +45,9 @@ def save_int4(model, path, notes=None):
         "sha256": checksum(tensors),
         "group_size": str(sizes.pop()),
         "model_args": json.dumps(asdict(model.config)),
-        "notes": json.dumps(notes or {}),
+        "notes": json.dumps(notes),
     }
+    header |= {TEXT + name: content for name, content in text_files.items()}
     with written_whole(path) as temporary:
         try:
             save_file(tensors, temporary, metadata=header)
@@ -90,6 +96,9 @@ def read_header(header, path):
         raise UserError(f"the header of {path} is damaged ({error})") from None
     if not isinstance(arguments, dict) or not isinstance(notes, dict):
         raise UserError(f"the header of {path} is damaged: model_args and notes are no objects")
+    files = {name: content for name, content in header.items() if name.startswith(TEXT)}
+    if files:
+        notes["text_files"] = {name.removeprefix(TEXT): text for name, text in files.items()}
     return arguments, group_size, notes
 
 

@@ -79,7 +79,7 @@ def check_whole(directory):
 
 
 META_TYPES = {"source": str, "sha256": str, "train_tokens": int, "val_tokens": int, "files": dict}
-META_TYPES |= {"row_tokens": int, "dtype": str}
+META_TYPES |= {"row_tokens": int, "dtype": str, "model": str}
 
 
 def _check_meta(path, meta):
@@ -164,7 +164,8 @@ def write_dataset(directory, train_ids, val_ids, meta):
         for split, ids in splits.items():
             numbers = ids.astype(TYPES[token_type(meta)])
             write_whole(directory / f"{split}.bin", numbers.tobytes())
-        write_text_files(meta.pop("text_files", {}), directory)
+        if "text_files" in meta:
+            write_text_files(meta.pop("text_files"), directory)
         if meta["tokenizer"] == "char":  # for nanoGPT's own readers
             characters = meta["characters"]
             pickled = {

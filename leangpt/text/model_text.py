@@ -140,6 +140,22 @@ def text_of_data(source) -> ModelText:
     return ModelText(tokenizer, sampled=tokenizer.vocab_size)
 
 
+def other_meaning(data, model) -> str | None:
+    """What two tokenizers differ in, if ids of `data` do not mean the same to `model`; else None.
+
+    An id means the text that it is decoded to. The model's may know more of them.
+    """
+    if isinstance(data, GPT2Tokenizer) and isinstance(model, GPT2Tokenizer):
+        return None
+    theirs, ours = data.pieces(), model.pieces()
+    for i, (mine, own) in enumerate(zip(theirs, ours)):
+        if mine != own:
+            return f"token {i} is {mine!r} there and {own!r} to the model"
+    if len(theirs) > len(ours):
+        return f"token {len(ours)} is {theirs[len(ours)]!r} there and nothing to the model"
+    return None
+
+
 def files_to_export(text: ModelText) -> dict[str, str]:
     """The files that go beside exported weights, made where the text was a data set's own."""
     if text.files:
@@ -151,10 +167,8 @@ def files_to_export(text: ModelText) -> dict[str, str]:
             vocabulary, read_merges(merges, "vocab.bpe"), special=[END_OF_GPT2]
         )
         settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_GPT2)
-    elif isinstance(tokenizer, CharTokenizer):
-        content = table(tokenizer.characters)
-    elif isinstance(tokenizer, TableTokenizer):
-        content = table(tokenizer.pieces)
+    elif isinstance(tokenizer, CharTokenizer | TableTokenizer):
+        content = table(tokenizer.pieces())
     else:
         content = tokenizer.tokenizer.to_str()
     ends = {"eos_token_id": list(text.stop_tokens)} if text.stop_tokens else {}

@@ -64,10 +64,16 @@ def parse(files, name, where):
 
 
 def write_text_files(files, folder) -> None:
-    """Write `files` into a folder, each whole. Raises UserError where the folder takes none."""
+    """Write `files` into a folder, each whole, and remove another tokenizer's files from it.
+
+    Raises UserError where the folder takes none.
+    """
     for name in TEXT_FILES:
+        path = Path(folder) / name
         if name in files:
-            write_whole(Path(folder) / name, files[name].encode())
+            write_whole(path, files[name].encode())
+        elif path.is_file():
+            path.unlink()
 
 
 def _made_tokenizer(folder):

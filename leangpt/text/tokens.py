@@ -1,4 +1,4 @@
-"""Tokenizers: encode(str) -> list[int], decode(list[int]) -> str, vocab_size.
+"""Tokenizers: encode(str) -> list[int], decode(list[int]) -> str, pieces(), vocab_size.
 
 Nothing here needs torch, so preparing data starts at once.
 """
@@ -33,6 +33,10 @@ class CharTokenizer:
             )
         return [self.ids[character] for character in text]
 
+    def pieces(self):
+        """The text of each id."""
+        return list(self.characters)
+
     def decode(self, ids):
         """Ids beyond the vocabulary (a model may be padded) read as U+FFFD."""
         size = self.vocab_size
@@ -43,7 +47,7 @@ class TableTokenizer:
     """Pieces of any length, as a word-level meta.pkl of nanoGPT's has them."""
 
     def __init__(self, pieces):
-        self.pieces = pieces
+        self.table = pieces
         self.ids = {piece: i for i, piece in enumerate(pieces)}
         self.longest = max(map(len, pieces))
         self.vocab_size = len(pieces)
@@ -63,9 +67,13 @@ class TableTokenizer:
             at = end
         return ids
 
+    def pieces(self):
+        """The text of each id."""
+        return list(self.table)
+
     def decode(self, ids):
         """Ids beyond the vocabulary (a model may be padded) read as U+FFFD."""
-        return "".join(self.pieces[i] if 0 <= i < self.vocab_size else "\ufffd" for i in ids)
+        return "".join(self.table[i] if 0 <= i < self.vocab_size else "\ufffd" for i in ids)
 
 
 class GPT2Tokenizer:
@@ -78,6 +86,10 @@ class GPT2Tokenizer:
 
     def encode(self, text):
         return self.encoding.encode(text, allowed_special={"<|endoftext|>"})
+
+    def pieces(self):
+        """The text of each id; of parts of a character U+FFFD."""
+        return [self.encoding.decode([i]) for i in range(self.vocab_size)]
 
     def decode(self, ids):
         """Ids beyond the vocabulary (nanoGPT pads it to 50304) are left out."""
@@ -136,6 +148,11 @@ class FileTokenizer:
 
     def decode(self, ids):
         return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def pieces(self):
+        """The text of each id; of parts of a character U+FFFD, of a gap nothing."""
+        alone = [[i] for i in range(self.vocab_size)]
+        return self.tokenizer.decode_batch(alone, skip_special_tokens=False)
 
     def unsettled(self, token):
         """Whether it is a byte that SentencePiece reads together with those that follow: what

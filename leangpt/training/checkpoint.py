@@ -46,7 +46,8 @@ def save_run(paths, model, optimizer, scaler, dataset, config, main=True, **prog
 
     Of a sharded model's processes all call this together, and each writes its rows; `main` is the
     one that writes the rest. config: its settings as a dict. progress: iter_num, best_val_loss,
-    train_seconds.
+    train_seconds, and text_files: of the model's own text (text_files.py), {} where the data set's
+    meta says all.
     """
     first, *others = map(Path, paths)
     checkpoint = {
@@ -162,6 +163,7 @@ def _check_entries(checkpoint, path):
         ),
     )
     mapping = "a dict", lambda value: isinstance(value, dict) and all(type(k) is str for k in value)
+    texts = "a dict of texts", lambda v: mapping[1](v) and all(type(t) is str for t in v.values())
     rules = {
         "model": (
             "a dict of dense tensors",
@@ -178,6 +180,7 @@ def _check_entries(checkpoint, path):
         "train_seconds": number,
         "config": mapping,
         "dataset": mapping,
+        "text_files": texts,
         "scaler": mapping,
         "optimizer": mapping,
         "shards": mapping,

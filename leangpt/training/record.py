@@ -21,9 +21,13 @@ class RunRecord:
     Before `begin` it only speaks: an evaluation alone leaves no file.
     """
 
-    def __init__(self, settings, config, dataset, model, optimizer, scaler, runtime, saved=None):
-        """config: the settings as a dict. saved: the checkpoint that the run goes on from."""
+    def __init__(
+        self, settings, config, dataset, text_files, model, optimizer, scaler, runtime, saved=None
+    ):
+        """config: the settings as a dict. text_files: what checkpoints carry of the model's text.
+        saved: the checkpoint that the run goes on from."""
         self.settings, self.config, self.dataset = settings, config, dataset
+        self.text_files = text_files
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.runtime, self.fresh = runtime, saved is None
         saved = saved or {"iter_num": 0, "best_val_loss": math.inf}
@@ -127,6 +131,7 @@ class RunRecord:
                 self.dataset,
                 self.config,
                 main,
+                text_files=self.text_files,
                 iter_num=iteration,
                 best_val_loss=self.best_val_loss,
                 train_seconds=self.clock.total,

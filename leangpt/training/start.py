@@ -9,6 +9,9 @@ from dataclasses import asdict, fields, replace
 from leangpt.optim.resume import load_optimizer
 from leangpt.system.errors import UserError
 from leangpt.system.reading import check_fields
+from leangpt.text.model_text import other_meaning, text_of_files
+from leangpt.weights.chat_text import load_pretrained_text
+from leangpt.weights.find import GPT2_SIZES
 
 # A resumed run is this machine's and this command's in these, whatever was saved.
 PER_COMMAND = (
@@ -63,8 +66,12 @@ def adopt_model_args(settings, given, model):
     return replace(settings, **args)
 
 
-def check_dataset(dataset, model, block_size, checkpoint=None):
-    """Raise UserError where the data set cannot train the model: other tokens, or too few."""
+def check_dataset(dataset, model, block_size, checkpoint=None, same_tokens=False):
+    """Raise UserError where the data set cannot train the model: other tokens, or too few.
+
+    same_tokens: that they mean the same to both is known (carried_text), so the model's table may
+    be padded as far as it likes.
+    """
     saved = (checkpoint or {}).get("dataset") or {}
     for key in ("tokenizer", "characters"):
         if key in saved and saved[key] != dataset.meta.get(key):
@@ -73,12 +80,43 @@ def check_dataset(dataset, model, block_size, checkpoint=None):
                 f"{saved.get('name', 'the one')}, which the checkpoint was trained on"
             )
     have, need = model.config.vocab_size, dataset.vocab_size
-    if not need <= have < need + 1024:  # a model's table may be padded
+    if need > have or have >= need + 1024 and not same_tokens:
         raise UserError(
             f"the data set has {need} different tokens, the model {have}: they do not "
             "share a tokenizer; prepare the data with the model's"
         )
     dataset.check_block_size(block_size)
+
+
+def carried_text(init_from, dataset, checkpoint=None):
+    """What a run's checkpoints carry of the model's own text beside their data set's -> ({name:
+    content}, lines to note, whether the data's tokens are known to be the model's).
+
+    Raises UserError naming the first of the data set's tokens that the model knows otherwise. A
+    model without a tokenizer that can be read is a note: then the number of tokens has to do.
+    """
+    if init_from == "scratch":
+        return {}, [], True
+    if checkpoint is None and init_from in GPT2_SIZES and dataset.meta["tokenizer"] == "gpt2":
+        return {}, [], True
+    files = {}
+    if checkpoint is not None:
+        saved = checkpoint.get("dataset") or {}
+        files = checkpoint.get("text_files") or saved.get("text_files") or {}
+        if not files:
+            return {}, [], False  # check_dataset holds what its data set said against this one
+    try:
+        text = text_of_files(files, "the checkpoint") if files else load_pretrained_text(init_from)
+        tokens = dataset.tokenizer()
+    except UserError as error:
+        return files, [f"the data's tokens are taken to be the model's, unseen: {error}"], False
+    if difference := other_meaning(tokens, text.tokenizer):
+        raise UserError(
+            f"the data set {dataset.name} was not made with the tokenizer of {init_from}: "
+            f"{difference}; make it so by data/prepare_text.py --tokenizer={init_from}"
+        )
+    known = text.files == dataset.meta.get("text_files")
+    return {} if known else text.files, text.notes, True
 
 
 def continue_optimizer(settings, model, optimizer, scaler, checkpoint):

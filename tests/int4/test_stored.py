@@ -106,7 +106,7 @@ def test_sampling_in_4_bits_keeps_them(tmp_path, monkeypatch, capsys):
     """Nothing is left to be rounded, so no text is written to round on."""
     path = write_llama(tmp_path / "tiny.gguf", {})
     text = ModelText(CharTokenizer("".join(map(chr, range(65, 65 + V)))))
-    monkeypatch.setattr(sample, "text_of", lambda *_: text)
+    monkeypatch.setattr(sample, "text_of", lambda *_, **__: text)
     monkeypatch.setattr(sample, "quantize_gpt_", None)
     flags = [f"--init_from={path}", "--start=AB", "--max_new_tokens=4", "--device=cpu"]
     for said in ("5 layers keep the 4-bit codes", "rounded earlier"):

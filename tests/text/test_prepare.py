@@ -174,7 +174,8 @@ def test_the_plays_read_like_tiny_shakespeare():
 @pytest.fixture
 def clone(tmp_path):
     """The files that preparing needs, as in a fresh clone."""
-    for folder in ("leangpt/system", "leangpt/text"):
+    for folder in ("layers", "system", "text", "weights"):
+        folder = f"leangpt/{folder}"
         ignore = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
     for path in (
@@ -266,11 +267,11 @@ def test_bad_input_is_named_and_nothing_written(clone, argv, words, capsys, monk
 def test_interrupted_preparation_is_done_again(tmp_path, tiny):
     folder = tmp_path / "plays"
     prepare_text.prepare_shakespeare(None, folder, "char", tmp_path / "cache")
-    assert prepare_text.report_if_prepared(folder, "char")
-    assert not prepare_text.report_if_prepared(folder, "gpt2")
+    assert prepare_text.report_if_prepared(folder, {"tokenizer": "char"})
+    assert not prepare_text.report_if_prepared(folder, {"tokenizer": "gpt2"})
     whole = (folder / "val.bin").read_bytes()
     (folder / "val.bin").write_bytes(whole[:-2])
-    assert not prepare_text.report_if_prepared(folder, "char")
+    assert not prepare_text.report_if_prepared(folder, {"tokenizer": "char"})
     prepare_text.prepare_shakespeare(None, folder, "char", tmp_path / "cache")
     assert (folder / "val.bin").read_bytes() == whole
 
