@@ -42,7 +42,7 @@ def run_train(folder, *flags, out="out", dataset="mine"):
             f"--dataset={dataset}",
             f"--out_dir={folder / out}",
             *"--device=cpu --max_iters=2 --eval_interval=2 --eval_iters=1 --batch_size=2".split(),
-            *"--block_size=16 --gradient_accumulation_steps=1 --warmup_iters=0".split(),
+            *"--block_size=32 --gradient_accumulation_steps=1 --warmup_iters=0".split(),
             "--always_save_checkpoint=True",
             *flags,
         ]
