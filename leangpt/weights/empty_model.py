@@ -1,6 +1,7 @@
 """A model of the announced shapes before any of its memory exists: files may announce anything."""
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from leangpt.system.errors import UserError
 
@@ -18,11 +19,21 @@ def shapes_of(GPT, config, tensors, where):
             "in all"
         )
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), NothingDrawn():
             return GPT(config)
     except (RuntimeError, TypeError, OverflowError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(f"{where}: no tensor can be of the announced sizes ({reason})") from None
+
+
+class NothingDrawn(TorchFunctionMode):
+    """Initial weights are not drawn: where there is no memory torch imports its compiler to do so,
+    which takes seconds."""
+
+    def __torch_function__(self, function, types, arguments=(), named=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return arguments[0] if arguments else named["tensor"]
+        return function(*arguments, **(named or {}))
 
 
 def allocate(model, device="cpu", dtype=torch.float32):
