@@ -295,7 +295,8 @@ def flat(value):
             value.contiguous().view(-1).tolist().__repr__(),
         )
     if isinstance(value, dict):
-        return tuple((str(key), flat(item)) for key, item in value.items() if key != "lr")
+        pairs = sorted(value.items(), key=lambda pair: str(pair[0]))
+        return tuple((str(key), flat(item)) for key, item in pairs if key != "lr")
     if isinstance(value, list | tuple):
         return tuple(map(flat, value))
     return repr(value)
