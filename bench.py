@@ -242,8 +242,10 @@ def run_cell(cell):
 
 def limit_memory():
     """Make running out of memory an error of this process, not a matter for the whole machine."""
-    memory = psutil.Process().memory_info()
-    resource.setrlimit(resource.RLIMIT_AS, (memory.vms + psutil.virtual_memory().available,) * 2)
+    memory, (_, most) = psutil.Process().memory_info(), resource.getrlimit(resource.RLIMIT_AS)
+    limit = memory.vms + psutil.virtual_memory().available
+    if most == resource.RLIM_INFINITY or limit < most:  # else the user's own limit is tighter
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def measure_cell(cell, device, dtype):

@@ -407,7 +407,7 @@ class GPT(nn.Module):
         as in training: tiled, in place, one residual stream in all. No gradients.
         """
         T = idx.size(1)
-        step = cache.begin(T)
+        step = cache.check(self.config, len(idx)).begin(T)
         x = self.embed(idx, step.positions)
         for block, layer in zip(self.transformer.h, cache.layers):
             x = prefill_block(block, x, step, layer)
@@ -421,7 +421,7 @@ class GPT(nn.Module):
 
     def decode_one_token(self, idx, cache):
         """One more token a row, idx (B, 1), after the cache's others -> logits (B, V)."""
-        step = cache.begin(1)
+        step = cache.check(self.config, len(idx)).begin(1)
         x = self.embed(idx, step.positions)
         rotation = self.transformer.h[0].attn.rotation(step.positions)  # all layers' alike
         for block, layer in zip(self.transformer.h, cache.layers):

@@ -224,6 +224,16 @@ class KVCache:
         self.counter = torch.arange(slot_count, device=device)
         self.ragged = False  # rows have unequal lengths
         self.fixed_shapes = False  # set it before a step to be captured
+        self.made_for = None  # signature() of the model's config
+
+    def check(self, config, batch_size) -> "KVCache":
+        """Itself. Raises UserError where it was made for another shape of model, or for other rows:
+        kernels read what they are given."""
+        if self.made_for is not None and self.made_for != signature(config):
+            raise UserError("this KV cache was made for another model: build one for this one")
+        if batch_size != self.batch_size:
+            raise UserError(f"a KV cache of {self.batch_size} rows cannot take {batch_size}")
+        return self
 
     @property
     def span(self):
@@ -318,7 +328,15 @@ def build_cache(
     if make.has_kernel and kv_cache_triton.supports(torch.device(device), config.head_dim, dtype):
         kernel = kv_cache_triton.TokenKernel(batch_size * config.kv_heads, device)
     rolling = config.position != "learned"
-    return KVCache(layers, batch_size, max_length, slots, device, rolling, kernel)
+    cache = KVCache(layers, batch_size, max_length, slots, device, rolling, kernel)
+    cache.made_for = signature(config)
+    return cache
+
+
+def signature(config):
+    """What of a GPTConfig decides how a cache is laid out."""
+    sizes = config.n_layer, config.n_embd, config.n_head, config.kv_heads
+    return *sizes, config.position, config.attention_policy
 
 
 def exact_rows(shapes, device, dtype):

@@ -27,7 +27,7 @@ def check_scaling(scaling):
     if not isinstance(scaling, dict):
         raise UserError(f"rope_scaling must be None or a dict, not {scaling!r}")
     name = scaling.get("rope_type", scaling.get("type", "default"))
-    if name not in SCALING_KEYS:
+    if not isinstance(name, str) or name not in SCALING_KEYS:
         known = ", ".join(SCALING_KEYS)
         raise UserError(f"rope_scaling type {name!r} is not supported; the known types: {known}")
     for key in SCALING_KEYS[name]:
@@ -36,7 +36,12 @@ def check_scaling(scaling):
             raise UserError(f"rope_scaling {name!r} needs a positive {key!r}, not {value!r}")
     if name == "llama3" and not scaling["high_freq_factor"] > scaling["low_freq_factor"]:
         raise UserError("rope_scaling 'llama3' needs high_freq_factor above low_freq_factor")
-    if name == "factors" and not all(f > 0 for f in scaling.get("factors") or [0]):
+    factors = scaling.get("factors")
+    if name == "factors" and not (
+        isinstance(factors, list)
+        and factors
+        and all(type(f) in (int, float) and 0 < f < math.inf for f in factors)
+    ):
         raise UserError("rope_scaling 'factors' needs a list of positive 'factors', one a pair")
     return name
 

@@ -1,5 +1,6 @@
 """Files that come from outside: ordinary ones only, JSON or one clear line why it is none."""
 
+import contextlib
 import json
 import stat
 import typing
@@ -34,6 +35,25 @@ def read_json(path):
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(content).__name__}")
     return content
+
+
+@contextlib.contextmanager
+def parsing(path, otherwise="is damaged"):
+    """Around whatever takes a stranger's file apart: what it trips over is one line about `path`.
+
+    Values are checked by type where they are read; this is for what a parser of another's makes of
+    a damaged file: any exception there is, and the panics of those written in Rust, which are
+    no Exception.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # Ctrl-C and the like
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} {otherwise} ({type(error).__name__}: {reason})") from None
 
 
 def check_fields(values, dataclass, where):

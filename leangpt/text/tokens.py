@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from leangpt.system.errors import UserError
+from leangpt.system.reading import parsing, regular_file
 from leangpt.text.folder import GPT2_VOCAB_SIZE, read_meta
 from leangpt.text.sources import gpt2_encoding
 
@@ -107,10 +108,9 @@ class FileTokenizer:
             raise UserError(
                 f"{where} needs the tokenizers package: pip install tokenizers"
             ) from error
-        try:
+        self.where = where
+        with parsing(where, "is not a tokenizer.json"):
             self.tokenizer = tokenizers.Tokenizer.from_str(content)
-        except Exception as error:  # the package raises a bare Exception for every bad file
-            raise UserError(f"{where} is not a tokenizer.json: {error}") from error
         self.tokenizer.no_truncation()  # which a file may have saved with it
         self.tokenizer.no_padding()
 
@@ -119,7 +119,7 @@ class FileTokenizer:
         """Of a file. Raises UserError where there is none."""
         if not os.path.isfile(path):
             raise UserError(f"no tokenizer file {path}")
-        return cls(Path(path).read_text(encoding="utf-8", errors="replace"), path)
+        return cls(regular_file(path).read_text(encoding="utf-8", errors="replace"), path)
 
     @property
     def vocab_size(self):
@@ -144,10 +144,12 @@ class FileTokenizer:
 
     def encode(self, text, add_special_tokens=True):
         """add_special_tokens: put around the text what the tokenizer has for that."""
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        with parsing(self.where):
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids):
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        with parsing(self.where):
+            return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def pieces(self):
         """The text of each id; of parts of a character U+FFFD, of a gap nothing."""

@@ -24,6 +24,7 @@ from leangpt.system.whole_files import written_whole
 from leangpt.weights.empty_model import allocate, shapes_of
 
 BEST, LAST = "ckpt.pt", "ckpt_last.pt"
+DATASET_TEXTS = ("name", "folder", "tokenizer", "characters", "path", "source", "sha256")
 REQUIRED = ("model", "model_args", "iter_num")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from leangpt.memory.meter import tensor_bytes
+from leangpt.optim.base import check_layout
 from leangpt.parallel.failures import launch
 from leangpt.system.errors import UserError
 from leangpt.system.timing import commit_id, describe_machine
@@ -27,6 +28,11 @@ from leangpt.training.checkpoint import BEST, checkpoint_to_resume, load_checkpo
 CONFIG, FACTS, METRICS = "config.json", "run.json", "metrics.csv"
 NEEDED = ("iter", "loss", "val_loss", "seconds")  # columns without which a CSV is no run's
 # Two runs had the same data if all of these agree that both of them know.
+SETTING_TYPES = {"max_iters": int, "dataset": str, "optimizer_variant": str}
+FACT_TYPES = {"parameters": int, "state_bytes": int, "dataset": dict}
+FACT_TYPES |= {"machine": str, "torch": str, "commit": str}
+DATASET_TYPES = {"name": str, "sha256": str, "tokenizer": str, "source": str}
+DATASET_TYPES |= {"vocab_size": int, "train_tokens": int, "val_tokens": int}
 SAME_DATA = ("sha256", "tokenizer", "vocab_size", "train_tokens", "val_tokens")
 
 
@@ -179,7 +185,10 @@ def read_run(folder: str | Path) -> Run | None:
     checkpoint = checkpoint_to_resume(folder)
     if not (folder / METRICS).is_file() and not checkpoint.is_file():
         return None
-    run = Run(name, _read_json(folder / CONFIG), _read_json(folder / FACTS))
+    settings = _read_json(folder / CONFIG, SETTING_TYPES)
+    run = Run(name, settings, _read_json(folder / FACTS, FACT_TYPES))
+    if run.facts.get("dataset"):
+        _check_types(run.facts["dataset"], DATASET_TYPES, folder / FACTS)
     if (folder / METRICS).is_file():
         run.rows = read_metrics(folder / METRICS)
     if checkpoint.is_file() and not (run.rows and run.facts and run.settings):
@@ -219,8 +228,8 @@ def read_metrics(path: str | Path) -> list[dict[str, float | None]]:
     return rows
 
 
-def _read_json(path):
-    """The dict in a JSON file, {} where there is no such file."""
+def _read_json(path, types):
+    """The dict in a JSON file, {} where there is no such file; `types` as for _check_types."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -229,14 +238,26 @@ def _read_json(path):
         raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: it holds no settings")
+    _check_types(values, types, path)
     return values
+
+
+def _check_types(values, types, path):
+    """Raise UserError for a value that is there, not None, and of another type than `types` has."""
+    for name, kind in types.items():
+        value = values.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise UserError(f"{path} is damaged: {name} is {value!r:.50}, no {kind.__name__}")
 
 
 def _read_checkpoint(path):
     """(what a checkpoint tells about its run, its settings), ours or nanoGPT's."""
     checkpoint = load_checkpoint(path, mmap=True)  # it may be larger than this machine's memory
-    states = (checkpoint.get("optimizer") or {}).get("state", {}).values()
-    state = [value for values in states for value in values.values() if torch.is_tensor(value)]
+    state = []
+    if saved := checkpoint.get("optimizer"):
+        check_layout(saved)
+        entries = saved["state"].values()
+        state = [v for entry in entries for v in entry.values() if torch.is_tensor(v)]
     weights = {tensor.data_ptr(): tensor.numel() for tensor in checkpoint["model"].values()}
     facts = {
         "iteration": int(checkpoint["iter_num"]),
@@ -246,7 +267,10 @@ def _read_checkpoint(path):
         "state_bytes": tensor_bytes(state) or None,  # none yet before the first step
         "dataset": checkpoint.get("dataset"),
     }
-    return facts, checkpoint.get("config", {})
+    settings = checkpoint.get("config") or {}
+    _check_types(settings, SETTING_TYPES, path)
+    _check_types(facts["dataset"] or {}, DATASET_TYPES, path)
+    return facts, settings
 
 
 # ---- what several runs have in common ------------------------------------------------------------

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from leangpt.system.errors import UserError
+from leangpt.system.reading import parsing
 from leangpt.weights.gguf_header import check_header
 from leangpt.weights.gguf_parts import check_parts, part_paths
 from leangpt.weights.hf_names import SUPPORTED, gpt2_pieces, llama_pieces, need
@@ -74,7 +75,8 @@ class GGUFWeights:
             self._tensors |= {tensor.name: tensor for tensor in reader.tensors}
         check_parts(parts, said)
         self.metadata = said[0]
-        self.settings = self._settings()
+        with parsing(self.path):
+            self.settings = self._settings()
 
     def names(self):
         """Names of the tensors that belong to the model."""

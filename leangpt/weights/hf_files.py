@@ -26,8 +26,8 @@ class SafetensorsWeights:
             files = [single]
         else:
             index = read_json(path / INDEX).get("weight_map")
-            if not isinstance(index, dict):
-                raise UserError(f"{path / INDEX} has no weight_map")
+            if not isinstance(index, dict) or not all(type(f) is str for f in index.values()):
+                raise UserError(f"{path / INDEX} has no weight_map of tensors and their files")
             files = [path / Path(name).name for name in sorted(set(index.values()))]
         self._where = {}  # name -> (its shard, its name there)
         for file in files:

@@ -336,3 +336,19 @@ def test_errors():
     odd = make(n_embd=20, position="none")
     with pytest.raises(UserError, match="odd"):
         build_cache(odd.config, 1, 8, kv_bits=4)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [dict(n_embd=64), dict(n_head=2), dict(n_layer=3), dict(position="rope"), dict(n_kv_head=2)],
+)
+def test_a_cache_of_another_model_is_refused(other):
+    model, cache = make(), build_cache(make(**other).config, 1, 8)
+    for step in (
+        lambda: model.prefill(tokens(model, 1, 4), cache),
+        lambda: model.decode_one_token(tokens(model, 1, 1), cache),
+    ):
+        with pytest.raises(UserError, match="made for another model"):
+            step()
+    with pytest.raises(UserError, match="of 1 rows cannot take 3"):
+        model.prefill(tokens(model, 3, 4), build_cache(model.config, 1, 8))
