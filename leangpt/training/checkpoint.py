@@ -193,6 +193,11 @@ def _check_entries(checkpoint, path):
             raise UserError(
                 f"{path} is damaged: {name} is {kind} in a checkpoint, not {value!r:.50}"
             )
+    for entry, names in {"config": ("dataset",), "dataset": DATASET_TEXTS}.items():
+        for name in names:
+            value = (checkpoint.get(entry) or {}).get(name)
+            if value is not None and not isinstance(value, str):
+                raise UserError(f"{path} is damaged: {entry}'s {name} is no text: {value!r:.50}")
 
 
 def _other_one(path):
