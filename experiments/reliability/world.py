@@ -231,6 +231,7 @@ def write_gguf(path, config, tensors):
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(WIDTH // HEADS)
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(PIECES)
     writer.add_token_merges(["t h"])
     writer.add_token_types([1] * len(PIECES))
