@@ -95,6 +95,7 @@ class TunedLayer(nn.Module):
     def __init__(self, layer):
         super().__init__()
         self.layer = layer
+        self.in_features, self.out_features = layer.in_features, layer.out_features
         self.codes = layer.codes().unflatten(1, (-1, layer.group_size)).float() - 8
         _, scale_zero = layer.plain_order()  # (K/group, N, 2)
         scale, zero = scale_zero.float().transpose(0, 1).unsqueeze(-1).unbind(2)
