@@ -35,6 +35,7 @@ from leangpt.training.checkpoint import checkpoint_to_resume, load_checkpoint, m
 from leangpt.weights.chat_text import load_pretrained_text
 from leangpt.weights.export import export_pretrained
 from leangpt.weights.find import find_pretrained
+from leangpt.weights.gguf_export import export_gguf
 from model import GPT
 
 RULE = "-" * 15  # between samples, as nanoGPT prints it
@@ -56,7 +57,8 @@ class Settings:
     group_size: int = 32  # weights that share a scale in 4 bits: 32 | 64 | 128
     int4_tune: int = 0  # steps that fit 4-bit scales to the exact model's predictions, e.g. 600
     save_int4: str | None = None  # write the 4-bit model to this .safetensors file
-    export: str | None = None  # write the model to this folder for transformers, and stop
+    export: str | None = None  # write the model to this folder, or .gguf file, and stop
+    export_type: str = "F16"  # of a .gguf file's matrices: F32 | F16 | Q8_0
     # the text
     start: str = "\n"  # the prompt, or FILE:prompt.txt
     chat: bool = False  # the prompt is a message, put into the model's own chat format
@@ -90,9 +92,7 @@ def main(argv=None):
     loaded = load(settings, dtype)
     model, text = loaded.model, loaded.text
     if settings.export:
-        folder = export_pretrained(model, settings.export)
-        write_text_files(files_to_export(text), folder)
-        return print(f"exported to {folder}")
+        return export(model, text, settings)
     if settings.attention_policy:
         set_policy(model, settings.attention_policy)
     ids = text.chat_ids(prompt) if settings.chat else text.tokenizer.encode(prompt)
@@ -118,6 +118,17 @@ def main(argv=None):
         f"({runtime.reason})"
     )
     write(model, text, ids, settings, runtime)
+
+
+def export(model, text, settings):
+    """Write the model for others, with its text: a folder for transformers, or a GGUF file."""
+    files = files_to_export(text)
+    if settings.export.endswith(".gguf"):
+        for note in export_gguf(model, settings.export, settings.export_type, files):
+            print(f"note: {note}")
+    else:
+        write_text_files(files, export_pretrained(model, settings.export))
+    print(f"exported to {settings.export}")
 
 
 def check(settings):
