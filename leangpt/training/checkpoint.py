@@ -3,12 +3,17 @@
 A checkpoint is a dict with nanoGPT's keys (model, optimizer, model_args, iter_num, best_val_loss,
 config) and a few of ours. `ckpt.pt` holds the best model so far, `ckpt_last.pt` the latest state:
 training resumes from the latter. Both hold everything, so either can be sampled or resumed. Of a
-sharded run they name a folder beside them that has the tensors (parallel/shards.py).
+sharded run they name a folder beside them that has the tensors (parallel/shards.py);
+
+    python -m leangpt.training.checkpoint out
+
+makes single files of those in `out`, for other readers than ours.
 """
 
 import contextlib
 import math
 import shutil
+import sys
 import warnings
 import zipfile
 from dataclasses import asdict
@@ -17,7 +22,8 @@ from pathlib import Path
 import torch
 
 from leangpt.parallel.shards import has_shards, remove_others, with_shards, write_shards
-from leangpt.system.errors import UserError
+from leangpt.system.errors import UserError, exit_cleanly
+from leangpt.system.lock import FolderLock
 from leangpt.system.plain_numbers import foreign_object, numbers_allowed
 from leangpt.system.reading import regular_file
 from leangpt.system.whole_files import written_whole
@@ -76,6 +82,23 @@ def shards_named_in(path):
     with contextlib.suppress(Exception):  # none, or one that cannot be looked into without reading
         return torch.load(path, mmap=True, weights_only=True).get("shards", {}).get("folder")
     return None
+
+
+def consolidate(out_dir: Path) -> list[Path]:
+    """Make single files of the checkpoints in `out_dir` that name a folder of shards, one after the
+    other; the folders are gone then. Returns their paths. Raises UserError where a run is going on
+    there, or where nothing is to be read."""
+    if not checkpoint_to_resume(out_dir).is_file():
+        raise UserError(f"no checkpoint in {out_dir}")
+    lock = FolderLock(out_dir)
+    try:
+        done = [path for path in (out_dir / BEST, out_dir / LAST) if shards_named_in(path)]
+        for path in done:
+            save_checkpoint(path, load_checkpoint(path))
+        remove_others(out_dir, set())
+    finally:
+        lock.release()
+    return done
 
 
 def copy_checkpoint(source, path):
@@ -255,3 +278,15 @@ def _check_shapes(weights, wanted):
 def model_args(model):
     """The `model_args` entry of a checkpoint: every field of the model's GPTConfig."""
     return asdict(model.config)
+
+
+def main():
+    """consolidate, of the folder that the command line names."""
+    if len(sys.argv) != 2:
+        raise UserError("say which folder: python -m leangpt.training.checkpoint out")
+    done = consolidate(Path(sys.argv[1]))
+    print("\n".join(f"{path} is a single file" for path in done) or "nothing to do: single files")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
