@@ -180,9 +180,21 @@ def setup_runtime(device="auto", dtype="auto", seed=1337, backend="auto", contex
                     f"RANK and WORLD_SIZE are set, {name} is not: start several "
                     "processes with torchrun, or unset all of them"
                 )
-        dist.init_process_group(backend)
+        _join(backend, rank, world_size)
     torch.manual_seed(seed)
     return Runtime(chosen, reason, chosen_dtype, rank, world_size, context_parallel)
+
+
+def _join(backend, rank, world_size):
+    """Join the process group. torchrun keeps one store of addresses over its restarts: each attempt
+    has a place of its own in it, or processes would call on those that are gone."""
+    attempt = _environment_int("TORCHELASTIC_RESTART_COUNT", 0)
+    if not attempt:
+        dist.init_process_group(backend)
+        return
+    store, _, _ = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt {attempt}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def iteration_seed(seed, iteration, stream):
