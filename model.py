@@ -420,13 +420,13 @@ class GPT(nn.Module):
         return self.lm_head(self.transformer.ln_f(last))
 
     def decode_one_token(self, idx, cache):
-        """One more token a row, idx (B, 1), after the cache's others -> logits (B, V)."""
-        step = cache.check(self.config, len(idx)).begin(1)
+        """One more token a row, or t of equal rows, idx (B, t), into the cache -> logits (B, V)."""
+        step = cache.check(self.config, len(idx)).begin(idx.size(1))
         x = self.embed(idx, step.positions)
         rotation = self.transformer.h[0].attn.rotation(step.positions)  # all layers' alike
         for block, layer in zip(self.transformer.h, cache.layers):
             x = decode_block(block, x, step, rotation, layer)
-        cache.advance(1)
+        cache.advance(idx.size(1))
         return self.lm_head(self.transformer.ln_f(x[:, -1]))
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **options):

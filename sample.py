@@ -3,6 +3,7 @@
     python sample.py --init_from=gpt2 --start="What is the answer to life?" --top_p=0.9
     python sample.py --init_from=gpt2-xl --int4=True --save_int4=gpt2-xl-int4.safetensors
     python sample.py --init_from=gpt2-xl-int4.safetensors --stream=True --start=FILE:prompt.txt
+    python sample.py --init_from=data/smollm2 --chat
 
 Every model decodes from a KV cache (leangpt/attention/kv_cache.py). All samples are written at
 once, as a batch; with --stream=True one after another, as they come. Ends with tokens a second
@@ -17,6 +18,8 @@ import torch
 
 from attention_policies import POLICIES
 from configurator import parse_config
+from leangpt.decoding.chat import chat
+from leangpt.decoding.conversation import Conversation
 from leangpt.decoding.generate import bytes_read, check_count, generate
 from leangpt.decoding.printer import Printer, until_stop
 from leangpt.decoding.sampling import Sampler
@@ -61,7 +64,7 @@ class Settings:
     export_type: str = "F16"  # of a .gguf file's matrices: F32 | F16 | Q8_0
     # the text
     start: str = "\n"  # the prompt, or FILE:prompt.txt
-    chat: bool = False  # the prompt is a message, put into the model's own chat format
+    chat: bool = False  # start is a message in the model's chat format; without start: a chat
     num_samples: int = 10  # texts to write
     max_new_tokens: int = 500  # tokens in each
     temperature: float = 0.8  # 1.0: the model's distribution; less is bolder; 0: most likely token
@@ -82,8 +85,11 @@ class Settings:
 
 def main(argv=None):
     """Load a model, then sample from it, export it or write it in 4 bits."""
-    settings, _ = parse_config(Settings, argv)
+    settings, given = parse_config(Settings, argv)
     check(settings)
+    talks = settings.chat and "start" not in given and not settings.export
+    if talks and (unheeded := sorted({"num_samples", "slide"} & set(given))):
+        raise UserError(f"{unheeded[0]} means nothing in a chat: leave it out, or give --start")
     prompt = read_prompt(settings.start)
     runtime = setup_runtime(settings.device, settings.dtype, settings.seed)
     dtype = runtime.dtype
@@ -95,14 +101,12 @@ def main(argv=None):
         return export(model, text, settings)
     if settings.attention_policy:
         set_policy(model, settings.attention_policy)
-    ids = text.chat_ids(prompt) if settings.chat else text.tokenizer.encode(prompt)
-    if not ids or not prompt:  # an empty message in a chat's format is no empty text
-        raise UserError("the prompt is empty: give --start at least one character")
-    if len(ids) > model.config.block_size:
-        raise UserError(
-            f"the prompt has {len(ids)} tokens, the model reads at most "
-            f"block_size={model.config.block_size}: shorten it"
-        )
+    for note in text.notes:
+        print(f"note: {note}")
+    if talks:
+        ids = text.chat_ids("Hi")  # has it a chat format, and is that one whole?
+    else:
+        ids = prompt_ids(text, prompt, settings.chat, "start" in given, model.config.block_size)
     if settings.int4:
         model = quantise(loaded, settings, runtime.device)
     model.to(runtime.device, dtype)
@@ -117,6 +121,8 @@ def main(argv=None):
         f"{packed}; attention policy {model.config.attention_policy}; {runtime.device} "
         f"({runtime.reason})"
     )
+    if talks:
+        return talk(model, text, settings, runtime)
     write(model, text, ids, settings, runtime)
 
 
@@ -158,14 +164,36 @@ def is_4bit(settings):
 def read_prompt(start):
     """The prompt's text: `start` itself, or the content of the file it names."""
     if not start.startswith("FILE:"):
+        if any("\ud800" <= character <= "\udfff" for character in start):
+            raise UserError("--start is not UTF-8 text")
         return start
     path = start.removeprefix("FILE:")
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")  # without a byte order mark
     except OSError as error:
         raise UserError(f"cannot read the prompt {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"the prompt {path} is not UTF-8 text") from None
+
+
+def prompt_ids(text, prompt, chat, given, block_size):
+    """The prompt's tokens (list[int]), in the model's chat format or not. Raises UserError for one
+    that is empty or too long. The default prompt, not `given`, is one that the model can read."""
+    if not given and not chat:
+        try:
+            text.tokenizer.encode(prompt)
+        except UserError:
+            lacking, prompt = prompt, text.tokenizer.pieces()[0]
+            print(f"note: the vocabulary lacks {lacking!r}: the text begins with {prompt!r}")
+    ids = text.chat_ids(prompt) if chat else text.tokenizer.encode(prompt)
+    if not ids or not prompt:  # an empty message in a chat's format is no empty text
+        raise UserError("the prompt is empty: give --start at least one character")
+    if len(ids) > block_size:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens, the model reads at most block_size={block_size}: "
+            "shorten it"
+        )
+    return ids
 
 
 @dataclass
@@ -197,6 +225,10 @@ def load(settings, dtype):
             name = checkpoint.get("config", {}).get("dataset")
             folder = {"folder": str(Path(settings.data_dir) / name)} if name else None
             dataset = folder or {"tokenizer": "gpt2"}
+            if folder is None:
+                print(
+                    "note: the checkpoint names no data set: GPT-2's tokens are taken, as nanoGPT"
+                )
         model = model_from_checkpoint(GPT, checkpoint).eval()
         text = text_of(checkpoint.get("text_files"), dataset=dataset)
         return Loaded(model, text, path, dataset=dataset)
@@ -276,6 +308,15 @@ def say_tuning(step, steps, divergence):
             "from the exact model",
             flush=True,
         )
+
+
+def talk(model, text, settings, runtime):
+    """A chat on the terminal, and how fast it went."""
+    generator = torch.Generator(runtime.device).manual_seed(settings.seed)
+    sampler = Sampler(settings.temperature, settings.top_k, settings.top_p, generator, text.sampled)
+    conversation = Conversation(model, sampler, text.stop_tokens, settings.kv_bits)
+    written = chat(conversation, text, settings.max_new_tokens)
+    print(f"{conversation.read_tokens:,} tokens read, {written:,} written")
 
 
 def write(model, text, ids, settings, runtime):

@@ -274,10 +274,13 @@ class KVCache:
         self.positions.copy_(torch.as_tensor(lengths))
         self.ragged = True
 
-    def reset(self) -> None:
-        """Forget every token; the buffers stay."""
-        self.length, self.ragged = 0, False
-        self.positions.zero_()
+    def reset(self, length: int = 0) -> None:
+        """Forget every token from `length` on; the buffers stay.
+
+        Rows in 8 or 4 bits have their newest ones exactly: of those it can only be all.
+        """
+        self.length, self.ragged = length, False
+        self.positions.fill_(length)
 
     @property
     def bytes_per_token(self) -> int:

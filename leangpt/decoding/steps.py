@@ -53,6 +53,14 @@ class TokenRows:
         self.ends += 1
         self.length += 1
 
+    def begin(self, ids):
+        """Hold one row that goes on after `ids` (list[int]), whatever was written before."""
+        self.tokens[0, : len(ids)] = torch.tensor(ids, device=self.tokens.device)
+        self.ends.fill_(len(ids))
+        self.length = len(ids)
+        self.stopped.fill_(False)
+        self.evidence.zero_()
+
     def all_stopped(self):
         """Has every row stopped? Waits for the device."""
         return bool(self.stopped.all())

@@ -108,6 +108,26 @@ def test_prompt_from_a_file(capsys, out_dir, tmp_path):
     assert got == want
 
 
+def test_a_byte_order_mark_is_no_part_of_a_prompt(capsys, out_dir, tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_bytes(b"\xef\xbb\xbfhello")
+    want, *_ = run(capsys, out_dir)
+    got, *_ = run(capsys, out_dir, f"--start=FILE:{path}")
+    assert got == want
+
+
+def test_the_default_prompt_where_the_vocabulary_lacks_it(capsys, tmp_path):
+    meta = {"tokenizer": "char", "characters": "bca", "vocab_size": 3}
+    out = save(tmp_path / "out", meta, vocab_size=3)
+    flags = [f"--out_dir={out}", "--device=cpu", "--max_new_tokens=5", "--num_samples=1"]
+    sample.main(flags)
+    said = capsys.readouterr().out
+    assert "note: the vocabulary lacks '\\n': the text begins with 'b'" in said
+    assert said.splitlines()[2][0] == "b"
+    with pytest.raises(UserError, match="lacks '.n'"):  # asked for, it is an error
+        sample.main([*flags, "--start=\n"])
+
+
 def test_four_bits_saved_and_loaded(capsys, out_dir, tmp_path):
     path = tmp_path / "model.safetensors"
     texts, first, _ = run(capsys, out_dir, "--int4=True", f"--save_int4={path}", "--group_size=64")
@@ -155,6 +175,7 @@ def test_published_weights_export_and_back(capsys, tmp_path):
 
 MISTAKES = [
     (["--start="], "prompt is empty"),
+    (["--start=caf\udce9"], "--start is not UTF-8 text"),
     (["--start=Hello, ünknown"], "lacks ',' 'H' 'ü'"),
     (["--start=" + "a" * 33], "33 tokens.*block_size=32"),
     (["--start=FILE:no/such.txt"], "cannot read the prompt no/such.txt"),

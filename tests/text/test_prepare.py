@@ -413,6 +413,15 @@ def test_openwebtext_bad_line(openwebtext, gpt2, tmp_path, line):
         openwebtext.main([f"--input={path}", f"--out_dir={tmp_path / 'owt'}"])
 
 
+def test_openwebtext_byte_order_mark(openwebtext, gpt2, tmp_path):
+    for name, head in (("plain", b""), ("marked", b"\xef\xbb\xbf")):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_bytes(head + b'{"text": "one two"}\n' * 4)
+        openwebtext.main([f"--input={path}", f"--out_dir={tmp_path / name}", "--val_every=2"])
+    plain, marked = ((tmp_path / name / "train.bin").read_bytes() for name in ("plain", "marked"))
+    assert plain == marked
+
+
 def test_openwebtext_errors(openwebtext, tmp_path):
     with pytest.raises(UserError, match="no such file"):
         openwebtext.main(["--input=none.jsonl", f"--out_dir={tmp_path / 'owt'}"])
