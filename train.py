@@ -228,7 +228,8 @@ def main(argv=None, make_optimizer=make_optimizer):
 def build_model(settings, given, dataset, checkpoint=None):
     """The model a run starts with, on the CPU, its weights of `param_dtype` -> GPT.
 
-    Weights are drawn or read in float32 and rounded last, so one seed starts every dtype alike.
+    Weights are drawn in float32 and rounded last, so one seed starts every dtype alike; those that
+    are read go to their places one by one, and no float32 copy of them all is made.
     Raises UserError where the settings contradict the weights they start from.
     """
     free = {name: getattr(settings, name) for name in GPTConfig.FREE}
@@ -243,7 +244,7 @@ def build_model(settings, given, dataset, checkpoint=None):
     elif settings.init_from == "resume":
         model = model_from_checkpoint(GPT, checkpoint, **free)
     else:
-        model = GPT.from_pretrained(settings.init_from, **free)
+        model = GPT.from_pretrained(settings.init_from, dtype=DTYPES[settings.param_dtype], **free)
     if "block_size" in given:
         fit_context(model, settings.block_size)
     return model.to(DTYPES[settings.param_dtype])

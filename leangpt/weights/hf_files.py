@@ -15,6 +15,7 @@ NOT_WEIGHTS = re.compile(r"(^|\.)(attn\.bias|attn\.masked_bias|rotary_emb\.inv_f
 class SafetensorsWeights:
     """Weights of a Hugging Face folder: `settings` (GPTConfig arguments), `pieces`, `read(name)`.
 
+    Read in the order of the files, as `in_file_order` has it, each shard is mapped once.
     Names come without the "transformer." or "model." that some files put in front.
     """
 
@@ -29,13 +30,15 @@ class SafetensorsWeights:
             if not isinstance(index, dict) or not all(type(f) is str for f in index.values()):
                 raise UserError(f"{path / INDEX} has no weight_map of tensors and their files")
             files = [path / Path(name).name for name in sorted(set(index.values()))]
-        self._where = {}  # name -> (its shard, its name there)
+        self._where = {}  # name -> (its file, its name there, its shape)
+        self._file = self._shard = None  # the one that is open: what is read of it stays mapped
         for file in files:
             shard = self._open(file)
             for stored in shard.keys():
                 name = re.sub(r"^(transformer|model)\.", "", stored)
                 if not NOT_WEIGHTS.search(name):
-                    self._where[name] = (shard, stored)
+                    shape = tuple(shard.get_slice(stored).get_shape())
+                    self._where[name] = (file, stored, shape)
 
     @staticmethod
     def _open(file):
@@ -54,13 +57,15 @@ class SafetensorsWeights:
 
     def shape(self, name):
         """Shape of a tensor as the file has it, without reading it."""
-        shard, stored = self._where[name]
-        return tuple(shard.get_slice(stored).get_shape())
+        return self._where[name][2]
 
     def read(self, name):
-        """The tensor in the file's dtype."""
-        shard, stored = self._where[name]
-        tensor = shard.get_tensor(stored)
+        """The tensor in the file's dtype. Of several shards one is open at a time."""
+        file, stored, _ = self._where[name]
+        if file != self._file:
+            self._shard = None  # before the next one is mapped
+            self._file, self._shard = file, self._open(file)
+        tensor = self._shard.get_tensor(stored)
         if not tensor.is_floating_point():
             raise UserError(
                 f"{self.path}: tensor {name} is {tensor.dtype}; quantised weights are "
@@ -71,3 +76,7 @@ class SafetensorsWeights:
     def pieces(self, config):
         """Which of our parameters each tensor fills (hf_names.Piece)."""
         return hf_pieces(config)
+
+    def in_file_order(self, pieces):
+        """The pieces of one shard after another's."""
+        return sorted(pieces, key=lambda piece: self._where[piece.theirs][0])

@@ -87,12 +87,15 @@ def _place(parameters, piece):
 def _fill(model, weights, pieces):
     """Copy every tensor to its place, one at a time."""
     parameters, filled = dict(model.named_parameters()), 0
+    if hasattr(weights, "in_file_order"):
+        pieces = weights.in_file_order(pieces)
     for piece in pieces:
         tensor = weights.read(piece.theirs)
         if piece.paired_heads:
             tensor = halves_apart(tensor, piece.paired_heads)
         place = _place(parameters, piece)
         place.copy_(tensor)
+        del tensor  # or it would keep its shard mapped
         filled += place.numel()
     assert filled == sum(parameter.numel() for parameter in parameters.values())
 

@@ -12,6 +12,7 @@ from pretrained_files import gpt2_config, gpt2_tensors, write_folder
 from leangpt.memory.meter import measure_peak, tensor_bytes
 from leangpt.system.errors import UserError
 from leangpt.weights.find import find_pretrained, open_weights
+from leangpt.weights.hf_files import SafetensorsWeights
 from leangpt.weights.load import load_pretrained
 from model import GPT
 
@@ -364,3 +365,48 @@ def test_one_copy_of_the_weights(tmp_path):
     size = tensor_bytes(load_pretrained(GPT, tmp_path))
     largest = max(tensor.nbytes for tensor in tensors.values())
     assert size <= peak <= size + largest
+
+
+def test_shards_are_mapped_one_at_a_time(transformers, tmp_path, monkeypatch):
+    """Beyond the model there is at most one shard in memory, and each is opened twice: its header,
+    and then its tensors, whatever order the model has them in."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    shards = sorted(file.name for file in tmp_path.glob("*-of-*.safetensors"))
+    alive, opened, most = set(), [], 0
+    original = SafetensorsWeights._open
+
+    class Counted:
+        def __init__(self, file):
+            self.shard, self.number = original(file), len(opened)
+            opened.append(file.name)
+            alive.add(self.number)
+
+        def __getattr__(self, name):
+            nonlocal most
+            most = max(most, len(alive))
+            return getattr(self.shard, name)
+
+        def __del__(self):
+            alive.discard(self.number)
+
+    monkeypatch.setattr(SafetensorsWeights, "_open", staticmethod(Counted))
+    load_pretrained(GPT, tmp_path)
+    assert len(shards) > 2 and sorted(opened) == sorted(2 * shards)
+    assert most <= 2  # a header's is let go when the next one is read
+
+
+def test_a_folder_of_bfloat16_shards_is_read_with_one_copy(transformers, tmp_path):
+    """The exact peak: the model in bfloat16, and one tensor; the mapped files are the kernel's."""
+    torch.manual_seed(0)
+    wide = dict(hidden_size=128, intermediate_size=256, vocab_size=512)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA | wide)).bfloat16()
+    model.save_pretrained(tmp_path, max_shard_size="200KB")
+    files = list(tmp_path.glob("*-of-*.safetensors"))
+    assert len(files) > 2
+    mapped = 2 * sum(file.stat().st_size for file in files)  # headers', then tensors'
+    peak = measure_peak(lambda: load_pretrained(GPT, tmp_path, dtype=torch.bfloat16))
+    size = tensor_bytes(load_pretrained(GPT, tmp_path, dtype=torch.bfloat16))
+    largest = max(p.nbytes for p in model.parameters())
+    assert size <= peak <= size + largest + mapped
