@@ -16,6 +16,7 @@ from data import prepare_text
 from leangpt.system.errors import UserError
 from leangpt.text.dataset import load_dataset
 from leangpt.weights.chat_text import load_pretrained_text
+from model import GPT
 
 tokenizers = pytest.importorskip("tokenizers")
 TEXT = "he said he had a hat and the hat is here, he said. Zürich 42\n" * 60
@@ -174,3 +175,27 @@ def test_a_character_model_goes_out_whole(tmp_path, monkeypatch, capsys):
     ids = tokenizer("he said", return_tensors="pt").input_ids
     generated = model.generate(ids, max_new_tokens=8, do_sample=False)
     assert tokenizer.decode(generated[0]) == ours
+
+
+def test_ids_beyond_the_tokens_are_written_and_stopped_at_as_transformers_does(tmp_path):
+    """The table has seven ids more than the tokenizer has tokens."""
+    transformers = pytest.importorskip("transformers")
+    folder = chat_model(tmp_path / "model")
+    text = load_pretrained_text(folder)
+    ours = GPT.from_pretrained(str(folder))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    beyond = text.tokenizer.vocab_size
+    assert ours.config.vocab_size == beyond + 7 and text.sampled is None
+    with torch.no_grad():  # which the model then likes best
+        ours.lm_head.weight[beyond + 2] *= 30
+        theirs.lm_head.weight[beyond + 2] *= 30
+    ids = torch.tensor([text.tokenizer.encode("he said")])
+    options = dict(max_new_tokens=12, do_sample=False, pad_token_id=0)
+    want = theirs.generate(ids, eos_token_id=None, **options)
+    got = ours.generate(ids, 12, temperature=0, vocab_size=text.sampled)
+    assert got.tolist() == want.tolist() and beyond + 2 in got[0].tolist()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [beyond + 2]}))
+    text = load_pretrained_text(folder)
+    stopped = theirs.generate(ids, eos_token_id=beyond + 2, **options)[0].tolist()
+    new = ours.generate(ids, 12, temperature=0, stop_tokens=text.stop_tokens)[0].tolist()
+    assert stopped[-1] == beyond + 2 and new[: len(stopped)] == stopped
