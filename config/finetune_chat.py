@@ -8,7 +8,8 @@
 #     python sample.py --out_dir=out-chat --export=lighthouse     # a folder for transformers
 
 out_dir = "out-chat"
-eval_interval = 6
+eval_interval = 15
+eval_iters = 4  # batches that each loss is estimated on
 log_interval = 1
 
 init_from = "data/smollm2"
@@ -22,9 +23,8 @@ gradient_accumulation_steps = 3
 max_iters = 30
 warmup_iters = 5
 
-# weights and gradients' sums in 3 bytes a parameter, momentum in one more
-param_dtype = "bfloat16"
+# a CPU is faster in float32; where memory is short, three bytes a parameter for weights and sums:
+# param_dtype = "bfloat16" and optimizer_options = "gradient_bits=8"
 optimizer_variant = "adamsn8"
-optimizer_options = "gradient_bits=8"
 learning_rate = 1e-4
 embedding_lr = 1e-5
