@@ -4,7 +4,7 @@
 #     python data/prepare_text.py --input book.txt --name mybook --tokenizer FOLDER
 #     python train.py config/llama8b_24gb.py --init_from=FOLDER --dataset=mybook
 #
-# FOLDER has the model's config.json and safetensors. Smaller models on smaller cards go the same way.
+# FOLDER has the model's config.json and safetensors. Smaller models go the same way.
 
 out_dir = "out-llama8b"
 eval_interval = 200
