@@ -278,10 +278,12 @@ class Trainer:
         self.one_pass = one_pass(settings, self.dataset)
         mode = parallel_mode(settings, self.raw_model, make_optimizer, runtime)
         self.parallel = Parallel(mode, runtime)
-        self.raw_model.to(runtime.device).train()
         if settings.context_parallel > 1:
             cut_sequences(self.raw_model, self.raw_model.transformer.h, settings.context_parallel)
-        self.parallel.shard(self.raw_model, self.raw_model.transformer.h)
+        self.parallel.shard(
+            self.raw_model, self.raw_model.transformer.h
+        )  # one by one to the device
+        self.raw_model.to(runtime.device).train()
         self.optimizer = make_optimizer(settings, self.raw_model, runtime)
         check_codes(self.optimizer)
         self.rates = run_rates(settings, self.raw_model)
