@@ -19,11 +19,15 @@ import csv
 import itertools
 import json
 import os
-import resource
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # Windows: there the whole machine runs out of memory
+    resource = None
 
 import psutil
 import torch
@@ -45,6 +49,7 @@ from leangpt.memory.plan import predict_block_peak
 from leangpt.system.errors import UserError, exit_cleanly, is_out_of_memory, refused
 from leangpt.system.runtime import DTYPES, setup_runtime
 from leangpt.system.timing import MIB, commit_id, describe_machine, quartiles, synchronize, timed
+from leangpt.system.whole_files import writing
 from model import Block, GPTConfig
 
 COLUMNS = (
@@ -143,11 +148,11 @@ def main():
     writers = []
     if settings.csv:
         try:
-            writers.append(csv_writer(open(settings.csv, "w", newline="")))
+            writers.append(csv_writer(open(settings.csv, "w", newline=""), settings.csv))
         except OSError as error:
             raise refused(f"--csv={settings.csv}", error) from None
     if settings.print:
-        writers.append(csv_writer(sys.stdout))
+        writers.append(csv_writer(sys.stdout, "standard output"))
     else:
         print_line(SHOWN)
         writers.append(print_row)
@@ -242,6 +247,8 @@ def run_cell(cell):
 
 def limit_memory():
     """Make running out of memory an error of this process, not a matter for the whole machine."""
+    if resource is None:
+        return
     memory, (_, most) = psutil.Process().memory_info(), resource.getrlimit(resource.RLIMIT_AS)
     limit = memory.vms + psutil.virtual_memory().available
     if most == resource.RLIM_INFINITY or limit < most:  # else the user's own limit is tighter
@@ -300,15 +307,19 @@ def measure_cell(cell, device, dtype):
     return row
 
 
-def csv_writer(file):
-    """A function that writes a row as CSV at once, so that a sweep cut short keeps its rows."""
+def csv_writer(file, name):
+    """A function that writes a row as CSV at once, so that a sweep cut short keeps its rows.
+
+    Its heading is written here: what refuses that is known before anything is measured.
+    """
     writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-    writer.writeheader()
 
     def write(row):
-        writer.writerow(row)
-        file.flush()
+        with writing(name):
+            writer.writerow(row)
+            file.flush()
 
+    write(dict(zip(COLUMNS, COLUMNS)))
     return write
 
 

@@ -49,6 +49,7 @@ from leangpt.training.start import (
     adopt_model_args,
     carried_text,
     check_dataset,
+    check_offload,
     continue_optimizer,
     resumed_settings,
 )
@@ -269,6 +270,7 @@ class Trainer:
     def __init__(self, settings, given, runtime, checkpoint=None, make_optimizer=make_optimizer):
         """Build data set, model and optimizer. Raises UserError; writes nothing."""
         self.runtime = runtime
+        check_offload(settings, runtime)
         self.share = share_of(settings, runtime.data_rank, runtime.data_parallel)
         self.dataset = load_dataset(settings.dataset, settings.data_dir)
         self.raw_model = build_model(settings, given, self.dataset, checkpoint)

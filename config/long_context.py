@@ -20,6 +20,7 @@ n_head = 12
 n_embd = 768
 position = "rope"  # no table of learned positions to grow with block_size
 attention_policy = "recompute"
+q_chunk = 4096  # unasked, 24,576 tokens and fewer run plain: faster, in more memory
 
 max_iters = 200
 lr_decay_iters = 200

@@ -43,6 +43,15 @@ def resumed_settings(settings, given, checkpoint):
     return replace(settings, **saved)
 
 
+def check_offload(settings, runtime):
+    """Raise UserError for offload=True where the device's memory is the host's already."""
+    if settings.offload and runtime.device_type != "cuda":
+        raise UserError(
+            f"offload=True moves layers' inputs from a GPU to the host, and this run is on "
+            f"{runtime.device}: leave it out, or give --offload=False"
+        )
+
+
 def adopt_model_args(settings, given, model):
     """`settings` with the shapes `model` really has -> a new settings object.
 

@@ -85,6 +85,7 @@ def saved(tmp_path):
         "model_args": json.dumps(vars(model.config)),
         "notes": "{}",
     }
+    load_int4(GPT, path)  # what only a first time takes is no refusal's
     return path, load_file(path), header
 
 

@@ -64,7 +64,7 @@ MISTAKES = [
     ("--position=rotary", "unknown position 'rotary'"),
     ("--q_chunk=0", "q_chunk must be positive"),
     ("--k_chunk=8", "k_chunk=8 does nothing"),
-    ("--offload=True", "checkpoint_layers=True"),
+    ("--offload=True", "moves layers' inputs from a GPU to the host, and this run is on cpu"),
     ("--int4=True", "int4=True packs weights"),
     ("--optimizer_variant=adamns", "did you mean 'adamsn'"),
     ("--optimizer_options=partition", "'partition' is not name=value"),

@@ -8,6 +8,7 @@ from tiny_run import arguments, run_script
 
 from leangpt.memory.meter import PeakMeter
 from leangpt.optim import VARIANTS, build_optimizer
+from leangpt.optim.kernels import step_cpu
 from leangpt.training.runs import read_run
 from leangpt.training.step_peak import step_peak
 from model import GPT, GPTConfig
@@ -66,7 +67,9 @@ def test_it_tells_optimizers_apart():
         run.step()
         peaks[variant] = step_peak(run.step, run.model, run.optimizer)[1]
     parameters = sum(p.numel() for p in run.model.parameters())
-    assert peaks["adam"] - peaks["adamsn8"] > 5 * parameters  # 8 bytes of state, little over 1
+    # 8 bytes of state, little over 1; without kernels momentum is unpacked to 4 for a moment
+    least = 5 if step_cpu.library() else 3
+    assert peaks["adam"] - peaks["adamsn8"] > least * parameters
 
 
 def test_each_micro_batch_empties_the_meter(monkeypatch):
