@@ -60,7 +60,11 @@ def run_part(name, world, book, settings, origin):
     bad = 0
     for number in numbers[: settings.limit]:
         real = name != "faults" and number % REAL_EACH == REAL_EACH - 1
-        row = {"part": name, "case": number, "real": int(real), **part.case(number, world, real)}
+        row = {"part": name, "case": number, "real": int(real)}
+        try:
+            row |= part.case(number, world, real)
+        except Exception as error:  # the campaign's own, or a command that fails undisturbed
+            row |= {"outcome": "no case", "detail": f"{type(error).__name__}: {error}"[-300:]}
         book.add(row | origin)
         if row["outcome"] not in GOOD:
             bad += 1

@@ -17,7 +17,8 @@ KINDS = {  # of runs -> their flags
     "one pass": ("--data_order=once",),
     "tiles": ("--attention_policy=recompute", "--q_chunk=4", "--dropout=0", "--checkpoint_layers"),
     "low byte": ("--param_dtype=bfloat16", "--optimizer_options=fused_backward=True"),
-    "two processes": ("--gradient_accumulation_steps=2",),
+    "two processes": ("--gradient_accumulation_steps=2", "--parallel=ddp"),
+    "two sharded": ("--gradient_accumulation_steps=2", "--parallel=fsdp"),
 }
 WRITERS = {  # what else writes -> (its command, what reads it, what it writes)
     "prepare": (
@@ -50,7 +51,7 @@ def case(number, world, real):
     variant = choose.choice(list(VARIANTS))
     kind = choose.choice([k for k in KINDS if k != "low byte" or variant != "adam"])
     flags = [*RUN, *KINDS[kind], f"--optimizer_variant={variant}", "--init_from=auto"]
-    processes = 2 if kind == "two processes" else 1
+    processes = 2 if kind.startswith("two") else 1
     want, seconds = world.once(
         (kind, variant, real), lambda: reference(world, flags, processes, real)
     )
