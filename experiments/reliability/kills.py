@@ -18,7 +18,7 @@ KINDS = {  # of runs -> their flags
     "tiles": ("--attention_policy=recompute", "--q_chunk=4", "--dropout=0", "--checkpoint_layers"),
     "low byte": ("--param_dtype=bfloat16", "--optimizer_options=fused_backward=True"),
     "two processes": ("--gradient_accumulation_steps=2", "--parallel=ddp"),
-    "two sharded": ("--gradient_accumulation_steps=2", "--parallel=fsdp"),
+    "two sharded": ("--gradient_accumulation_steps=2", "--parallel=fsdp", "--n_embd=32"),
 }
 WRITERS = {  # what else writes -> (its command, what reads it, what it writes)
     "prepare": (
