@@ -36,9 +36,10 @@ const char *faults_names(void) { return names; }  // of the calls so far, a spac
 static int below(const char *path)
 {
     char here[4096];
-    if (path && path[0] == '/')
-        return !strncmp(path, folder, strlen(folder));
-    return getcwd(here, sizeof here) && !strncmp(here, folder, strlen(folder));
+    if (!path || path[0] != '/')
+        path = getcwd(here, sizeof here);
+    size_t length = strlen(folder);  // and not what merely begins alike, as a child's output
+    return path && !strncmp(path, folder, length) && (path[length] == '/' || !path[length]);
 }
 
 static int open_below(int file)
