@@ -45,7 +45,8 @@ class ParameterGradients:
         return found[: len(inputs)]
 
     def total(self, parameter):
-        found = self.sums.get(parameter)
+        """The sum for one parameter, in its dtype, or None; it is let go of here."""
+        found = self.sums.pop(parameter, None)
         return None if found is None else found.to(parameter.dtype)
 
 

@@ -105,12 +105,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return (
-            grad_hidden * grad.to(grad_hidden.dtype),
-            (grad_weight * grad).to(ctx.weight_dtype),
-            None,
-            None,
-        )
+        scaled = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
+        torch.mul(grad_weight, grad, out=scaled)  # on CUDA rounded on the way: no float32 copy
+        return grad_hidden * grad.to(grad_hidden.dtype), scaled, None, None
 
 
 def _add_product(total, grad_logits, h, beta):

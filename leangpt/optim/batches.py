@@ -20,7 +20,7 @@ from leangpt.optim.sharded.rows import RowShards, is_sharded, local, local_state
 from leangpt.system.errors import UserError
 
 STACK_EACH = 1 << 18  # tensors of at most this many numbers are stacked ...
-STACK_TOTAL = 1 << 24  # ... up to this many numbers in one stack
+STACK_TOTAL = 1 << 24  # ... up to this many numbers in one stack, unless told otherwise
 RANK_STRIDE = 1 << 20  # parameters that an optimizer has at most
 VARYING = {
     "params",
@@ -135,23 +135,25 @@ def is_plain(item):
 # ---------------------------------------------------------------------- batches
 
 
-def update_in_batches(optimizer, items, each=STACK_EACH):
-    """Move every item by the optimizer's `direction`; tensors of up to `each` numbers stacked.
+def update_in_batches(optimizer, items, each=STACK_EACH, together=STACK_TOTAL):
+    """Move every item by the optimizer's `direction`; tensors of up to `each` numbers stacked, as
+    many as have `together` numbers.
 
     Of tensors whose rows are on several ranks many go together: sharded/exchange.py.
     """
     spread = [item for item in items if item.shards]
-    for batch in batches([i for i in items if not i.shards], optimizer.defaults, each):
+    for batch in batches([i for i in items if not i.shards], optimizer.defaults, each, together):
         if batch[0].param.numel():
             run_alone(update_run(optimizer, batch))
     for portion in in_portions(spread):
         run_sums([update_run(optimizer, [item]) for item in portion], portion[0].shards)
 
 
-def batches(items, options, each=STACK_EACH):
+def batches(items, options, each=STACK_EACH, together=STACK_TOTAL):
     """Lists of items to update together: same shape, dtypes, device, step, hyperparameters.
 
-    options: names of the hyperparameters. Tensors of more than `each` numbers stay alone.
+    options: names of the hyperparameters. Tensors of more than `each` numbers stay alone, and a
+    stack has at most `together`, or one tensor.
     """
     stacks, keys = {}, {}
     shared = [name for name in options if name not in VARYING]
@@ -167,7 +169,7 @@ def batches(items, options, each=STACK_EACH):
         key = (shape, p.dtype, g.dtype, p.device, item.step, keys[id(group)])
         stacks.setdefault(key, []).append(item)
     for alike in stacks.values():
-        size = max(1, STACK_TOTAL // max(1, alike[0].param.numel()))
+        size = max(1, together // max(1, alike[0].param.numel()))
         for start in range(0, len(alike), size):
             yield alike[start : start + size]
 
