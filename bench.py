@@ -45,7 +45,7 @@ from leangpt.memory.block_cell import (
     random_input,
 )
 from leangpt.memory.meter import tensor_bytes
-from leangpt.memory.plan import predict_block_peak
+from leangpt.memory.tiles import predict_block_peak
 from leangpt.system.errors import UserError, exit_cleanly, is_out_of_memory, refused
 from leangpt.system.runtime import DTYPES, setup_runtime
 from leangpt.system.timing import MIB, commit_id, describe_machine, quartiles, synchronize, timed

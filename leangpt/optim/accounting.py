@@ -1,12 +1,17 @@
 """How many bytes of state an optimizer keeps, and how it treats each parameter."""
 
+import inspect
+
 import torch
 from torch import nn
 
 from leangpt.optim.adafactor import Adafactor
 from leangpt.optim.adamsn import AdamSN
-from leangpt.optim.base import MemoryOptimizer
+from leangpt.optim.base import COMMON, MemoryOptimizer
+from leangpt.optim.batches import as_rows
+from leangpt.optim.build import make_groups, resolve_recipe
 from leangpt.optim.muonsn import MuonSN
+from leangpt.optim.rates import model_width
 from leangpt.optim.roles import place_parameters
 from leangpt.optim.sharded.rows import local
 
@@ -31,6 +36,35 @@ def planned_bytes(optimizer: torch.optim.Optimizer, p: nn.Parameter, group: dict
     else:  # torch's AdamW: two moments and a float32 step count
         return 2 * local(p).numel() * p.element_size() + 4
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def planned_groups(model: nn.Module, variant: str, **options) -> tuple[type, list[dict]]:
+    """(class, groups with every option) that build_optimizer would make, without building it.
+
+    model may lie on the meta device. For a planner: the first torch.optim.Optimizer of a process
+    takes a second, as torch then loads its compiler. options: the variant's own, but for
+    fused_backward. Raises UserError, as build_optimizer.
+    """
+    placed = place_parameters(model)
+    partition = options.pop("partition", None)
+    role_rates = options.pop("role_rates", None)
+    width = model_width(placed)
+    recipe = resolve_recipe(variant, width, None, None, role_rates, partition, dict(options))
+    parameters = inspect.signature(recipe.cls).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+    if issubclass(recipe.cls, MemoryOptimizer):
+        defaults |= COMMON
+    groups = make_groups(placed, recipe, weight_decay=0.1)
+    return recipe.cls, [defaults | recipe.options | group for group in groups]
+
+
+def new_state(cls: type, p: torch.Tensor, group: dict) -> dict[str, torch.Tensor]:
+    """The state that parameter `p` of such a group will have, as tensors on the meta device."""
+    meta = p.detach().to("meta")
+    if issubclass(cls, MemoryOptimizer):
+        return cls.__new__(cls).new_state(as_rows(meta, group), group)
+    moments = {name: torch.empty_like(meta) for name in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.empty((), device="meta"), **moments}  # torch's AdamW
 
 
 def optimizer_table(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:

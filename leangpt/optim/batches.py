@@ -20,7 +20,7 @@ from leangpt.optim.sharded.rows import RowShards, is_sharded, local, local_state
 from leangpt.system.errors import UserError
 
 STACK_EACH = 1 << 18  # tensors of at most this many numbers are stacked ...
-STACK_TOTAL = 1 << 24  # ... up to this many numbers in one stack, unless told otherwise
+STACK_TOTAL = 1 << 20  # ... up to this many numbers in one stack: several times 4 MB
 RANK_STRIDE = 1 << 20  # parameters that an optimizer has at most
 VARYING = {
     "params",

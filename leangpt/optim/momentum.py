@@ -134,7 +134,7 @@ def dither(scales, step):
     bits = scales.view(torch.int16).to(torch.int64) + step * GOLDEN
     lanes = torch.arange(BLOCK, device=scales.device).mul_(GOLDEN).to(torch.int32)
     words = mix(bits).to(torch.int32) + lanes
-    return words.bitwise_right_shift_(8).mul(2.0**-24)
+    return words.bitwise_right_shift_(8).to(torch.float32).mul_(2.0**-24)  # exact: 24 bits
 
 
 def mix(x):

@@ -2,7 +2,7 @@
 
 import torch
 
-from leangpt.memory import plan
+from leangpt.memory import tiles as plan
 from leangpt.memory.meter import tensor_bytes
 from leangpt.optim import frees_gradients, optimizer_table, planned_bytes, updates_inside_backward
 from leangpt.text.dataset import describe

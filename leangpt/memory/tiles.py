@@ -14,7 +14,7 @@ measured peaks. What a formula leaves out (kernels' workspaces, allocator roundi
 `advise_oom` keeps a tenth in reserve.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -51,45 +51,108 @@ def predict_block_peak(config, B, T, element_size=4, device_type="cpu"):
     return predict_forward_peak(config, B, T, element_size, device_type) - stream
 
 
-def predict_training_peak(
-    config, B, T, element_size=4, device_type="cpu", gradient_size=4, fused_backward=False
-):
-    """Bytes beyond weights of one forward and backward of GPT(config) over (B, T) tokens.
+@dataclass(frozen=True)
+class Sizes:
+    """A block's tiles: sequences at once, rows of queries, rows of keys; does one hold it whole?"""
 
-    Parameter gradients are included, of gradient_size bytes a number, as weights have; with
-    fused_backward each is freed as soon as it is complete. Weights and optimizer state are not,
-    nor what an update needs for a moment.
+    b: int
+    q: int
+    k: int
+    whole: bool
+
+
+def of_run(run):
+    """Sizes of a Run's tiles, or None for the plain block."""
+    config, T = run.config, run.length
+    found = _tiles(config, run.batch_size, T, run.device_type, training=True)
+    if found is None:
+        return None
+    q_chunk = tile_sizes(config, T, run.device_type, True)[0]
+    whole = run.device_type == "cuda" and config.checkpoint_layers and T <= q_chunk
+    return Sizes(*found, whole)
+
+
+def logit_rows(run):
+    """Rows whose logits the loss makes at once."""
+    size, V = run.stream_bytes, run.config.vocab_size
+    return min(run.tokens, chunk_rows(run.tokens, V, run.device_type, size))
+
+
+def working(run, names, tiles):
+    """What the backward of a block takes for a moment: `working` for activations, `working_weights`,
+    and the `workspace` of a kernel; bytes, of the worst of its phases."""
+    phases = plain_phases(run, names) if tiles is None else tiled_phases(run, names, tiles)
+    names = ("working", "working_weights", "workspace")
+    return dict(zip(names, max(phases, key=sum)))
+
+
+def plain_phases(run, names):
+    """Phases of the plain block's backward: (activations, weights, workspace) beyond SAVED.
+
+    First the MLP, where gradients inside it join all that was saved; then attention, when the
+    MLP's activations are gone again.
     """
-    C, L, V = config.n_embd, config.n_layer, config.vocab_size
-    g, r = _ratios(config)
-    sizes = _tiles(config, B, T, device_type, training=True)
-    layer_weights = _layer_weights(config)
-    row = C * element_size  # bytes of a stream, each token
-    lse = 4 * config.n_head
-    if sizes is None:
-        inside = 5 * r if config.mlp == "swiglu" else 2 * r
-        saved = (6 + 2 / g + inside) * row + lse
-        # backward of the MLP: the stream's gradient and one as wide as its inside
-        working, scratch = (1 + r) * row * B * T, layer_weights * gradient_size
-    else:
-        b, q, k = sizes
-        saved = lse + (0 if config.offload else row if config.checkpoint_layers else 2 * row)
-        # gradients of output and input, and the multiple that stands for attention's output
-        working = ((2 + 2 * config.offload) * B * row + b * lse) * T
-        working += b * row * T if config.checkpoint_layers else 0  # attention's output, again
-        scratch = b * _backward_peak(config, T, b, q, k, element_size, device_type)
-        scratch += layer_weights * 4 * 4 / 3  # sums, and the MLP's share of one tile's
-    workspace = _workspace(config, sizes[1] if sizes else T, device_type)
-    head = V * C * 4  # float32 gradient of the tied head, then in the weights' own numbers
-    head_kept = V * C * gradient_size
-    standing = 0 if fused_backward else (L - 1) * layer_weights * gradient_size
-    copies = 1 if device_type == "cuda" else 2  # logits, and what their softmax goes through
-    logits = copies * chunk_rows(B * T, V, device_type, element_size) * V * element_size
-    all_saved = L * saved * B * T
-    in_loss = all_saved + 3 * row * B * T + head + max(logits, head)
-    first_backward = all_saved + working + scratch + head_kept
-    last_backward = saved * B * T + working + scratch + head_kept + standing
-    return int(max(in_loss, first_backward, last_backward) + workspace)
+    config, g, r, e = run.config, names["g"], names["r"], run.stream_bytes
+    stream = run.tokens * config.n_embd * e
+    swiglu, matrix = names["swiglu"], config.n_embd**2
+    inside = (1 + names["drop"] + (2 * r if swiglu else r)) * stream
+    made = max(e if names["cast"] else run.param_bytes, 0 if names["accumulates"] else run.param_bytes)
+    mlp_saved = (1 + (4 if swiglu else 2) * r) * stream + names["norm_more"]
+    wide = 4 / e if names["wide"] or names["scores"] else 1
+    attention = (2 + 2 * wide * (1 + 2 / g)) * stream - mlp_saved
+    attention += names["scores"] * 4 * run.batch_size * config.n_head * run.length**2
+    done = 0 if names["accumulates"] else (3 if swiglu else 2) * r * matrix * run.param_bytes
+    workspace = _workspace(config, run.length, run.device_type, run.threads)
+    return [(inside, r * matrix * made, 0), (attention, done + matrix * run.param_bytes, workspace)]
+
+
+def tiled_phases(run, names, tiles):
+    """Phases of the backward by tiles (attention/block_backward.py), likewise."""
+    config, T, r, g, e = run.config, run.length, names["r"], names["g"], run.stream_bytes
+    b, q, k = tiles.b, tiles.q, tiles.k
+    row, width, cpu = config.n_embd * e, config.n_embd, run.device_type == "cpu"
+    copies = names["cast"] * e  # weights as autocast's products read them
+    qkv = (1 + 2 / g) * width**2
+    after = names["layer"] - qkv  # numbers of the weights after attention
+    largest = (2 if names["swiglu"] else 1) * r * width**2
+    found = run.param_bytes if not names["cast"] else 4
+    if tiles.whole:
+        share = tiles.b / run.batch_size
+        block = share * names["plain"]
+        return [(2 * run.tokens * row + block, names["layer"] * (4 + found + copies), 0)]
+    # gradients of input and output, the multiple that stands for attention's output
+    held = (2 + 2 * config.offload) * run.tokens * row + 4 * b * config.n_head * T
+    held += b * T * row if config.checkpoint_layers else 0  # attention's output, again
+    kept = 0 if config.policy.recomputes else 2 / g * T * b * row
+    rows = min(q if few(run) else max(1, q // 4), T) * b
+    inside = 4 + (6 if names["swiglu"] else 3) * r + 3 * names["drop"]
+    norm = names["norm_more"] / (run.tokens * row)
+    if names["rms"] and e < 4:
+        inside = max(inside, 9 * 4 / e + 2)  # the norm's own backward, in float32
+    phases = []
+    several = run.tokens > rows
+    weights = after * (4 + several * found + copies) + (largest * e if copies else 0)
+    mlp = held + kept * config.checkpoint_layers + (inside + norm) * rows * row
+    phases.append((mlp, weights, 0))
+    if config.checkpoint_layers:
+        attending = kept + b * row * _forward_scratch(config, T, q, k, run.device_type, True)
+        workspace = _workspace(config, q, run.device_type, run.threads)
+        phases.append((held + attending, several * after * (4 + copies), workspace))
+    heads = heads_at_once(config, T, q, b, run.device_type)
+    share = heads / config.kv_heads
+    wide = 4 / e  # float32 beside numbers of the stream
+    stored = not config.policy.recomputes or share < 1
+    attention = share * (wide + stored) * T  # dq and the queries of some heads
+    attention += q + share * ((1 + (4 + 2 * wide) / g) * q + 4 * k)
+    weights = names["layer"] * (4 + copies) + qkv * share * found * (run.tokens > q * b)
+    workspace = _workspace(config, q, run.device_type, run.threads) if cpu else 0
+    phases.append((held + b * row * attention, weights, workspace))
+    return phases
+
+
+def few(run):
+    """Are tiles of the MLP as large as others (tile_sizes.few_launches)?"""
+    return run.device_type == "cuda"
 
 
 def advise_oom(config, B, T, bytes_available, element_size=4, device_type="cpu", **gradients):
@@ -194,28 +257,9 @@ def _forward_scratch(config, T, q, k, device_type, training, unit=0):
     return max(attending, inside_mlp, filling)
 
 
-def _backward_peak(config, T, b, q, k, element_size, device_type):
-    """Bytes a sequence that backward's worse phase (block_backward.py) holds for a time."""
-    g, r = _ratios(config)
-    row = config.n_embd * element_size
-    wide = 4 / element_size  # float32 beside numbers of the stream
-    kept = 0 if config.policy.recomputes else 2 / g * T
-    attending = 0
-    if config.checkpoint_layers:
-        attending = kept + _forward_scratch(config, T, q, k, device_type, training=True)
-    at_once = q if device_type == "cuda" else q / 4
-    inside_mlp = kept * config.checkpoint_layers + (3 + 3 * r) * at_once
-    heads = heads_at_once(config, T, q, b, device_type)
-    share = heads / config.kv_heads
-    stored = not config.policy.recomputes or share < 1
-    attention = share * (wide + stored) * T  # dq and the queries of some heads
-    attention += q + share * ((1 + (4 + 2 * wide) / g) * q + 4 * k)
-    return max(attending, inside_mlp, attention) * row
-
-
-def _workspace(config, rows, device_type):
+def _workspace(config, rows, device_type, threads=None):
     """Bytes of the fused CPU kernel over `rows` queries: each thread's scores and a few vectors."""
     if device_type != "cpu":
         return 0
     queries = 256 if rows >= 768 else 64 if rows >= 192 else 32  # as the kernel splits them
-    return torch.get_num_threads() * 4 * queries * (512 + 2 + config.head_dim)
+    return (threads or torch.get_num_threads()) * 4 * queries * (512 + 2 + config.head_dim)

@@ -1,0 +1,213 @@
+"""The memory of a training step, as a table: every line is a part, what it is, and its bytes.
+
+A step's memory is the most of a few *moments*. A moment is the sum of its lines; a line belongs to
+a part that plans show. Formulas are written once, here; docs/ARCHITECTURE.md prints them. What they
+are made of (`sizes`):
+
+    B T n     sequences, tokens of each, B T            C H G D L V   as everywhere
+    g r       H/G; width inside the MLP over C          I             that width
+    w e       bytes of a weight or gradient; of a number of the residual stream (autocast's)
+    cast      1 where the products' weights are copies of e bytes: w > e
+    R         rows whose logits exist at once           layer         numbers in a layer's weights
+    yes/no    swiglu rms rope learned tied drop scores (attention dropout) tiled checkpoint offload
+              whole (a tile holds whole sequences) fused accumulates several cpu
+    and       weights state gradients: bytes of all; update, update_layer, update_head,
+              update_table: of update.py; tile_scratch, workspace: of tiles.py
+"""
+
+from leangpt.memory import tiles
+from leangpt.memory.update import one_by_one, update_bytes
+
+PARTS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "state": "optimizer state",
+    "saved": "saved activations",
+    "loss": "the loss, for a moment",
+    "backward": "backward of a block, for a moment",
+    "update": "the update of weights, for a moment",
+    "workspace": "workspace of kernels",
+    "context": "CUDA's own",
+}
+
+# What one layer keeps for backward.
+SAVED = {
+    "plain": [
+        ("its input x", "n*C*e"),
+        ("norm of x, its statistics", "n*C*e + 8*n + norm_more"),
+        ("angles of rope", "rope*T*D*4"),
+        ("q, k, v", "0 if wide or scores else (1 + 2/g)*n*C*e"),
+        ("... turned by rope", "rope*(1 + 1/g)*n*C*e if not (wide or scores) else 0"),
+        ("... in float32, where the kernel wants it", "wide*(2 + 2/g)*n*C*4"),
+        ("attention's weights, dropped and not", "scores*(3*B*H*T*T*4 + 3*n*C*4)"),
+        ("attention's logsumexp", "0 if scores else 4*n*H"),
+        ("attention's output", "n*C*e + (rope*cpu*n*C*e if not (wide or scores) else 0)"),
+        ("x after attention", "n*C*e"),
+        ("norm of it, its statistics", "n*C*e + 8*n + norm_more"),
+        ("inside the MLP", "(4 if swiglu else 2)*r*n*C*e"),
+        ("dropout's masks", "drop*2*n*C*mask"),
+        ("weights as the products read them", "cast*e*layer"),
+    ],
+    "tiled": [
+        ("its input x", "0 if offload else n*C*e"),
+        ("attention's output", "0 if checkpoint else n*C*e"),
+        ("attention's logsumexp", "0 if whole else 4*n*H"),
+    ],
+}
+
+KEPT = [
+    ("weights", "weights", "weights"),
+    ("state", "optimizer state", "state"),
+    ("saved", "tokens and targets", "16*n"),
+]
+SAVED_ALL = [
+    ("saved", "every layer's", "L*saved"),
+    ("saved", "embeddings' dropout", "drop*n*C*mask"),
+    ("saved", "on its way to the host and back", "offload*2*n*C*e"),
+    ("saved", "the last stream, statistics of its norm", "n*C*e + 8*n + last_norm_more"),
+]
+STANDING = [
+    ("gradients", "of earlier micro-batches", "accumulates*gradients"),
+    ("gradients", "buckets of several processes", "several*gradients"),
+]
+
+MOMENTS = {
+    "the loss": [
+        *KEPT,
+        *STANDING,
+        *SAVED_ALL,
+        ("saved", "weights as the tiles' products read them", "by_tiles*cast*e*L*(layer - (1 + 2/g)*C*C)"),
+        ("loss", "norm of the stream, and its gradient", "2*n*C*e"),
+        ("loss", "targets as they count", "8*n"),
+        ("loss", "the head as the product reads it", "cast*V*C*e"),
+        ("loss", "the head's gradient", "V*C*4"),
+        ("loss", "logits of some rows", "max(R*V*logit, (R*V*2*e + V*C*(e + 4)) if half_cpu else 0)"),
+    ],
+    "the head's gradient": [
+        *KEPT,
+        *STANDING,
+        *SAVED_ALL,
+        ("loss", "gradients of the stream, twice", "2*n*C*e"),
+        ("loss", "the head's gradient, and scaled", "V*C*(4 + w) + (V*C*4 if w < 4 and cpu else 0)"),
+    ],
+    "the head's update": [
+        *KEPT,
+        *SAVED_ALL,
+        ("gradients", "the head's", "(fused and not tied)*V*C*w"),
+        ("update", "for the head", "(fused and not tied)*update_head"),
+    ],
+    "backward of the last block": [
+        *KEPT,
+        *STANDING,
+        *SAVED_ALL[:-1],
+        ("gradients", "the head's, where it is the table's too", "tied*V*C*w"),
+        ("backward", "its activations' gradients", "working"),
+        ("backward", "its weights' gradients", "working_weights"),
+        ("update", "for its weights", "fused*update_layer"),
+        ("workspace", "of attention", "workspace"),
+    ],
+    "backward of the first block": [
+        *KEPT,
+        *STANDING,
+        ("saved", "its own", "saved"),
+        ("saved", "embeddings' dropout", "drop*n*C*mask"),
+        ("gradients", "of the blocks after it", "(0 if fused or accumulates else (L - 1)*gradients_layer)"),
+        ("gradients", "the head's", "(tied or not (fused or accumulates))*V*C*w"),
+        ("backward", "its activations' gradients", "working"),
+        ("backward", "its weights' gradients", "working_weights"),
+        ("update", "for its weights", "fused*update_layer"),
+        ("workspace", "of attention", "workspace"),
+    ],
+    "the embeddings' gradient": [
+        *KEPT,
+        *STANDING,
+        ("saved", "embeddings' dropout", "drop*n*C*mask"),
+        ("gradients", "of the blocks", "(0 if fused or accumulates else L*gradients_layer)"),
+        ("gradients", "the head's", "(tied or not (fused or accumulates))*V*C*w"),
+        ("backward", "the stream's", "n*C*e"),
+        ("backward", "the table's", "V*C*e + (V*C*w if e < w else 0)"),
+        ("backward", "the positions'", "learned*S*C*(w + (e if e < w else 0))"),
+        ("update", "for the table", "fused*update_table"),
+    ],
+    "the optimizer's step": [
+        *KEPT,
+        ("gradients", "all", "0 if fused else gradients"),
+        ("gradients", "buckets of several processes", "several*gradients"),
+        ("update", "for the largest stack of weights", "0 if fused else update"),
+    ],
+}
+
+
+def sizes(run) -> dict:
+    """The names that formulas are made of, for a Run."""
+    c, n, e, w = run.config, run.tokens, run.stream_bytes, run.param_bytes
+    cpu = run.device_type == "cpu"
+    dropout = c.dropout > 0
+    attention_dropout = c.dropout if c.attention_dropout is None else c.attention_dropout
+    layers = [t for t in run.tensors if t.in_layer]
+    tiled = tiles.of_run(run)
+    layer = sum(t.numbers for t in layers if len(t.shape) > 1)
+    names = dict(
+        B=run.batch_size, T=run.length, n=n, C=c.n_embd, H=c.n_head, G=c.kv_heads, D=c.head_dim,
+        L=c.n_layer, V=c.vocab_size, S=c.block_size, g=c.n_head / c.kv_heads, I=c.inner,
+        r=c.inner / c.n_embd, w=w, e=e, cast=int(w > e), swiglu=int(c.mlp == "swiglu"),
+        rms=int(c.norm == "rmsnorm"), rope=int(c.position == "rope"),
+        learned=int(c.position == "learned"), tied=int(c.tie_embeddings), drop=int(dropout),
+        scores=int(attention_dropout > 0 and cpu), mask=e if cpu else 1,
+        wide=int(cpu and e < 4 and not attention_dropout), half_cpu=cpu and e < 4,
+        by_tiles=int(tiled is not None), checkpoint=int(c.checkpoint_layers), offload=int(c.offload),
+        whole=int(tiled is not None and tiled.whole), fused=int(run.fused),
+        accumulates=int(run.micro_batches > 1), several=int(run.processes > 1), cpu=int(cpu),
+        R=tiles.logit_rows(run), logit=(4 + 4 if e == 4 else 10) if cpu else e, layer=layer,
+        weights=sum(t.bytes * t.count for t in run.tensors),
+        state=sum(t.state_bytes * t.count for t in run.tensors),
+        gradients=sum(t.bytes * t.count for t in run.tensors),
+        gradients_layer=sum(t.bytes for t in layers),
+        update=update_bytes(run),
+    )  # fmt: skip
+    # the normed rows before their gain; a narrow stream is kept in float32 instead, and they too
+    names["norm_more"] = names["rms"] * n * c.n_embd * (e if e == 4 else 8 - e)
+    names["last_norm_more"] = names["rms"] * n * c.n_embd * (e if e == 4 else 8)
+    heads = [t for t in run.tensors if t.name.startswith("lm_head")]
+    tables = [t for t in run.tensors if ".wte." in t.name]
+    names |= dict(
+        update_layer=one_by_one(run, layers),
+        update_head=one_by_one(run, heads),
+        update_table=one_by_one(run, tables),
+    )
+    kept = {how: sum(value(f, names) for _, f in lines) for how, lines in SAVED.items()}
+    names |= kept | {"saved": kept["plain" if tiled is None else "tiled"]}
+    names |= tiles.working(run, names, tiled)
+    return names
+
+
+def value(formula: str, names: dict) -> float:
+    """Bytes of a formula of this file."""
+    return eval(_compiled(formula), {"__builtins__": {}, "max": max}, names)
+
+
+_code = {}
+
+
+def _compiled(formula):
+    if formula not in _code:
+        _code[formula] = compile(formula, "<formula>", "eval")
+    return _code[formula]
+
+
+def moments(run) -> dict[str, dict[str, int]]:
+    """Of each moment of a step the bytes of its parts, those that are not 0."""
+    names, found = sizes(run), {}
+    for moment, lines in MOMENTS.items():
+        parts = found[moment] = {}
+        for part, _, formula in lines:
+            if size := int(value(formula, names)):
+                parts[part] = parts.get(part, 0) + size
+    return found
+
+
+def peak(run) -> tuple[str, dict[str, int]]:
+    """(moment, its parts) of the most memory a step takes."""
+    found = moments(run)
+    name = max(found, key=lambda moment: sum(found[moment].values()))
+    return name, found[name]

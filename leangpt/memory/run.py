@@ -1,0 +1,149 @@
+"""What a training run is to the planner, and the tensors it keeps: exact to the byte.
+
+A `Run` is a model's configuration and the settings that decide memory; `kept_tensors` lists its
+parameters with their optimizer state, from a model of one layer on the meta device, as layers are
+alike. Nothing is allocated.
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from leangpt.optim.accounting import new_state, planned_groups
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run as far as its memory goes.
+
+    config: a GPTConfig, or what has its fields. The others are called as train.py's settings are;
+    micro_batches: of a step, on this process.
+    """
+
+    config: object
+    batch_size: int = 1
+    block_size: int | None = None  # tokens a sequence; None: the config's
+    micro_batches: int = 1
+    variant: str = "adam"
+    options: dict = field(default_factory=dict)  # the variant's, fused_backward among them
+    param_bytes: int = 4  # a number of weights and gradients: 4 float32, 2 bfloat16
+    stream_bytes: int = 4  # a number of the residual stream: autocast's
+    device_type: str = "cpu"
+    processes: int = 1
+    compiled: bool = False
+    threads: int = field(default_factory=torch.get_num_threads)  # of the CPU
+
+    @property
+    def tokens(self) -> int:
+        """Of a micro-batch."""
+        return self.batch_size * self.length
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sequence."""
+        return self.block_size or self.config.block_size
+
+    @property
+    def fused(self) -> bool:
+        """Are weights updated inside backward?"""
+        return bool(self.options.get("fused_backward"))
+
+    @cached_property
+    def tensors(self) -> list["Kept"]:
+        """Every parameter, layers' once."""
+        return kept_tensors(self)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A parameter and its state; `count` of them are alike, one a layer."""
+
+    name: str  # of layer 0's, with count > 1 or in a model of one layer
+    shape: tuple[int, ...]
+    count: int
+    cls: type  # of its optimizer
+    group: dict  # with every option
+    state: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    itemsize: int
+
+    @property
+    def numbers(self) -> int:
+        """Of one of them."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Of one of them."""
+        return self.numbers * self.itemsize
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one of them."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.state.values())
+
+    @property
+    def in_layer(self) -> bool:
+        return ".h." in self.name
+
+
+def kept_tensors(run: Run) -> list[Kept]:
+    """The parameters of a run and the state of its optimizer. Raises UserError as build_optimizer.
+
+    The norm that clipping inside backward keeps (4 bytes) is left out.
+    """
+    model = one_layer(run.config)
+    options = {k: v for k, v in run.options.items() if k not in ("fused_backward", "grad_clip")}
+    cls, groups = planned_groups(model, run.variant, **options)
+    dtype = {4: torch.float32, 2: torch.bfloat16}[run.param_bytes]
+    names = {id(p): name for name, p in model.named_parameters()}
+    kept = []
+    for group in groups:
+        for p in group["params"]:
+            state = new_state(cls, p.to(dtype), group)
+            name = names[id(p)]
+            kept.append(
+                Kept(
+                    name,
+                    tuple(p.shape),
+                    run.config.n_layer if ".h." in name else 1,
+                    cls,
+                    group,
+                    {key: (tuple(value.shape), value.dtype) for key, value in state.items()},
+                    run.param_bytes,
+                )
+            )
+    return kept
+
+
+def one_layer(config) -> nn.Module:
+    """The parameters of a GPT of this configuration but with one block, on the meta device, under
+    model.py's names; a module that computes nothing."""
+    C, kv = config.n_embd, config.kv_heads * config.head_dim
+    wide = 2 if config.mlp == "swiglu" else 1
+    vector_bias = config.bias and config.norm == "layernorm"
+
+    def linear(columns, rows, bias=config.bias):
+        return nn.Linear(columns, rows, bias, device="meta")
+
+    def norm():
+        return nn.LayerNorm(C, bias=vector_bias, device="meta")
+
+    attention = nn.ModuleDict({"c_attn": linear(C, C + 2 * kv), "c_proj": linear(C, C)})
+    attention.row_blocks = (C, kv, kv)  # as model.CausalSelfAttention says it
+    mlp = nn.ModuleDict(
+        {"c_fc": linear(C, wide * config.inner), "c_proj": linear(config.inner, C)}
+    )
+    block = nn.ModuleDict({"ln_1": norm(), "attn": attention, "ln_2": norm(), "mlp": mlp})
+    parts = {"wte": nn.Embedding(config.vocab_size, C, device="meta")}
+    if config.position == "learned":
+        parts["wpe"] = nn.Embedding(config.block_size, C, device="meta")
+    parts |= {"h": nn.ModuleList([block]), "ln_f": norm()}
+    model = nn.ModuleDict(
+        {"transformer": nn.ModuleDict(parts), "lm_head": linear(C, config.vocab_size, False)}
+    )
+    if config.tie_embeddings:
+        model["lm_head"].weight = parts["wte"].weight
+    return model
