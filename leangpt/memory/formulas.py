@@ -211,3 +211,8 @@ def peak(run) -> tuple[str, dict[str, int]]:
     found = moments(run)
     name = max(found, key=lambda moment: sum(found[moment].values()))
     return name, found[name]
+
+
+def host_bytes(run) -> int:
+    """Pinned host memory that offloaded layers' inputs take."""
+    return run.config.offload * run.config.n_layer * run.tokens * run.config.n_embd * run.stream_bytes

@@ -1,0 +1,56 @@
+"""What a plan gives up against the run that was asked for, in words.
+
+Losses against AdamW come from losses.json, which `python -m experiments.report.plan_losses` writes
+from the measured results (docs/results/optimizers.md).
+"""
+
+import functools
+import json
+from pathlib import Path
+
+from leangpt.memory.run import Run
+from leangpt.memory.units import in_words
+
+LOSSES = Path(__file__).with_name("losses.json")
+
+
+@functools.cache
+def losses() -> dict:
+    """{"sizes": [model, ...], "variants": {variant: [nats against AdamW at each size, ...]}}."""
+    return json.loads(LOSSES.read_text())
+
+
+def given_up(run: Run, asked: Run) -> tuple[str, ...]:
+    """Everything that differs from `asked` to the worse, each in a few words."""
+    c, before, lost = run.config, asked.config, []
+    if run.variant != asked.variant:
+        lost.append(f"{run.variant} for {asked.variant}{loss_difference(run.variant, asked.variant)}")
+    if run.param_bytes < asked.param_bytes:
+        lost.append("weights in bfloat16, rounded stochastically")
+    if run.fused and not asked.fused:
+        lost.append("weights updated inside backward, clipped by the norm of the step before")
+    if c.checkpoint_layers and not before.checkpoint_layers:
+        lost.append("every layer computed again")
+    elif tiled(c) and not tiled(before):
+        lost.append("blocks by tiles, their insides computed again")
+    if c.policy.recomputes and not before.policy.recomputes:
+        lost.append("K and V computed again for each tile")
+    if c.offload and not before.offload:
+        moved = 2 * c.n_layer * run.tokens * c.n_embd * run.stream_bytes * run.micro_batches
+        lost.append(f"{in_words(moved)} a step to the host and back")
+    return tuple(lost)
+
+
+def tiled(config) -> bool:
+    """Is a tile's size given, or implied?"""
+    return bool(config.q_chunk or config.checkpoint_layers)
+
+
+def loss_difference(variant: str, other: str) -> str:
+    """ ": -0.19 / -0.04 / -0.32 nats at ...", of `variant` against `other`; "" if not measured."""
+    known = losses()["variants"]
+    if variant not in known or other not in known:
+        return ""
+    pairs = zip(known[variant], known[other])
+    nats = " / ".join("?" if None in pair else f"{pair[0] - pair[1]:+.2f}" for pair in pairs)
+    return f" ({nats} nats at {' / '.join(losses()['sizes'])})"
