@@ -8,7 +8,7 @@ Each cell runs in a process of its own, so that no cell inherits another's memor
 runs out of it, or out of time, becomes a row instead of the end of the sweep. Time is the median
 over runs after a warm-up. The peak is the allocator's own, exact on the CPU too
 (leangpt/memory/meter.py), beyond the weights and the input; beside it what the formula of
-leangpt/memory/plan.py says (none for int4, whose weights are unpacked for a while). MB are 2**20
+leangpt/memory/tiles.py says (none for int4, whose weights are unpacked for a while). MB are 2**20
 bytes. The error is against a plain softmax attention in float64, largest difference over largest
 value; int4's is against the block before packing, so it is what the 4 bits cost, for which
 weights_MB is what they save.

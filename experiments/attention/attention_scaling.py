@@ -12,7 +12,7 @@ own choosing, as a user gets it who sets no size; --part=defaults runs that alon
 Every contestant runs once a round, rounds are interleaved, a row is the median of its rounds.
 `forward` is a pass without gradients, where tiles overwrite the residual stream as they do in a
 model; `forward+backward` ends with the gradients of x and of every weight, which count.
-predicted_MB is leangpt/memory/plan.py's formula for the same peak.
+predicted_MB is leangpt/memory/tiles.py's formula for the same peak.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from leangpt.memory.block_cell import (
     max_relative_error,
     random_input,
 )
-from leangpt.memory.plan import predict_block_peak
+from leangpt.memory.tiles import predict_block_peak
 from leangpt.system.errors import UserError, exit_cleanly
 from leangpt.system.timing import MIB, quartiles, timed
 from model import Block, GPTConfig

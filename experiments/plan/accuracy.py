@@ -183,9 +183,7 @@ def peak_of(run, device, folder):
     trainer, seconds = train.Trainer(settings, {}, runtime), []
     for _ in range(STEPS):
         began = time.perf_counter()
-        trainer.losses.add(
-            trainer.iteration, trainer.record.peak.of(trainer.step, trainer.norm)
-        )
+        trainer.losses.add(trainer.iteration, trainer.record.peak.of(trainer.step, trainer.norm))
         runtime.synchronize()
         seconds.append(time.perf_counter() - began)
         trainer.iteration += 1

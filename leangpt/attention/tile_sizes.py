@@ -13,7 +13,7 @@ key/value heads at once in backward):
               queries                      T n/G, none where recomputed with n = G
 
 The phases of one pass follow each other, so the most of them counts. m is q/4 or, on the CPU, down
-to q/8. leangpt/memory/plan.py has the same to a few percent.
+to q/8. leangpt/memory/tiles.py has the same to a few percent.
 """
 
 import torch

@@ -63,7 +63,7 @@ KEPT = [
 SAVED_ALL = [
     ("saved", "every layer's", "L*saved"),
     ("saved", "embeddings' dropout", "drop*n*C*mask"),
-    ("saved", "on its way to the host and back", "offload*2*n*C*e"),
+    ("saved", "on its way to the host and back", "offload*n*C*e"),
     ("saved", "the last stream, statistics of its norm", "n*C*e + 8*n + last_norm_more"),
 ]
 STANDING = [
@@ -76,19 +76,31 @@ MOMENTS = {
         *KEPT,
         *STANDING,
         *SAVED_ALL,
-        ("saved", "weights as the tiles' products read them", "by_tiles*cast*e*L*(layer - (1 + 2/g)*C*C)"),
+        (
+            "saved",
+            "weights as the tiles' products read them",
+            "by_tiles*cast*e*L*(layer - (1 + 2/g)*C*C)",
+        ),
         ("loss", "norm of the stream, and its gradient", "2*n*C*e"),
         ("loss", "targets as they count", "8*n"),
         ("loss", "the head as the product reads it", "cast*V*C*e"),
         ("loss", "the head's gradient", "V*C*4"),
-        ("loss", "logits of some rows", "max(R*V*logit, (R*V*2*e + V*C*(e + 4)) if half_cpu else 0)"),
+        (
+            "loss",
+            "logits of some rows",
+            "max(R*V*logit, (R*V*2*e + V*C*(e + 4)) if half_cpu else 0)",
+        ),
     ],
     "the head's gradient": [
         *KEPT,
         *STANDING,
         *SAVED_ALL,
         ("loss", "gradients of the stream, twice", "2*n*C*e"),
-        ("loss", "the head's gradient, and scaled", "V*C*(4 + w) + (V*C*4 if w < 4 and cpu else 0)"),
+        (
+            "loss",
+            "the head's gradient, and scaled",
+            "V*C*(4 + w) + (V*C*4 if w < 4 and cpu else 0)",
+        ),
     ],
     "the head's update": [
         *KEPT,
@@ -111,7 +123,11 @@ MOMENTS = {
         *STANDING,
         ("saved", "its own", "saved"),
         ("saved", "embeddings' dropout", "drop*n*C*mask"),
-        ("gradients", "of the blocks after it", "(0 if fused or accumulates else (L - 1)*gradients_layer)"),
+        (
+            "gradients",
+            "of the blocks after it",
+            "(0 if fused or accumulates else (L - 1)*gradients_layer)",
+        ),
         ("gradients", "the head's", "(tied or not (fused or accumulates))*V*C*w"),
         ("backward", "its activations' gradients", "working"),
         ("backward", "its weights' gradients", "working_weights"),
@@ -155,7 +171,8 @@ def sizes(run) -> dict:
         learned=int(c.position == "learned"), tied=int(c.tie_embeddings), drop=int(dropout),
         scores=int(attention_dropout > 0 and cpu), mask=e if cpu else 1,
         wide=int(cpu and e < 4 and not attention_dropout), half_cpu=cpu and e < 4,
-        by_tiles=int(tiled is not None), checkpoint=int(c.checkpoint_layers), offload=int(c.offload),
+        by_tiles=int(tiled is not None), checkpoint=int(c.checkpoint_layers),
+        offload=int(c.offload),
         whole=int(tiled is not None and tiled.whole), fused=int(run.fused),
         accumulates=int(run.micro_batches > 1), several=int(run.processes > 1), cpu=int(cpu),
         R=tiles.logit_rows(run), logit=(4 + 4 if e == 4 else 10) if cpu else e, layer=layer,
@@ -215,4 +232,6 @@ def peak(run) -> tuple[str, dict[str, int]]:
 
 def host_bytes(run) -> int:
     """Pinned host memory that offloaded layers' inputs take."""
-    return run.config.offload * run.config.n_layer * run.tokens * run.config.n_embd * run.stream_bytes
+    return (
+        run.config.offload * run.config.n_layer * run.tokens * run.config.n_embd * run.stream_bytes
+    )

@@ -24,7 +24,9 @@ def given_up(run: Run, asked: Run) -> tuple[str, ...]:
     """Everything that differs from `asked` to the worse, each in a few words."""
     c, before, lost = run.config, asked.config, []
     if run.variant != asked.variant:
-        lost.append(f"{run.variant} for {asked.variant}{loss_difference(run.variant, asked.variant)}")
+        lost.append(
+            f"{run.variant} for {asked.variant}{loss_difference(run.variant, asked.variant)}"
+        )
     if run.param_bytes < asked.param_bytes:
         lost.append("weights in bfloat16, rounded stochastically")
     if run.fused and not asked.fused:

@@ -14,6 +14,12 @@ from torch import nn
 
 from leangpt.optim.accounting import new_state, planned_groups
 
+SHAPE = (
+    "n_layer n_head n_embd kv_heads head_dim inner vocab_size block_size position norm mlp bias "
+    "qkv_bias qk_norm tie_embeddings"
+).split()
+_known = {}  # what decides them -> the tensors that runs keep
+
 
 @dataclass(frozen=True)
 class Run:
@@ -51,10 +57,23 @@ class Run:
         """Are weights updated inside backward?"""
         return bool(self.options.get("fused_backward"))
 
+    @property
+    def gradient_bits(self) -> int:
+        """Bits of a number of the sum that gradients go into; 0: they stand as they are."""
+        return int(self.options.get("gradient_bits", 0))
+
     @cached_property
     def tensors(self) -> list["Kept"]:
-        """Every parameter, layers' once."""
-        return kept_tensors(self)
+        """Every parameter, layers' once; the same list for runs that differ elsewhere."""
+        c = self.config
+        key = tuple(getattr(c, name) for name in SHAPE if hasattr(c, name)) + (
+            self.variant, repr(self.options), self.param_bytes,
+        )  # fmt: skip
+        if key not in _known:
+            if len(_known) > 10_000:
+                _known.clear()
+            _known[key] = kept_tensors(self)
+        return _known[key]
 
 
 @dataclass(frozen=True)
@@ -95,7 +114,8 @@ def kept_tensors(run: Run) -> list[Kept]:
     The norm that clipping inside backward keeps (4 bytes) is left out.
     """
     model = one_layer(run.config)
-    options = {k: v for k, v in run.options.items() if k not in ("fused_backward", "grad_clip")}
+    not_its = ("fused_backward", "gradient_bits", "grad_clip")
+    options = {k: v for k, v in run.options.items() if k not in not_its}
     cls, groups = planned_groups(model, run.variant, **options)
     dtype = {4: torch.float32, 2: torch.bfloat16}[run.param_bytes]
     names = {id(p): name for name, p in model.named_parameters()}
@@ -118,28 +138,40 @@ def kept_tensors(run: Run) -> list[Kept]:
     return kept
 
 
+class _Linear(nn.Linear):
+    def reset_parameters(self):
+        """Nothing to draw: there are no numbers, and drawing none takes its time."""
+
+
+class _Embedding(nn.Embedding):
+    def reset_parameters(self):
+        """Likewise."""
+
+
 def one_layer(config) -> nn.Module:
     """The parameters of a GPT of this configuration but with one block, on the meta device, under
     model.py's names; a module that computes nothing."""
-    C, kv = config.n_embd, config.kv_heads * config.head_dim
+    C, D = config.n_embd, config.head_dim
+    q, kv = config.n_head * D, config.kv_heads * D
     wide = 2 if config.mlp == "swiglu" else 1
     vector_bias = config.bias and config.norm == "layernorm"
 
     def linear(columns, rows, bias=config.bias):
-        return nn.Linear(columns, rows, bias, device="meta")
+        return _Linear(columns, rows, bias, device="meta")
 
-    def norm():
-        return nn.LayerNorm(C, bias=vector_bias, device="meta")
+    def norm(width=C):
+        return nn.LayerNorm(width, bias=vector_bias, device="meta")
 
-    attention = nn.ModuleDict({"c_attn": linear(C, C + 2 * kv), "c_proj": linear(C, C)})
-    attention.row_blocks = (C, kv, kv)  # as model.CausalSelfAttention says it
-    mlp = nn.ModuleDict(
-        {"c_fc": linear(C, wide * config.inner), "c_proj": linear(config.inner, C)}
-    )
+    qkv = linear(C, q + 2 * kv, config.bias or config.qkv_bias)
+    attention = nn.ModuleDict({"c_attn": qkv, "c_proj": linear(q, C)})
+    if config.qk_norm:
+        attention |= {"q_norm": norm(D), "k_norm": norm(D)}
+    attention.row_blocks = (q, kv, kv)  # as model.CausalSelfAttention says it
+    mlp = nn.ModuleDict({"c_fc": linear(C, wide * config.inner), "c_proj": linear(config.inner, C)})
     block = nn.ModuleDict({"ln_1": norm(), "attn": attention, "ln_2": norm(), "mlp": mlp})
-    parts = {"wte": nn.Embedding(config.vocab_size, C, device="meta")}
+    parts = {"wte": _Embedding(config.vocab_size, C, device="meta")}
     if config.position == "learned":
-        parts["wpe"] = nn.Embedding(config.block_size, C, device="meta")
+        parts["wpe"] = _Embedding(config.block_size, C, device="meta")
     parts |= {"h": nn.ModuleList([block]), "ln_f": norm()}
     model = nn.ModuleDict(
         {"transformer": nn.ModuleDict(parts), "lm_head": linear(C, config.vocab_size, False)}

@@ -66,7 +66,6 @@ class Wish:
 
     asked: Run
     fixed: frozenset[str] = field(default_factory=frozenset)
-    # bytes a number of the stream, where weights are float32: bfloat16 weights bring their own
     rates: Rates | None = None
 
 
@@ -225,7 +224,6 @@ def flags_of(run: Run, asked: Run) -> dict:
 
 def leanest(wish: Wish, budget: Budget) -> Plan:
     """The plan that takes least, fitting or not: the floor of what is asked."""
-    smallest = Budget(0)
     plans = []
     for way in ways(wish):
         sequences = way.batch_size * way.micro_batches
@@ -237,7 +235,6 @@ def leanest(wish: Wish, budget: Budget) -> Plan:
         run = replace(way, batch_size=size, micro_batches=sequences // size)
         most = max(sum(parts.values()) for parts in moments(run).values())
         plans.append((most, len(plans), run))
-    del smallest
     return predict(min(plans)[2], wish, budget)
 
 

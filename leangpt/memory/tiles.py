@@ -1,28 +1,21 @@
-"""Predicting memory: the peak of a forward pass or a training step by formula, before it is run.
+"""The memory of a block by tiles, and of a forward pass: what formulas.py's table calls by name.
 
 Unit: one residual stream, T rows of C numbers for each of B sequences. H/G = g, inner/C = r.
 
-                     without gradients            saved for backward, each layer
-  plain              x and 2 + 2 r (or 3 + 2/g)   6 + 2/g + 2 r
-  tiled              x; cache, grouped: + 2/g     x, attention's output
-  checkpoint_layers                               x
-  offload                                         (x on the host; two of them on their way)
+                     without gradients
+  plain              x and 2 + 2 r (or 3 + 2/g)
+  tiled              x; cache, grouped: + 2/g
 
-and the logsumexp, B H T float32 numbers a layer. On top of the streams come one tile's scratch,
-the gradients, and one chunk of logits. tests/memory/test_memory_plan.py holds the formulas against
-measured peaks. What a formula leaves out (kernels' workspaces, allocator rounding) is why
-`advise_oom` keeps a tenth in reserve.
+and one tile's scratch on top. tests/memory/ holds the formulas against measured peaks.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from leangpt.attention.kv_source import MERGED_QUERIES
-from leangpt.attention.tile_sizes import default_chunk, heads_at_once, mlp_rows, tile_sizes
+from leangpt.attention.tile_sizes import heads_at_once, mlp_rows, tile_sizes
 from leangpt.layers.loss import chunk_rows
-
-RESERVE = 0.1  # of the memory at hand, left free in advice
 
 
 def predict_forward_peak(config, B, T, element_size=4, device_type="cpu"):
@@ -79,7 +72,7 @@ def logit_rows(run):
 
 
 def working(run, names, tiles):
-    """What the backward of a block takes for a moment: `working` for activations, `working_weights`,
+    """What a block's backward takes for a moment: `working` for activations, `working_weights`,
     and the `workspace` of a kernel; bytes, of the worst of its phases."""
     phases = plain_phases(run, names) if tiles is None else tiled_phases(run, names, tiles)
     names = ("working", "working_weights", "workspace")
@@ -96,7 +89,9 @@ def plain_phases(run, names):
     stream = run.tokens * config.n_embd * e
     swiglu, matrix = names["swiglu"], config.n_embd**2
     inside = (1 + names["drop"] + (2 * r if swiglu else r)) * stream
-    made = max(e if names["cast"] else run.param_bytes, 0 if names["accumulates"] else run.param_bytes)
+    made = max(
+        e if names["cast"] else run.param_bytes, 0 if names["accumulates"] else run.param_bytes
+    )
     mlp_saved = (1 + (4 if swiglu else 2) * r) * stream + names["norm_more"]
     wide = 4 / e if names["wide"] or names["scores"] else 1
     attention = (2 + 2 * wide * (1 + 2 / g)) * stream - mlp_saved
@@ -153,65 +148,6 @@ def tiled_phases(run, names, tiles):
 def few(run):
     """Are tiles of the MLP as large as others (tile_sizes.few_launches)?"""
     return run.device_type == "cuda"
-
-
-def advise_oom(config, B, T, bytes_available, element_size=4, device_type="cpu", **gradients):
-    """One sentence: which policy and tile would have trained (B, T) tokens in that much memory.
-
-    bytes_available: what there is beyond weights and optimizer state; gradients: as
-    predict_training_peak's last arguments. Candidates are tried from
-    the cheapest in time to the dearest; where none fits, the longest T that would is named.
-    """
-
-    def needs(candidate, length=T):
-        return predict_training_peak(candidate, B, length, element_size, device_type, **gradients)
-
-    budget = bytes_available * (1 - RESERVE)
-    said = (
-        f"{B} x {T:,} tokens under {_describe(config)} need about {_size(needs(config))} "
-        f"beyond weights and optimizer state, of {_size(bytes_available)} at hand"
-    )
-    candidates = _cheapest_first(config, T, device_type)
-    for candidate in candidates:
-        if needs(candidate) <= budget:
-            return f"{said}; {_describe(candidate)} would need {_size(needs(candidate))}"
-    length = T
-    while length > 1 and needs(candidates[-1], length) > budget:
-        length //= 2
-    if needs(candidates[-1], length) > budget:
-        return f"{said}; no policy fits even one token: the model itself is too large"
-    return f"{said}; no policy fits. {_describe(candidates[-1])} would fit {B} x {length:,} tokens"
-
-
-def _cheapest_first(config, T, device_type):
-    """Configurations worth trying instead, each slower and smaller than the one before."""
-    whole = replace(config, checkpoint_layers=False, offload=False)
-    tile = default_chunk(config, device_type)
-    rows = [tile] + [n for n in (4096, 1024, 512) if n < tile]
-    found = [replace(whole, q_chunk=tile, k_chunk=None)]
-    leaner = config.policy.leaner or config.attention_policy
-    recompute = replace(whole, attention_policy=leaner, k_chunk=None)
-    found += [replace(recompute, q_chunk=n) for n in rows]
-    found += [replace(recompute, q_chunk=n, checkpoint_layers=True) for n in rows]
-    if device_type == "cuda":
-        found += [replace(recompute, q_chunk=n, checkpoint_layers=True, offload=True) for n in rows]
-    return [candidate for candidate in found if candidate != config]
-
-
-def _describe(config):
-    """The settings that decide the memory, as they are written on the command line."""
-    words = [f"--attention_policy={config.attention_policy}"]
-    for name in ("q_chunk", "k_chunk"):
-        if getattr(config, name):
-            words.append(f"--{name}={getattr(config, name)}")
-    words += [
-        f"--{name}=True" for name in ("checkpoint_layers", "offload") if getattr(config, name)
-    ]
-    return " ".join(words)
-
-
-def _size(n):
-    return f"{n / 1e9:.2f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB"
 
 
 def _ratios(config):

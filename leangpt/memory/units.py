@@ -24,5 +24,7 @@ def in_words(size: float) -> str:
     """Bytes as 23.6 GB, 512 MB or 40 KB (10^9, 10^6, 10^3)."""
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
         if size >= unit:
-            return f"{size / unit:,.0f} {name}" if size >= 100 * unit else f"{size / unit:.3g} {name}"
+            return (
+                f"{size / unit:,.0f} {name}" if size >= 100 * unit else f"{size / unit:.3g} {name}"
+            )
     return f"{size / 1e3:.0f} KB"

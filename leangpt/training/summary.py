@@ -2,7 +2,7 @@
 
 import torch
 
-from leangpt.memory import tiles as plan
+from leangpt.memory import advice as oom_advice
 from leangpt.memory.meter import tensor_bytes
 from leangpt.optim import frees_gradients, optimizer_table, planned_bytes, updates_inside_backward
 from leangpt.text.dataset import describe
@@ -104,7 +104,7 @@ def advise_oom(settings, leaner=None, runtime=None, model=None, optimizer=None):
         )
         if frees_gradients(optimizer):
             room -= gradient_bytes(optimizer)
-        advice = plan.advise_oom(
+        advice = oom_advice.advise_oom(
             model.config,
             settings.batch_size,
             settings.block_size,

@@ -15,7 +15,7 @@ from leangpt.memory.block_cell import (
     random_input,
     reference_rows,
 )
-from leangpt.memory.plan import predict_block_peak
+from leangpt.memory.tiles import predict_block_peak
 from leangpt.system.errors import UserError
 from model import Block, GPTConfig
 

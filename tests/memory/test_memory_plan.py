@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from leangpt.memory.advice import advise_oom, predict_training_peak
 from leangpt.memory.block_cell import (
     block_arguments,
     block_peak,
@@ -14,12 +15,7 @@ from leangpt.memory.block_cell import (
     random_input,
 )
 from leangpt.memory.meter import measure_peak, tensor_bytes
-from leangpt.memory.plan import (
-    advise_oom,
-    predict_block_peak,
-    predict_forward_peak,
-    predict_training_peak,
-)
+from leangpt.memory.tiles import predict_block_peak, predict_forward_peak
 from leangpt.optim import build_optimizer
 from leangpt.training import summary
 from model import GPT, Block, GPTConfig

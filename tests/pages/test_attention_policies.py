@@ -12,8 +12,8 @@ import attention_policies
 from attention_policies import POLICIES, Policy
 from leangpt.attention.kv_cache import KeysValues, build_cache
 from leangpt.attention.kv_source import RecomputedRows
+from leangpt.memory.advice import advise_oom, predict_training_peak
 from leangpt.memory.meter import measure_peak
-from leangpt.memory.plan import advise_oom, predict_training_peak
 from leangpt.system.errors import UserError
 from model import GPT, GPTConfig
 
