@@ -165,7 +165,7 @@ def one_layer(config) -> nn.Module:
     qkv = linear(C, q + 2 * kv, config.bias or config.qkv_bias)
     attention = nn.ModuleDict({"c_attn": qkv, "c_proj": linear(q, C)})
     if config.qk_norm:
-        attention |= {"q_norm": norm(D), "k_norm": norm(D)}
+        attention.update({"q_norm": norm(D), "k_norm": norm(D)})
     attention.row_blocks = (q, kv, kv)  # as model.CausalSelfAttention says it
     mlp = nn.ModuleDict({"c_fc": linear(C, wide * config.inner), "c_proj": linear(config.inner, C)})
     block = nn.ModuleDict({"ln_1": norm(), "attn": attention, "ln_2": norm(), "mlp": mlp})

@@ -1,4 +1,4 @@
-"""The memory of a block by tiles, and of a forward pass: what formulas.py's table calls by name.
+"""The memory of a block by tiles, and of a forward pass: what plan.py's table calls by name.
 
 Unit: one residual stream, T rows of C numbers for each of B sequences. H/G = g, inner/C = r.
 

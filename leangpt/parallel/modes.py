@@ -2,8 +2,8 @@
 
 import torch
 
+from leangpt.memory.advice import RESERVE, predict_training_peak
 from leangpt.memory.meter import tensor_bytes
-from leangpt.memory.plan import RESERVE, predict_training_peak
 from leangpt.optim import planned_bytes
 
 
