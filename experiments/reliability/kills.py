@@ -157,7 +157,7 @@ def writer_case(choose, world, number, real):
         outcome, detail = reading.verdict, reading.words
     elif reading.status == 0 and read_words(reading) not in (before, after):
         outcome, detail = "other", "what was read is neither the old nor the new"
-    again = run(write, folder)
+    again = run(write, folder, real=real)  # as the first: other threads round otherwise
     if outcome == "same" and (again.status or contents(folder / output) != bytes_after):
         outcome, detail = "lost", f"done again it differs: {again.words}"
     world.forget(folder)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from leangpt.int4.quantize import empty_int4_, gather_, int4_layers
 from leangpt.layers.int4_linear import Int4Linear
 from leangpt.system.errors import UserError
-from leangpt.system.reading import regular_file
+from leangpt.system.reading import mapping, regular_file
 from leangpt.system.whole_files import written_whole
 from leangpt.weights.empty_model import shapes_of
 
@@ -63,7 +63,7 @@ def load_int4(GPT, path, device="cpu", dtype=torch.bfloat16, **overrides):
     missing or of the wrong shape or dtype: kernels read them by address, and check nothing.
     """
     try:
-        with safe_open(regular_file(path), "pt") as file:
+        with mapping(path), safe_open(regular_file(path), "pt") as file:
             header = file.metadata() or {}
             if header.get("format") != FORMAT:
                 raise UserError(f"{path} is not a 4-bit model of this project's (save_int4)")

@@ -7,7 +7,10 @@ import typing
 from dataclasses import fields
 from pathlib import Path
 
-from leangpt.system.errors import UserError
+from leangpt.system.errors import RunError, UserError
+
+# in the text of torch's RuntimeError where the system refuses it a file
+SIGNS_OF_REFUSAL = ("unable to open file", "closing file", "unable to mmap", "unable to stat")
 
 
 def regular_file(path):
@@ -54,6 +57,17 @@ def parsing(path, otherwise="is damaged"):
             raise  # Ctrl-C and the like
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} {otherwise} ({type(error).__name__}: {reason})") from None
+
+
+@contextlib.contextmanager
+def mapping(path):
+    """Around torch's mapping of a file: what the system refuses it is a RunError, one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in SIGNS_OF_REFUSAL):
+            raise
+        raise RunError(f"{path} cannot be read: {error}") from None
 
 
 def check_fields(values, dataclass, where):

@@ -1,6 +1,5 @@
 """Ending a loop where it likes to: signals are remembered, and several processes agree."""
 
-import os
 import signal
 import time
 
@@ -34,7 +33,7 @@ class StopSignal:
             self.received, self.since = number, time.monotonic()
         elif time.monotonic() - self.since >= self.patience:
             self.__exit__()
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)  # to this thread: os.kill may choose another
 
     def __exit__(self, *exception):
         for number, handler in self.usual.items():

@@ -186,6 +186,7 @@ def _check_entries(checkpoint, path):
             isinstance(value, int | float) or (torch.is_tensor(value) and value.numel() == 1)
         ),
     )
+    seconds = "a time", lambda value: number[1](value) and 0 <= float(value) < 1e12
     mapping = "a dict", lambda value: isinstance(value, dict) and all(type(k) is str for k in value)
     texts = "a dict of texts", lambda v: mapping[1](v) and all(type(t) is str for t in v.values())
     rules = {
@@ -201,7 +202,7 @@ def _check_entries(checkpoint, path):
     }
     optional = {
         "best_val_loss": number,
-        "train_seconds": number,
+        "train_seconds": seconds,
         "config": mapping,
         "dataset": mapping,
         "text_files": texts,

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from leangpt.system.errors import UserError
-from leangpt.system.reading import read_json, regular_file
+from leangpt.system.reading import mapping, read_json, regular_file
 from leangpt.weights.hf_names import config_from_hf, hf_pieces
 
 INDEX = "model.safetensors.index.json"
@@ -47,7 +47,8 @@ class SafetensorsWeights:
         if not file.exists():
             raise UserError(f"{file} is missing, though {INDEX} names it")
         try:
-            return safe_open(regular_file(file), framework="pt")
+            with mapping(file):
+                return safe_open(regular_file(file), framework="pt")
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file}: not a safetensors file, or a part of one ({error})") from None
 
@@ -65,7 +66,8 @@ class SafetensorsWeights:
         if file != self._file:
             self._shard = None  # before the next one is mapped
             self._file, self._shard = file, self._open(file)
-        tensor = self._shard.get_tensor(stored)
+        with mapping(file):
+            tensor = self._shard.get_tensor(stored)
         if not tensor.is_floating_point():
             raise UserError(
                 f"{self.path}: tensor {name} is {tensor.dtype}; quantised weights are "

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from leangpt.system.errors import UserError
-from leangpt.system.reading import check_fields, read_json, regular_file
+from leangpt.system.errors import RunError, UserError
+from leangpt.system.reading import check_fields, mapping, read_json, regular_file
 
 
 def test_regular_files_and_what_is_none(tmp_path):
@@ -54,3 +54,13 @@ def test_fields_have_their_types():
     ):
         with pytest.raises(UserError, match=words):
             check_fields(values, Fields, "here")
+
+
+@pytest.mark.parametrize("what", ["unable to open file", "Error closing file", "unable to mmap 8"])
+def test_what_the_system_refuses_torch_is_one_line(what):
+    with pytest.raises(RunError, match="w.safetensors cannot be read: .*Input/output error"):
+        with mapping("w.safetensors"):
+            raise RuntimeError(f"{what} <w.safetensors>: Input/output error (5)")
+    with pytest.raises(RuntimeError, match="another"):
+        with mapping("w.safetensors"):
+            raise RuntimeError("another one")

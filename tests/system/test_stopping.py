@@ -1,4 +1,3 @@
-import os
 import signal
 from types import SimpleNamespace
 
@@ -13,8 +12,8 @@ def test_a_signal_is_remembered(number):
     before = signal.getsignal(number)
     with StopSignal() as stop:
         assert stop.received is None
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)  # at once, as torchrun passes it on
+        signal.raise_signal(number)
+        signal.raise_signal(number)  # at once, as torchrun passes it on
         assert stop.received == number
     assert signal.getsignal(number) == before
 
@@ -24,8 +23,8 @@ def test_a_later_signal_acts():
     with pytest.raises(KeyboardInterrupt):
         with StopSignal() as stop:
             stop.patience = 0.0
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
     assert stop.received == signal.SIGTERM and signal.getsignal(signal.SIGINT) == before
 
 
@@ -33,7 +32,7 @@ def test_nohup_keeps_its_meaning():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopSignal() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
+            signal.raise_signal(signal.SIGHUP)
             assert stop.received is None
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -144,6 +144,8 @@ def test_a_flipped_bit_or_a_zeroed_page_anywhere_is_refused_or_harmless(tmp_path
         ("best_val_loss", "low"),
         ("best_val_loss", torch.ones(2)),
         ("train_seconds", {}),
+        ("train_seconds", 2**63),
+        ("train_seconds", -1.0),
         ("config", 1),
         ("dataset", "tiny"),
         ("optimizer", [1]),
