@@ -37,7 +37,9 @@ class Book:
 
     def add(self, row: dict) -> None:
         """Write a row, which names columns."""
-        self._append([[" ".join(str(row.get(name, "")).split()) for name in COLUMNS]])
+        cells = [" ".join(str(row.get(name, "")).split()) for name in COLUMNS]
+        # drawn cells may hold any character; a CSV with a NUL is no text
+        self._append([["".join(c if c.isprintable() else "?" for c in cell) for cell in cells]])
 
     def last(self, part: str) -> dict[int, dict]:
         """Case number -> its last row."""

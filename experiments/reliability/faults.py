@@ -98,6 +98,7 @@ def case(number, world, real=False):
     nth = 1 + turn % len(calls)
     call = calls[nth - 1]
     error, sticky = choose.choice(ERRORS.get(call, (errno.EIO,))), choose.random() < 0.4
+    sticky = sticky and error != errno.EINTR  # which every caller answers by trying again
     command, needed, output, reader = SCENARIOS[kind]
     folder = world.case_folder(number, *needed)
     ended = Child(command, folder, before=lambda: arm(folder, nth, error, sticky)).wait()
@@ -146,6 +147,7 @@ def judged(kind, ended, folder, world, want):
 
 def reference(kind, world):
     """(names of the calls that a command makes, what it comes to where none fails)."""
+    sticky = sticky and error != errno.EINTR  # which every caller answers by trying again
     command, needed, output, reader = SCENARIOS[kind]
     folder = world.case_folder("reference", *needed)
     want = {}
