@@ -147,7 +147,6 @@ def judged(kind, ended, folder, world, want):
 
 def reference(kind, world):
     """(names of the calls that a command makes, what it comes to where none fails)."""
-    sticky = sticky and error != errno.EINTR  # which every caller answers by trying again
     command, needed, output, reader = SCENARIOS[kind]
     folder = world.case_folder("reference", *needed)
     want = {}
