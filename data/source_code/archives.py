@@ -37,7 +37,7 @@ LENGTHS = struct.Struct("<II")  # of a name and of a text, before both, in a buc
 
 def make_archives(packages, folder, settings):
     """Write folder/text/part-*.tar.xz, or find them made -> their paths, in order."""
-    work, text = folder / "work", folder / "text"
+    work, text = folder / "unpacked", folder / "text"
     identity = {
         "packages": {each.name: each.version for each in packages},
         "val_tokens": settings.val_tokens,
