@@ -1,8 +1,8 @@
 """From packages to text archives: files collected, chosen, and packed in the order of a hash.
 
-    work/files/PACKAGE/00 ... ff   wanted files, in 256 buckets by the first byte of their key
-    work/chosen.txt                a line a file that is kept, in order: its part, split and name
-    text/part-1-of-7.tar.xz        the kept files of the first part: val/..., train/...
+    unpacked/files/PACKAGE/00 ... ff wanted files, in 256 buckets by the first byte of their key
+    unpacked/chosen.txt             a line a file that is kept, in order: its part, split and name
+    text/part-1-of-7.tar.xz         the kept files of the first part: val/..., train/...
 
 A file's key is the sha256 of "package/path", and everything happens in the order of keys, so the
 result depends on nothing else: neither on the order of packages nor on the number of processes.
@@ -37,7 +37,7 @@ LENGTHS = struct.Struct("<II")  # of a name and of a text, before both, in a buc
 
 def make_archives(packages, folder, settings):
     """Write folder/text/part-*.tar.xz, or find them made -> their paths, in order."""
-    work, text = folder / "unpacked", folder / "text"
+    unpacked, text = folder / "unpacked", folder / "text"
     identity = {
         "packages": {each.name: each.version for each in packages},
         "val_tokens": settings.val_tokens,
@@ -46,28 +46,28 @@ def make_archives(packages, folder, settings):
     try:
         if json.loads((text / "made.json").read_text()) != identity:
             raise UserError(
-                f"{text} was made with other settings: delete it and {work} to start again"
+                f"{text} was made with other settings: delete it and {unpacked} to start again"
             )
         return sorted(text.glob("part-*.tar.xz"), key=part_number)
     except FileNotFoundError:
         pass
     for package in packages:
-        if not (work / "files" / package.name).is_dir():
+        if not (unpacked / "files" / package.name).is_dir():
             collect(
                 package,
-                fetch(package, work / "packages", settings.packages),
-                work / "files" / package.name,
+                fetch(package, unpacked / "packages", settings.packages),
+                unpacked / "files" / package.name,
             )
-    chosen, counts = work / "chosen.txt", work / "chosen.json"
+    chosen, counts = unpacked / "chosen.txt", unpacked / "chosen.json"
     if not counts.is_file() or json.loads(counts.read_text())["identity"] != identity:
         for old in text.glob("part-*.tar.xz"):
             old.unlink()
-        choose(packages, work, settings, identity)
+        choose(packages, unpacked, settings, identity)
     parts = json.loads(counts.read_text())["parts"]
     paths = [text / f"part-{number}-of-{parts}.tar.xz" for number in range(1, parts + 1)]
     missing = [path for path in paths if not path.is_file()]
     with processes(min(settings.processes, max(1, len(missing)))) as pool:
-        jobs = [(path, chosen, work / "files", [p.name for p in packages]) for path in missing]
+        jobs = [(path, chosen, unpacked / "files", [p.name for p in packages]) for path in missing]
         for path in tqdm(pool.imap(_pack, jobs), "packing", len(jobs), unit="part", disable=None):
             say(f"packed {path.name}: {path.stat().st_size / 1e6:.1f} MB")
     with written_whole(text / "made.json") as temporary:
@@ -166,8 +166,8 @@ def read_bucket(bucket, folder, names):
 # ---- choosing -----------------------------------------------------------------------------------
 
 
-def choose(packages, work, settings, identity):
-    """Decide which collected files are kept, and write work/chosen.txt and chosen.json.
+def choose(packages, unpacked, settings, identity):
+    """Decide which collected files are kept, and write unpacked/chosen.txt and chosen.json.
 
     In the order of keys: a file is dropped as an exact copy of an earlier one, then as a near-copy
     of what is kept. The first ones kept, `val_tokens` tokens of them, are for validation; from
@@ -177,11 +177,13 @@ def choose(packages, work, settings, identity):
     hashes, seen, validation = set(), copies.Seen(), []
     index, val_tokens, part, part_bytes = None, 0, 1, 0
     counts, sizes = Counter(), Counter()
-    with written_whole(work / "chosen.txt") as temporary, open(temporary, "w") as file:
+    with written_whole(unpacked / "chosen.txt") as temporary, open(temporary, "w") as file:
         for number, bucket in enumerate(tqdm(BUCKETS, "choosing", unit="bucket", disable=None)):
             if number % 64 == 0:
                 say(f"choosing among the collected files: {number} of {len(BUCKETS)} buckets done")
-            for _, name, text in read_bucket(bucket, work / "files", [p.name for p in packages]):
+            for _, name, text in read_bucket(
+                bucket, unpacked / "files", [p.name for p in packages]
+            ):
                 digest = hashlib.sha256(text).digest()[:16]
                 if digest in hashes:
                     counts["exact copies"] += 1
@@ -214,7 +216,7 @@ def choose(packages, work, settings, identity):
             f"{counts['train']} files for training: too few for "
             f"val_tokens={settings.val_tokens}"
         )
-    with written_whole(work / "chosen.json") as temporary:
+    with written_whole(unpacked / "chosen.json") as temporary:
         temporary.write_text(
             json.dumps(
                 {"identity": identity, "files": counts, "bytes": sizes, "parts": part}, indent=2
