@@ -236,7 +236,7 @@ def load(settings, dtype):
         if settings.int4:
             raise UserError(f"{source} is in 4 bits already; leave out int4")
         model, notes = load_int4(GPT, source, dtype=dtype)
-        pretrained, dataset = notes.get("init_from"), notes.get("dataset", {})
+        pretrained, dataset = notes.get("init_from"), notes.get("dataset") or {}
         text = text_of(notes.get("text_files"), pretrained, dataset)
         return Loaded(model, text, source, pretrained, dataset)
     exact = torch.float32 if settings.int4 else dtype  # round once, from the best there is

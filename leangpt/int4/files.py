@@ -20,6 +20,7 @@ from leangpt.layers.int4_linear import Int4Linear
 from leangpt.system.errors import UserError
 from leangpt.system.reading import mapping, regular_file
 from leangpt.system.whole_files import written_whole
+from leangpt.text.model_text import check_data
 from leangpt.weights.empty_model import shapes_of
 
 FORMAT = "int4-groups"
@@ -96,6 +97,9 @@ def read_header(header, path):
         raise UserError(f"the header of {path} is damaged ({error})") from None
     if not isinstance(arguments, dict) or not isinstance(notes, dict):
         raise UserError(f"the header of {path} is damaged: model_args and notes are no objects")
+    check_data(notes.get("dataset"), path)
+    if not isinstance(notes.get("init_from") or "", str):
+        raise UserError(f"{path} is damaged: init_from is no text: {notes['init_from']!r:.50}")
     files = {name: content for name, content in header.items() if name.startswith(TEXT)}
     if files:
         notes["text_files"] = {name.removeprefix(TEXT): text for name, text in files.items()}

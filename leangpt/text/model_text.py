@@ -130,6 +130,20 @@ def _template(settings, where):
     return template
 
 
+DATA_TEXTS = ("name", "folder", "tokenizer", "characters", "path", "source", "sha256")
+
+
+def check_data(data, where) -> None:
+    """Raise UserError, beginning with `where`, unless `data` may say what a model was trained on: a
+    dict, whose entries that are texts are texts, or None."""
+    if data is not None and not isinstance(data, dict):
+        raise UserError(f"{where} is damaged: dataset is a dict, not {data!r:.50}")
+    for name in DATA_TEXTS:
+        value = (data or {}).get(name)
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{where} is damaged: dataset's {name} is no text: {value!r:.50}")
+
+
 def text_of_data(source) -> ModelText:
     """ModelText of what load_tokenizer takes: a Dataset, its folder, or a meta dict."""
     meta = source if isinstance(source, dict) else getattr(source, "meta", None)

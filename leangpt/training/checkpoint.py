@@ -27,10 +27,10 @@ from leangpt.system.lock import FolderLock
 from leangpt.system.plain_numbers import foreign_object, numbers_allowed
 from leangpt.system.reading import regular_file
 from leangpt.system.whole_files import written_whole
+from leangpt.text.model_text import check_data
 from leangpt.weights.empty_model import allocate, shapes_of
 
 BEST, LAST = "ckpt.pt", "ckpt_last.pt"
-DATASET_TEXTS = ("name", "folder", "tokenizer", "characters", "path", "source", "sha256")
 REQUIRED = ("model", "model_args", "iter_num")
 
 
@@ -217,11 +217,10 @@ def _check_entries(checkpoint, path):
             raise UserError(
                 f"{path} is damaged: {name} is {kind} in a checkpoint, not {value!r:.50}"
             )
-    for entry, names in {"config": ("dataset",), "dataset": DATASET_TEXTS}.items():
-        for name in names:
-            value = (checkpoint.get(entry) or {}).get(name)
-            if value is not None and not isinstance(value, str):
-                raise UserError(f"{path} is damaged: {entry}'s {name} is no text: {value!r:.50}")
+    check_data(checkpoint.get("dataset"), path)
+    name = (checkpoint.get("config") or {}).get("dataset")
+    if name is not None and not isinstance(name, str):
+        raise UserError(f"{path} is damaged: config's dataset is no text: {name!r:.50}")
 
 
 def _other_one(path):

@@ -22,7 +22,7 @@ from model import GPT
 def test_files_round_trip(tmp_path):
     model = quantize_gpt_(make_model(position="rope", attention_policy="grouped", n_kv_head=2), 64)
     path = tmp_path / "model.safetensors"
-    save_int4(model, path, {"dataset": "x"})
+    save_int4(model, path, {"dataset": {"name": "x"}})
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     weights = sum(
         m.in_features * m.out_features for m in model.modules() if isinstance(m, Int4Linear)
@@ -30,7 +30,7 @@ def test_files_round_trip(tmp_path):
     floats = sum(p.numel() * p.element_size() for p in model.parameters())
     assert path.stat().st_size < weights * 4.5 / 8 + floats + 8000
     loaded, notes = load_int4(GPT, path, dtype=torch.float32)
-    assert notes == {"dataset": "x"} and not loaded.training
+    assert notes == {"dataset": {"name": "x"}} and not loaded.training
     assert loaded.config == model.config
     idx = torch.randint(65, (1, 20))
     with torch.no_grad():
@@ -156,7 +156,8 @@ def test_announced_sizes_are_held_against_the_file(saved, changes, words):
     [
         *(dict(group_size=size) for size in ("0", "-32", "48", "x", "9" * 5000, "1e300")),
         *(dict(model_args=text) for text in ("[]", "3", "null", "{", "[" * 10**5)),
-        *(dict(notes=text) for text in ("[]", "3", "{")),
+        *(dict(notes=text) for text in ("[]", "3", "{", '{"dataset": ""}', '{"init_from": 3}')),
+        dict(notes='{"dataset": {"folder": 5}}'),
         dict(format="other"),
     ],
 )
