@@ -108,8 +108,14 @@ class Terminal:
     def type(self, text):
         os.write(self.handle, text)
 
-    def end(self):
-        status = os.waitpid(self.pid, 0)[1]
+    def end(self, seconds=60):
+        """Its exit status; of one that goes on, what a SIGKILL makes of it."""
+        ended, status = os.waitpid(self.pid, os.WNOHANG)
+        while not ended:
+            if (seconds := seconds - 0.1) < 0:
+                os.kill(self.pid, signal.SIGKILL)
+            time.sleep(0.1)
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
         os.close(self.handle)
         return os.waitstatus_to_exitcode(status)
 
@@ -129,6 +135,7 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_chat(model):
     screen = Terminal(*command(model, "--max_new_tokens=100000", "--kv_bits=8"))
     screen.wait_for(b"> ")
     screen.type(b"he\r")
+    screen.wait_for(b"\n")  # the line has been read
     time.sleep(0.05)
     screen.type(b"\x03")
     screen.wait_for(b"> ")  # the chat goes on
