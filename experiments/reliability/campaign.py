@@ -7,6 +7,7 @@ A case is decided by its part and its number alone, so a campaign goes on where 
 a case can be run again by its number. Everything lies in one scratch folder; one process at a time.
 """
 
+import signal
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ def main(argv=None):
     if settings.part not in (*PARTS, "all"):
         raise UserError(f"unknown part {settings.part!r}: use {', '.join(PARTS)} or all")
     names = list(PARTS) if settings.part == "all" else [settings.part]
+    # a shell starts `campaign &` with Ctrl-C ignored, and its children would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if "faults" in names:
         faults.load_before_everything_else()
     with tempfile.TemporaryDirectory() as temporary:
