@@ -1,5 +1,7 @@
 """Kills: a run ended at random moments and taken up again must be the run that was never ended."""
 
+import contextlib
+import json
 import random
 import socket
 from pathlib import Path
@@ -173,4 +175,14 @@ def contents(path):
     """name -> bytes of a file, or of the files of a folder that count."""
     path = Path(path)
     files = [path] if path.is_file() else sorted(path.rglob("*"))
-    return {f.name: f.read_bytes() for f in files if f.is_file() and f.suffix != ".tmp"}
+    return {f.name: meaning(f) for f in files if f.is_file() and f.suffix != ".tmp"}
+
+
+def meaning(file):
+    """A file's bytes; of safetensors the header parsed, whose entries come in no fixed order."""
+    content = file.read_bytes()
+    if file.suffix == ".safetensors":
+        size = 8 + int.from_bytes(content[:8], "little")
+        with contextlib.suppress(ValueError):  # a file that was cut
+            return json.loads(content[8:size]), content[size:]
+    return content
