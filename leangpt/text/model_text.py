@@ -79,8 +79,11 @@ def text_of_files(files: dict[str, str], where, notes: Iterable[str] = ()) -> Mo
     special = _special_tokens(files, settings, where)
     ends = parse(files, GENERATION, where).get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not all(type(end) is int for end in ends):
-        raise UserError(f"{where}: eos_token_id must be a token's number or a list, not {ends}")
+    # -1, or as GGUF has it 2^32 - 1, is no token's: some write it for none
+    if not all(type(end) is int and -1 <= end < 2**32 for end in ends):
+        raise UserError(
+            f"{where}: eos_token_id must be a token's number or a list, not {ends!r:.80}"
+        )
     template = files[TEMPLATE] if TEMPLATE in files else _template(settings, where)
     tokenizer = FileTokenizer(files[TOKENIZER], f"{where}/{TOKENIZER}")
     tokenizer.add(_added_tokens(settings), special)

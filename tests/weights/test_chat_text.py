@@ -132,6 +132,11 @@ def test_damaged_tokenizer(tmp_path):
             {"eos_token_id": "end"},
             "eos_token_id must be a token's number",
         ),
+        (
+            "generation_config.json",
+            {"eos_token_id": [1, 2**63]},
+            "eos_token_id must be a token's number",
+        ),
         ("tokenizer_config.json", {"bos_token": 3}, "bos_token must be a text, not 3"),
         ("tokenizer_config.json", {"chat_template": 3}, "chat_template must be a text"),
         ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}, None),
