@@ -30,7 +30,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.slow
 def test_freed_memory_is_kept():
-    """Four steps map fewer pages than one step needs, 4,800 or so.
+    """Four steps map fewer pages than two need, at 4,800 or so each: mostly none, on a busy machine
+    once as many as one, where a thread came to work in another of malloc's arenas.
 
     By default they map some 19,000, but at times none at all, as the heap happens to lie: so the
     default is no measure.
@@ -39,4 +40,4 @@ def test_freed_memory_is_kept():
     assert done.returncode == 0, done.stderr
     if done.stdout.startswith("no glibc"):
         pytest.skip("only glibc's malloc can be asked")
-    assert int(done.stdout) < 4096
+    assert int(done.stdout) < 2 * 4800
