@@ -5,8 +5,7 @@
 
 Runs are drawn by a seed (draws.py), made as train.py makes them, and stepped three times; the peak
 is what train.py itself reports: the third step's on a CPU, the allocator's from the start on CUDA.
-On CUDA each run is made twice: freely, and with the process's memory limited to the prediction and
-the reserve, where it must not fail. Rows of the other device are kept. A row whose run failed says
+Rows of the other device are kept. A row whose run failed says
 how. Drawn models only exist here: their data are random tokens in a temporary folder.
 """
 

@@ -1,7 +1,7 @@
 """Tables of docs/results/reliability.md, from the rows of experiments/reliability/campaign.py."""
 
 from experiments.reliability.book import GOOD
-from experiments.report.table_tools import made_on, markdown, table
+from experiments.report.table_tools import figure, made_on, markdown, table
 
 PARTS = {
     "kills": "killed, then taken up again",
@@ -35,6 +35,14 @@ def reliability(rows):
         for part, words in PARTS.items()
     ]
     return markdown(["what happens", *HEADER], body) + made_on(rows)
+
+
+@figure("reliability_cases", "reliability.csv")
+def reliability_cases(rows):
+    """How many cases ended as they should."""
+    rows = last_rows(rows)
+    right = sum(row["outcome"] in GOOD for row in rows)
+    return f"{right:,} of {len(rows):,}"
 
 
 @table("reliability_kinds", "reliability.csv")

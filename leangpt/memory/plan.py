@@ -1,8 +1,7 @@
 """The memory of a training step, as a table: every line is a part, what it is, and its bytes.
 
 A step's memory is the most of a few *moments*. A moment is the sum of its lines; a line belongs to
-a part that plans show. Formulas are written once, here; docs/ARCHITECTURE.md prints them. What they
-are made of (`sizes`):
+a part that plans show. Formulas are written once, here. What they are made of (`sizes`):
 
     B T n     sequences, tokens of each, B T            C H G D L V   as everywhere
     g r       H/G; width inside the MLP over C          I             that width

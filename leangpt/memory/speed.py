@@ -8,8 +8,8 @@
     host         what is offloaded, there and back, beside the computation
     launches     small operators of each layer and micro-batch, which cost a time of their own
 
-Rates are a machine's (calibrate.py); those here are an H100's and one core's, good for comparing
-plans with each other: `relative` then says so.
+Rates are a machine's; TYPICAL ones, of an H100 and of one core, are guesses: good for comparing
+plans with each other, and for nothing else.
 """
 
 from dataclasses import dataclass

@@ -154,12 +154,6 @@ def _ratios(config):
     return config.n_head / config.kv_heads, config.inner / config.n_embd
 
 
-def _layer_weights(config):
-    """Parameters of the linear layers of one block."""
-    C, (g, r) = config.n_embd, _ratios(config)
-    return (2 + 2 / g + (3 if config.mlp == "swiglu" else 2) * r) * C * C
-
-
 def _tiles(config, B, T, device_type, training):
     """(b, q, k): sequences and rows of a tile, key rows per tile; None: the plain block."""
     sizes = tile_sizes(config, T, device_type, training)
