@@ -64,7 +64,8 @@ tables: $(READY)
 check: $(TESTS)
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
+# two threads each, as the tests have them by themselves
 test: $(TESTS)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2

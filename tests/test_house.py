@@ -64,6 +64,7 @@ def package_files():
     return [path for path in FILES if path.parts[0] == "leangpt"]
 
 
+@pytest.mark.slow
 def test_the_package_never_imports_a_page():
     bad = {
         str(path)
@@ -80,6 +81,7 @@ def test_scripts_never_import_each_other():
     assert bad == set()
 
 
+@pytest.mark.slow
 def test_arrows_go_down():
     bad = set()
     for path in package_files():
@@ -91,6 +93,7 @@ def test_arrows_go_down():
     assert bad == set()
 
 
+@pytest.mark.slow
 def test_no_circles():
     arrows = {path: {module_file(name) for name, _ in imports(path)} - {None} for path in FILES}
     done, walking = set(), []
@@ -109,6 +112,7 @@ def test_no_circles():
         walk(path)
 
 
+@pytest.mark.slow
 def test_no_import_of_ours_inside_a_function():
     """Such an import dodges a circle, unless it brings in Triton, which only some machines have,
     or hands a name of a package to whoever asks for it."""
@@ -148,6 +152,7 @@ def test_every_root_module_defines_something():
             assert len(defined) >= 2, f"{name}.py only hands on"
 
 
+@pytest.mark.slow
 def test_public_names_say_what_they_are():
     """Classes and functions of the package and of the pages at the root, private ones aside."""
     mute = []

@@ -79,6 +79,7 @@ def installed(tmp_path_factory):
     return install
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ("checkout", "wheel"))
 def test_installed_it_works_beside_modules_of_the_same_names(installed, kind, tmp_path):
     for name in FOREIGN:

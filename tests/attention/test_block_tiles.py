@@ -41,6 +41,7 @@ POLICIES = [  # policy, key/value heads, q_chunk, k_chunk
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy,G,q_chunk,k_chunk", POLICIES)
 @pytest.mark.parametrize("B,T", ((1, 1), (1, 8), (3, 23)))
 @pytest.mark.parametrize("dtype,tolerance", ((torch.float64, 1e-10), (torch.float32, 1e-5)))
@@ -236,6 +237,7 @@ def peak_beyond_input(T, backward=False, **config):
     return measure_peak(lambda: torch.autograd.grad(block(x), [x, *block.parameters()], grad))
 
 
+@pytest.mark.slow
 def test_recompute_peak_does_not_grow_with_length():
     """The promise: doubling T moves the peak beyond input by less than 5%."""
     config = dict(attention_policy="recompute", q_chunk=128, k_chunk=128)

@@ -80,6 +80,7 @@ def test_outputs_and_gradients_are_the_originals(
         assert relative_error(logits, model.eval()(tokens()).logits) < 1e-5
 
 
+@pytest.mark.slow
 def test_float32_and_bfloat16():
     model = make(dtype=torch.float32)
     tiled = tile_layers(copy.deepcopy(model), q_chunk=8)
@@ -105,6 +106,7 @@ def test_training_is_tiled_though_a_cache_is_the_default(monkeypatch):
     assert len(calls) == 2
 
 
+@pytest.mark.slow
 def test_deepcopy_and_adapters(monkeypatch):
     """A copy tiles its own layers; frozen weights and wrapped linears as LoRA has them."""
 

@@ -74,6 +74,7 @@ def gradients(offloaded, backwards=1):
     return [p.grad for p in model.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backwards", (1, 2))
 def test_gradients_are_the_same_and_two_layers_are_on_the_device(watch, backwards):
     for found, expected in zip(gradients(True, backwards), gradients(False, backwards)):

@@ -39,6 +39,7 @@ class Parallel(nn.Module):
         return self.finish(x, softmax_attention(*self.project(x, torch.arange(x.size(1)))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", (RecomputedRows, StoredRows))
 @pytest.mark.parametrize("checkpoint_layers", (False, True))
 @pytest.mark.parametrize("heads", (1, 2))

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 import leangpt.attention
@@ -17,6 +18,7 @@ assert "transformers" not in sys.modules and "leangpt.attention.kv_cache" not in
 """
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_none_of_it():
     done = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -58,6 +58,7 @@ def test_relative_positions_up_to_block_size_and_beyond(position):
     assert got.shape == (2, 45)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [None, torch.tensor([5, 3])])
 @pytest.mark.parametrize("count", [1, 2, 40])
 @pytest.mark.parametrize("kv_bits", [None, 8])
@@ -84,6 +85,7 @@ def test_warming_up_leaves_no_trace(policy, n_kv_head, kv_bits, count, lengths, 
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_what_only_a_first_time_takes_is_over_before_the_writing(monkeypatch):
     """As with kernels that compile: here the first step takes a second."""
     original, calls = DecodeLoop.step, []

@@ -37,6 +37,7 @@ def test_sample_token_never_takes_an_impossible_token():
         assert torch.equal(sample_token(wide, **options)[0], best)
 
 
+@pytest.mark.slow
 def test_top_p_beyond_the_shortlist_is_exact():
     flat = torch.zeros(2, 3000)
     drawn, _ = sample_token(

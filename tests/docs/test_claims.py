@@ -24,6 +24,7 @@ def fenced(kind):
     return re.findall(rf"^```{kind}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_the_python_runs():
     torch.manual_seed(0)
     transformers = pytest.importorskip("transformers")

@@ -26,6 +26,7 @@ def run(script, *flags):
     )
 
 
+@pytest.mark.slow
 def test_memory_of_one_case_adds_up():
     row = run_case("tiny", "adam", "float32", False, 16, False, "cpu")
     assert row["fits"] and row["loss_last"] < row["loss_first"]

@@ -101,6 +101,7 @@ def test_finals_are_the_best_three_then_seeds_of_the_best():
 # ---- the queue ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_queue_keeps_every_slot_busy_and_reports_each_end(tmp_path):
     waiting, running_at_once, ends = list(range(5)), [], []
 

@@ -198,6 +198,7 @@ def test_results_without_the_rows_asked_for_are_one_clear_line(tmp_path, block, 
         write_tables.rewrite(block, tmp_path)
 
 
+@pytest.mark.slow
 def test_every_registered_table_can_be_made_from_the_committed_results():
     for name, (_, files) in TABLES.items():
         text = f"<!-- table: {name} -->\n<!-- end table -->"
@@ -280,6 +281,7 @@ def test_pictures_are_drawn_whenever_asked_and_only_checked_with_check(tmp_path)
     assert script().returncode == 0 and picture.read_bytes() == drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", write_tables.PAGES)
 def test_the_pages_agree_with_the_committed_results(name):
     text = (ROOT / name).read_text()

@@ -19,6 +19,7 @@ from leangpt.system.errors import UserError
 from model import GPT
 
 
+@pytest.mark.slow
 def test_files_round_trip(tmp_path):
     model = quantize_gpt_(make_model(position="rope", attention_policy="grouped", n_kv_head=2), 64)
     path = tmp_path / "model.safetensors"
@@ -39,6 +40,7 @@ def test_files_round_trip(tmp_path):
     assert half.transformer.wte.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_loading_never_makes_a_float_model(tmp_path):
     model = quantize_(make_model(n_embd=256, n_layer=4, vocab_size=512), 32)
     path = tmp_path / "model.safetensors"

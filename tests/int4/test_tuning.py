@@ -50,6 +50,7 @@ def test_fitted_scales_are_nearer_to_the_exact_predictions(model, tmp_path):
     assert torch.equal(loaded(text)[0], fitted(text)[0])
 
 
+@pytest.mark.slow
 def test_what_fitting_makes_worse_stays_as_it_was(model, monkeypatch):
     monkeypatch.setattr(tuning, "RATE", 1.0)
     rounded = quantize_gpt_(copy.deepcopy(model), 32)

@@ -38,6 +38,7 @@ def test_chunked_loss_is_cross_entropy(dtype, tolerance, monkeypatch):
         assert relative_error(chunked_cross_entropy(hidden, weight, targets), expected) < tolerance
 
 
+@pytest.mark.slow
 def test_one_chunk_of_logits_is_alive_at_a_time():
     def peak(chunks):
         hidden = torch.randn(512 * chunks, 16, requires_grad=True)

@@ -49,6 +49,7 @@ def test_the_first_plan_changes_nothing_where_all_fits():
     assert first.peak <= 80e9
 
 
+@pytest.mark.slow
 def test_plans_fit_and_nothing_fits_in_nothing():
     asked = Run(GPTConfig(), 12, 1024, 40, stream_bytes=2, device_type="cuda")
     for budget in (Budget(2 * 10**9), Budget(6 * 10**9)):

@@ -39,6 +39,7 @@ def test_views_and_in_place_operators_are_free():
     assert measure_peak(fn) == 0
 
 
+@pytest.mark.slow
 def test_the_result_counts_and_what_stood_before_does_not():
     x = floats(4).zero_()
     assert measure_peak(lambda: x + ONE) == 4 * MB
@@ -55,6 +56,7 @@ def test_blocks_freed_inside_that_stood_before_are_not_deducted():
     assert measure_peak(fn) == 2 * MB
 
 
+@pytest.mark.slow
 def test_addresses_of_earlier_measurements_do_not_leak_into_later_ones():
     """Allocated inside a measurement, freed outside, the address reused, freed inside again."""
     held = []
@@ -153,6 +155,7 @@ def test_tick_reads_events_in_windows_and_keeps_what_is_alive():
     del b, c
 
 
+@pytest.mark.slow
 def test_an_error_inside_stops_the_meter():
     def fails():
         raise ZeroDivisionError

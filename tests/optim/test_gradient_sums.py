@@ -39,6 +39,7 @@ def test_the_sum_is_within_half_a_code_a_term(bits, shape, monkeypatch):
     assert 0 < (found - exact).abs().max() <= 6 * code / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_sum_is_unbiased(bits):
     """Over many dithers the mean error is that of as many uniform ones: none."""

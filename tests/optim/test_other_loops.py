@@ -56,6 +56,7 @@ def train(folder, variant, resume=None):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant", [pytest.param(v, marks=[pytest.mark.slow] * (v != "muonsn8")) for v in OURS]
 )

@@ -52,6 +52,7 @@ def test_a_policy_is_one_entry_and_its_classes(monkeypatch):
     assert "--attention_policy=counted" in advise_oom(model.config, 1, 4096, 1e6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_of_the_table(name):
     """Its loss, gradients and cached logits are the plain block's, its peak as predicted."""

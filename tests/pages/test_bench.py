@@ -131,6 +131,7 @@ def test_bad_settings_are_told_before_anything_runs(arguments, message, monkeypa
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_bad_setting_exits_with_2_and_one_line():
     done = run_bench("--policy=lain")
     assert done.returncode == 2 and done.stdout == ""
@@ -163,6 +164,7 @@ def test_the_grid_leaves_out_what_would_run_twice():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
 def test_a_full_disk_is_named_before_anything_is_measured():
     done = run_bench("--seq=16", "--runs=1", "--csv=/dev/full", "--device=cpu")
@@ -191,6 +193,7 @@ print("fine")
 """
 
 
+@pytest.mark.slow
 def test_the_pages_start_where_windows_lacks_a_module(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT, tmp_path], cwd=ROOT, text=True, capture_output=True

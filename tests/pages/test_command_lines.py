@@ -225,6 +225,7 @@ LEFT_OUT = {"compile", "init_from", "max_iters", "eval_iters", "wandb_log", "ten
 LEFT_OUT |= {"gradient_accumulation_steps", "data_dir", "n_layer"}
 
 
+@pytest.mark.slow
 def test_runs_begin_or_end_in_one_line(tmp_path, capsys, monkeypatch):
     """train.py itself, from command line to last word, with one or two strange settings."""
     monkeypatch.chdir(tmp_path)  # where out_dir=x goes

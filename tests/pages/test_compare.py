@@ -94,6 +94,7 @@ def cells(line):
 # ------------------------------------------------------------------ the table
 
 
+@pytest.mark.slow
 def test_a_run_of_train_py_is_read_whole(tmp_path, said):
     for variant in ("adam", "adamsn"):
         flags = ("--max_iters=6", "--eval_interval=3", f"--optimizer_variant={variant}")
@@ -123,6 +124,7 @@ def test_the_columns_of_a_finished_run(tmp_path, said):
     assert cells(line) == ["a", "300", "1.8000", "1.7500", "200", "8.00", "12.5", "1,000", "30.0"]
 
 
+@pytest.mark.slow
 def test_settings_that_differ_stand_beside_their_run_or_below(tmp_path, said, monkeypatch):
     write_run(tmp_path / "a", learning_rate=1e-3, seed=1, dropout=0)
     write_run(tmp_path / "b", learning_rate=None, seed=1, dropout=0.0)
@@ -142,6 +144,7 @@ def test_settings_that_differ_stand_beside_their_run_or_below(tmp_path, said, mo
     ]
 
 
+@pytest.mark.slow
 def test_runs_that_used_other_data_are_named(tmp_path, said):
     write_run(tmp_path / "a")
     write_run(tmp_path / "b", facts={**FACTS, "dataset": {**DATA, "sha256": "cd" * 32}})
@@ -169,6 +172,7 @@ def test_an_older_run_is_judged_by_its_data_sets_name(tmp_path, said):
     assert cells(line)[5:7] == ["-", "-"]
 
 
+@pytest.mark.slow
 def test_other_commits_and_machines_are_named(tmp_path, said):
     write_run(tmp_path / "a", facts={**FACTS, "machine": "m"})
     write_run(tmp_path / "b", facts={**FACTS, "machine": "m", "commit": "89abcde+"})
@@ -226,6 +230,7 @@ def test_a_folder_of_nanogpt(tmp_path, said):
 # ------------------------------------------------------------------ the picture
 
 
+@pytest.mark.slow
 def test_the_legend_names_every_run(tmp_path):
     names = ["plain", "_hidden", "$\\frac$", "x" * 200] + [f"run{i}" for i in range(30)]
     runs = [read_run(write_run(tmp_path / name)) for name in names]

@@ -32,6 +32,7 @@ def test_forward_shapes_and_loss():
     assert torch.allclose(model.last_logits(idx), logits[:, -1], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     (
@@ -159,6 +160,7 @@ def test_torch_compile_gives_the_same_loss_and_gradients(policy):
         assert relative_error(p.grad, want) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", (1, 4))
 def test_compiled_rows_give_the_same_loss_and_gradients(monkeypatch, heads):
     """One graph for all layers, of each way that tiles call a part."""

@@ -21,6 +21,7 @@ def test_options_as_text_have_the_type_of_their_default():
         check_option_types("muonsn", dict(momentum_bits=8.0))
 
 
+@pytest.mark.slow
 def test_the_variants_and_their_rates_are_printed():
     text = subprocess.run(
         [sys.executable, "optimizers.py"], cwd=ROOT, check=True, capture_output=True, text=True

@@ -69,6 +69,7 @@ def test_data_is_the_models_tokens(source, tmp_path, monkeypatch, capsys):
     assert "already prepared" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("init_from", ["model", "scratch"])
 def test_all_goes_on_after_the_source_is_gone(source, tmp_path, monkeypatch, capsys, init_from):
     transformers = pytest.importorskip("transformers")
@@ -140,6 +141,7 @@ def test_weights_without_a_tokenizer_are_a_note(source, tmp_path, monkeypatch, c
     assert "note: the data's tokens are taken to be the model's, unseen" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_vocabulary_beyond_16_bits(tmp_path, monkeypatch, capsys):
     words = {f"w{i}": i for i in range(70000)}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words))

@@ -154,6 +154,7 @@ def test_a_checkpoint_of_nanogpt_finds_its_data_set(capsys, tmp_path):
         run(capsys, out, f"--data_dir={tmp_path / 'nowhere'}")
 
 
+@pytest.mark.slow
 def test_published_weights_export_and_back(capsys, tmp_path):
     """A GPT-2 checkpoint goes out as a transformers folder and comes back as init_from."""
     out = save(
@@ -223,6 +224,7 @@ def test_cuda_asked_for_but_absent(out_dir):
         sample.main([f"--out_dir={out_dir}", "--device=cuda"])
 
 
+@pytest.mark.slow
 def test_the_script_exits_with_2_and_one_line(out_dir, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     done = subprocess.run(

@@ -101,6 +101,7 @@ def test_the_summary_counts_the_optimizer_state_it_will_have(tmp_path, capsys):
     assert float(said) == round(state_bytes(trainer.optimizer) / 1e6, 2) > 0
 
 
+@pytest.mark.slow
 def test_the_best_is_kept_while_the_last_moves_on(tmp_path):
     """A learning rate that rises until it does harm: the best model stays."""
     rising = ["--max_iters=8", "--eval_interval=2", "--warmup_iters=0", "--min_lr=1"]
@@ -120,6 +121,7 @@ def test_eval_only_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_seconds_of_training_exclude_the_rest(tmp_path, monkeypatch):
     """The clock stands still while evaluating: here an evaluation takes a tenth of a second."""
     evaluate = train.evaluate
@@ -138,6 +140,7 @@ def test_seconds_of_training_exclude_the_rest(tmp_path, monkeypatch):
 # ------------------------------------------------------------------ the same numbers
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_disturb_training(tmp_path):
     flags = ["--max_iters=6", "--dropout=0.1"]
     train.main(arguments(tmp_path, "often", *flags, "--eval_interval=1"))
@@ -145,6 +148,7 @@ def test_evaluation_does_not_disturb_training(tmp_path):
     assert column(tmp_path / "often", 2) == column(tmp_path / "never", 2)
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_equal_one_batch(tmp_path):
     train.main(arguments(tmp_path, "one", *SHORT, "--batch_size=8"))
     train.main(
@@ -161,12 +165,14 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path):
         assert [float(v or 0) for v in one] == pytest.approx([float(v or 0) for v in four], 1e-5)
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(tmp_path):
     for seed in (1, 2):
         train.main(arguments(tmp_path, f"seed{seed}", *SHORT, f"--seed={seed}"))
     assert not set(column(tmp_path / "seed1", 2)) & set(column(tmp_path / "seed2", 2))
 
 
+@pytest.mark.slow
 def test_whole_split_evaluation_is_the_mean_over_every_block(tmp_path):
     train.main(
         arguments(tmp_path, "run", *SHORT, "--eval_iters=0", "--batch_size=3", "--dropout=0.5")
@@ -181,6 +187,7 @@ def test_whole_split_evaluation_is_the_mean_over_every_block(tmp_path):
     assert float(column(tmp_path / "run", 4)[-1]) == pytest.approx(wanted, abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, near",
     [
@@ -357,6 +364,7 @@ def test_nanogpts_checkpoint_is_resumed(tmp_path, capsys, variant, fresh):
     assert steps == {2.0 if fresh else 3.0}
 
 
+@pytest.mark.slow
 def test_published_weights_are_finetuned(tmp_path):
     folder = write_folder(
         tmp_path / "gpt2", gpt2_config(vocab_size=30), gpt2_tensors(vocab_size=30)
@@ -374,6 +382,7 @@ def test_published_weights_are_finetuned(tmp_path):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_updates_inside_backward(tmp_path):
     fused = ["--optimizer_variant=adamsn", "--optimizer_options=fused_backward=True"]
     with pytest.raises(UserError, match="needs gradient_accumulation_steps=1"):
@@ -399,6 +408,7 @@ def test_updates_inside_backward(tmp_path):
     assert column(tmp_path / "run", 2) == pytest.approx(column(tmp_path / "plain", 2))
 
 
+@pytest.mark.slow
 def test_help_lists_every_setting():
     result = run_script("train.py", "--help")
     assert result.returncode == 0

@@ -164,6 +164,7 @@ def test_trackers_get_every_row_and_are_closed(tmp_path, monkeypatch):
     assert closed == ["wandb", "tensorboard"] * 2
 
 
+@pytest.mark.slow
 def test_the_script_ends_with_one_line_and_status_2(tmp_path):
     result = run_script("train.py", *arguments(tmp_path, "run", "--n_head=3"))
     assert (result.returncode, result.stdout) == (2, "")

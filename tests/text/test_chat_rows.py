@@ -110,6 +110,7 @@ def test_a_template_that_fails_names_the_line(tmp_path, template, words):
         rows_of(write(tmp_path / "chats.jsonl", CHATS), model_text(template + prompt))
 
 
+@pytest.mark.slow
 def test_too_long(tmp_path):
     path, text = write(tmp_path / "chats.jsonl", CHATS), model_text()
     rows, _ = rows_of(path, text)

@@ -242,6 +242,7 @@ def theirs(files, folder):
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_text_and_tokens_are_those_of_transformers(name, tmp_path):
     files = files_with(TEMPLATES[name])

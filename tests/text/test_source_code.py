@@ -290,6 +290,7 @@ def test_a_dataset_of_every_file_once(tmp_path, corpus, gpt2, capsys):
     assert "is prepared already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_copies_and_what_is_near_validation_are_dropped(tmp_path, gpt2):
     texts = {f"f{i}.c": source(i) for i in range(60)}
     keyed = sorted(texts, key=lambda name: archives.key_of(f"one/{name}"))

@@ -107,6 +107,7 @@ def test_best_and_last_are_two_files_on_the_disk(tmp_path):
     assert "is whole" not in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_or_a_zeroed_page_anywhere_is_refused_or_harmless(tmp_path):
     """Harmless: in the padding between entries, which nobody reads."""
     path, model = tmp_path / "one.pt", tiny_model()

@@ -82,6 +82,7 @@ def test_too_few_tokens_and_unknown_orders_are_said(dataset):
         one_pass(settings("--data_order=twice"), dataset)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_with_the_same_blocks(tmp_path, monkeypatch):
     flags = [*ONCE, "--eval_interval=3"]
     train.main(arguments(tmp_path, "whole", *flags))

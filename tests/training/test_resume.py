@@ -80,6 +80,7 @@ def test_after_a_signal(tmp_path, monkeypatch, capsys, variant, number, iteratio
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_the_best_loss_so_far_is_remembered(tmp_path, monkeypatch):
     """A learning rate that rises until it does harm; the best evaluation is before the stop."""
     flags = ["--max_iters=10", "--eval_interval=2", "--warmup_iters=0", "--min_lr=1"]
@@ -93,6 +94,7 @@ def test_the_best_loss_so_far_is_remembered(tmp_path, monkeypatch):
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_a_signal_during_evaluation(tmp_path, monkeypatch):
     flags = [*SCHEDULE, "--optimizer_variant=adamsn"]
     train.main(arguments(tmp_path, "whole", *flags))
@@ -114,6 +116,7 @@ def test_a_signal_during_evaluation(tmp_path, monkeypatch):
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_settings_and_takes_new_ones(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         stop_at(patch, 4, signal.SIGTERM)
@@ -171,6 +174,7 @@ def test_a_cropped_models_optimizer_goes_on(tmp_path, capsys, variant):
     assert {int(entry["step"]) for entry in state.values()} == {5}
 
 
+@pytest.mark.slow
 def test_rows_beyond_the_checkpoint_and_torn_rows_are_dropped(tmp_path):
     train.main(arguments(tmp_path, "whole", *SCHEDULE))
     train.main(arguments(tmp_path, "cut", *SCHEDULE, "--max_iters=6", "--lr_decay_iters=8"))

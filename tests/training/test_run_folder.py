@@ -139,6 +139,7 @@ def train_until(line, *flags):
     raise AssertionError("it ended before")
 
 
+@pytest.mark.slow
 def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
     endless = ["--max_iters=1000000", "--eval_interval=1000000"]
     holder = train_until("iter 3:", *arguments(tmp_path, "run", *endless))
@@ -160,6 +161,7 @@ def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
 # ------------------------------------------------------------------ requeued
 
 
+@pytest.mark.slow
 def test_auto_is_safe_to_requeue(tmp_path, monkeypatch):
     train.main(arguments(tmp_path, "whole", "--max_iters=8", "--eval_interval=3"))
     command = arguments(tmp_path, "cut", "--max_iters=8", "--eval_interval=3", "--init_from=auto")
@@ -191,6 +193,7 @@ def test_resuming_what_was_not_saved_yet_says_what_to_do(tmp_path):
         train.main([*flags, "--overwrite=True"])
 
 
+@pytest.mark.slow
 def test_a_terminal_that_goes_away_saves(tmp_path):
     """SIGHUP to a run whose output nobody takes any more."""
     flags = arguments(tmp_path, "run", "--max_iters=1000000", "--eval_interval=1000000")

@@ -47,6 +47,7 @@ def test_it_is_the_peak_that_a_meter_of_the_whole_run_sees(variant):
     assert abs(peak - meter.peak) <= 64  # the meter of the whole also saw a few scalars
 
 
+@pytest.mark.slow
 def test_a_run_shows_it_from_the_measured_step_on(tmp_path):
     flags = arguments(tmp_path, "run", "--max_iters=5", "--eval_interval=5")
     done = run_script("train.py", *flags)
@@ -60,6 +61,7 @@ def test_a_run_shows_it_from_the_measured_step_on(tmp_path):
     assert read_run(tmp_path / "run").peak_bytes == round(1e6 * float(peaks[2])) > 0
 
 
+@pytest.mark.slow
 def test_it_tells_optimizers_apart():
     peaks = {}
     for variant in ("adam", "adamsn8"):

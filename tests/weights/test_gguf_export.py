@@ -47,6 +47,7 @@ def test_pairs():
     assert not torch.equal(pairs_together(weight, 3), weight)
 
 
+@pytest.mark.slow
 def test_the_text_goes_along(tmp_path):
     model = random_model(**dict(MODELS["llama"], vocab_size=260))
     notes = export_gguf(model, tmp_path / "m.gguf", "F16", text_files())

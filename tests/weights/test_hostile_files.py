@@ -140,6 +140,7 @@ def test_what_a_gguf_file_announces(tmp_path, name, soon):
     refused(lambda: load_pretrained(GPT, tmp_path / "model.gguf"), "model.gguf")
 
 
+@pytest.mark.slow
 def test_a_whole_gguf_file_passes_and_its_parts_do_not(tmp_path):
     pytest.importorskip("gguf")
     from test_gguf import gguf_llama, toy_vocabulary
@@ -179,6 +180,7 @@ TEMPLATES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates_render_under_limits(name):
     began = time.process_time() + sum(os.times()[2:4])

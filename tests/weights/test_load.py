@@ -341,6 +341,7 @@ def test_names_that_are_nothing(tmp_path, monkeypatch, name, words):
         open_weights(find_pretrained(name))
 
 
+@pytest.mark.slow
 def test_hub_unreachable_is_one_line(tmp_path):
     pytest.importorskip("huggingface_hub")
     code = (
@@ -397,6 +398,7 @@ def test_shards_are_mapped_one_at_a_time(transformers, tmp_path, monkeypatch):
     assert most <= 2  # a header's is let go when the next one is read
 
 
+@pytest.mark.slow
 def test_a_folder_of_bfloat16_shards_is_read_with_one_copy(transformers, tmp_path):
     """The exact peak: the model in bfloat16, and one tensor; the mapped files are the kernel's."""
     torch.manual_seed(0)
