@@ -12,7 +12,7 @@ import train
 pytestmark = pytest.mark.slow
 
 VARIANTS = ("adam", "adamsn8", "adafactor", "muonsn8", "muonsn4")
-SHAPE = ["--n_embd=32", "--max_iters=20", "--eval_interval=10"]
+SHAPE = ["--n_embd=32", "--max_iters=6", "--eval_interval=3"]
 INSIDE = "--optimizer_options=fused_backward=True"
 
 
