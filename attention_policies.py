@@ -10,7 +10,7 @@ under another. (`grouped` is grouped-query attention, arXiv 2305.13245: its key/
 fewer, so it needs weights trained for that.)
 
 To add a policy, add one entry to POLICIES: a KV source (leangpt/attention/kv_source.py) and a
-cache layer (leangpt/attention/kv_cache.py), its own or another's. Nothing else compares names.
+cache layer (leangpt/kv_cache/cache.py), its own or another's. Nothing else compares names.
 
 A block runs plain, K and V of all rows at once, or tile by tile (leangpt/attention/block_tiles.py)
 where `tile_sizes` has tiles for it: always under `recompute`, but for short sequences in training,
@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import torch
 
 from leangpt.attention.block_tiles import fill_cache, run_tiles
-from leangpt.attention.kv_cache import KeysValues, StoredInputs
 from leangpt.attention.kv_source import RecomputedRows, StoredRows, attend, row_positions
 from leangpt.attention.tile_sizes import sizes_in_pieces, tile_sizes
+from leangpt.kv_cache.cache import KeysValues, StoredInputs
 from leangpt.system.errors import UserError
 
 
@@ -112,7 +112,7 @@ def run_block(block, x: torch.Tensor, inplace: bool = False) -> torch.Tensor:
 def prefill_block(block, x, step, layer):
     """run_block over a prompt x (B, T, C), overwritten where tiled, filling a cache's layer too.
 
-    step: of the cache (leangpt/attention/kv_steps.py), T tokens long. No gradients.
+    step: of the cache (leangpt/kv_cache/steps.py), T tokens long. No gradients.
     """
     sizes = tile_sizes(block.config, x.size(1), x.device.type)
     if sizes is not None:

@@ -15,16 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configurator import parse_config
+from leangpt.runs.curves import curves_figure
+from leangpt.runs.run import Run, differences, groups, read_run, same_data, settings_that_differ
 from leangpt.system.errors import UserError, exit_cleanly, refused
-from leangpt.training.curves import curves_figure
-from leangpt.training.runs import (
-    Run,
-    differences,
-    groups,
-    read_run,
-    same_data,
-    settings_that_differ,
-)
 
 PICTURES = ("png", "svg", "pdf")
 SHOWN = {  # column on the screen -> its text for one run

@@ -5,7 +5,7 @@
     python sample.py --init_from=gpt2-xl-int4.safetensors --stream=True --start=FILE:prompt.txt
     python sample.py --init_from=data/smollm2 --chat
 
-Every model decodes from a KV cache (leangpt/attention/kv_cache.py). All samples are written at
+Every model decodes from a KV cache (leangpt/kv_cache/cache.py). All samples are written at
 once, as a batch; with --stream=True one after another, as they come. Ends with tokens a second
 beside the bytes of weights and cache that each step has to read, which is what limits it.
 """
@@ -30,11 +30,11 @@ from leangpt.int4.quantize import int4_layers, linears_of, storage_bits
 from leangpt.int4.stored import STORED_GROUP, take_stored_
 from leangpt.int4.tuning import quantize_and_tune_
 from leangpt.layers.int4_linear import GROUP_SIZES
+from leangpt.runs.checkpoint import checkpoint_to_resume, load_checkpoint, model_from_checkpoint
 from leangpt.system.errors import UserError, exit_cleanly
 from leangpt.system.runtime import setup_runtime
 from leangpt.text.model_text import ModelText, files_to_export, text_of_data, text_of_files
 from leangpt.text.text_files import write_text_files
-from leangpt.training.checkpoint import checkpoint_to_resume, load_checkpoint, model_from_checkpoint
 from leangpt.weights.chat_text import load_pretrained_text
 from leangpt.weights.export import export_pretrained
 from leangpt.weights.find import find_pretrained

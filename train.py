@@ -25,6 +25,8 @@ from leangpt.parallel.engine import Parallel, check_codes, clip_gradients
 from leangpt.parallel.failures import attempt, first_to_say, is_lost_process, launch
 from leangpt.parallel.modes import parallel_mode
 from leangpt.parallel.pieces import cut_sequences
+from leangpt.runs.checkpoint import LAST, model_from_checkpoint
+from leangpt.runs.folder import RunFolder
 from leangpt.system.errors import UserError, is_out_of_memory
 from leangpt.system.processor import keep_freed_memory
 from leangpt.system.runtime import (
@@ -39,11 +41,9 @@ from leangpt.text.dataset import load_dataset
 from leangpt.text.folder import GPT2_VOCAB_SIZE
 from leangpt.text.one_pass import one_pass
 from leangpt.training.batches import iteration_batches, share_of
-from leangpt.training.checkpoint import LAST, model_from_checkpoint
 from leangpt.training.evaluation import evaluate
 from leangpt.training.losses import Losses, NotFinite
 from leangpt.training.record import RunRecord
-from leangpt.training.run_folder import RunFolder
 from leangpt.training.schedule import SCHEDULES, set_rates
 from leangpt.training.start import (
     adopt_model_args,

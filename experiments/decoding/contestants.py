@@ -5,11 +5,11 @@ import time
 import torch
 from torch.nn import functional as F
 
-from leangpt.attention.kv_cache import build_cache
 from leangpt.decoding.generate import bytes_read
 from leangpt.decoding.sampling import Sampler
 from leangpt.decoding.steps import DecodeLoop, TokenRows
 from leangpt.int4.quantize import quantize_
+from leangpt.kv_cache.cache import build_cache
 from leangpt.system.timing import synchronize
 from model import GPT, GPTConfig
 

@@ -39,7 +39,7 @@ from experiments.decoding.contestants import (
     transformers_model,
 )
 from experiments.shared.common import RESULTS, provenance, read_csv, write_csv
-from leangpt.attention.kv_cache import build_cache
+from leangpt.kv_cache.cache import build_cache
 from leangpt.system.errors import UserError, exit_cleanly, is_out_of_memory
 from leangpt.system.timing import synchronize
 

@@ -37,15 +37,15 @@ from torch.nn import functional as F
 
 from configurator import parse_config
 from experiments.shared.common import RESULTS, provenance, read_csv, write_csv
-from leangpt.attention.kv_cache import build_cache
 from leangpt.int4.calibration import calibration, even_head_, quantize_gpt_
 from leangpt.int4.quantize import quantize_
 from leangpt.int4.tuning import quantize_and_tune_
+from leangpt.kv_cache.cache import build_cache
 from leangpt.layers.int4_layouts import dequantize
 from leangpt.layers.int4_linear import GROUP_SIZES
+from leangpt.runs.checkpoint import load_checkpoint, model_from_checkpoint
 from leangpt.system.errors import UserError, exit_cleanly
 from leangpt.text.dataset import load_dataset
-from leangpt.training.checkpoint import load_checkpoint, model_from_checkpoint
 from leangpt.weights.chat_text import load_pretrained_text
 from leangpt.weights.load import load_pretrained
 from model import GPT, GPTConfig

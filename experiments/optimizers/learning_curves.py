@@ -18,8 +18,8 @@ from pathlib import Path
 
 from configurator import parse_config
 from experiments.shared.common import RESULTS, ROOT, provenance, read_csv, write_csv
+from leangpt.runs.run import read_run
 from leangpt.system.errors import UserError, exit_cleanly
-from leangpt.training.runs import read_run
 
 
 @dataclass

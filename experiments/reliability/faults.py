@@ -15,10 +15,10 @@ from pathlib import Path
 from experiments.reliability.kills import contents
 from experiments.reliability.world import GREEDY, TINY, leftovers, run_result, said
 from experiments.reliability.zygote import Child, run
+from leangpt.runs.checkpoint import checkpoint_to_resume, load_checkpoint
 from leangpt.system import c_library
 from leangpt.system.cache import cache_folder
 from leangpt.system.errors import UserError
-from leangpt.training.checkpoint import checkpoint_to_resume, load_checkpoint
 
 COUNT = 1600
 SOURCE = Path(__file__).with_suffix(".c")

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from experiments.reliability.zygote import run
+from leangpt.runs.checkpoint import load_checkpoint
 from leangpt.text.folder import write_dataset
-from leangpt.training.checkpoint import load_checkpoint
 
 TINY = (
     "--dataset=tiny",

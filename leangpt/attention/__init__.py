@@ -13,13 +13,11 @@ import importlib
 
 _HOME = {
     "HostStack": "offload",
-    "KVCache": "kv_cache",
     "RecomputedRows": "kv_source",
     "RowParts": "protocol",
     "StoredRows": "kv_source",
     "TileableBlock": "protocol",
     "attend": "kv_source",
-    "build_cache": "kv_cache",
     "run_tiles": "block_tiles",
     "tile_layers": "hf_layers",
 }

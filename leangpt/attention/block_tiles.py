@@ -165,7 +165,7 @@ def forward_tiles(tiles, x, into, keep=None):
 
 
 def fill_cache(block, x, sizes, step, layer):
-    """Store what one layer of a KV cache (kv_cache.py) needs of a prompt x (B, T, C), by tiles."""
+    """Store what one layer of a KV cache needs of a prompt x (B, T, C), by tiles."""
     tiles = Tiles(block, x.shape, x.device, sizes)
     for batch in tiles.batches():
         for start, stop in key_tiles(0, x.size(1), tiles.k_chunk):

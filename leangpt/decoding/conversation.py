@@ -5,10 +5,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from leangpt.attention.kv_cache import build_cache
 from leangpt.decoding.generate import check_count
 from leangpt.decoding.sampling import Sampler
 from leangpt.decoding.steps import DecodeLoop, TokenRows
+from leangpt.kv_cache.cache import build_cache
 from leangpt.system.errors import UserError
 
 AT_ONCE = 512  # new tokens that are read in one step: its scores and mask are held whole

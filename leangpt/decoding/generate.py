@@ -5,7 +5,7 @@
     sample_token      a token from logits (decoding/sampling.py)
 
 The last two are a step of the DecodeLoop (decoding/steps.py). Texts long enough to be worth their
-compilation are written by Triton's kernels: attention/kv_cache_triton.py, and
+compilation are written by Triton's kernels: kv_cache/cache_triton.py, and
 decoding/step_triton.py for few rows.
 
 Past block_size: with rope or no positions the cache rolls, and each layer attends to the newest
@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from leangpt.attention.kv_cache import build_cache
 from leangpt.decoding.sampling import Sampler
 from leangpt.decoding.steps import DecodeLoop, TokenRows
+from leangpt.kv_cache.cache import build_cache
 from leangpt.system.errors import UserError
 
 KERNELS_FROM = 1000  # tokens of work from which Triton's kernels are worth compiling, some seconds

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from leangpt.attention.kv_cache import KeysValues
-from leangpt.attention.kv_rows import ExactRows
+from leangpt.kv_cache.cache import KeysValues
+from leangpt.kv_cache.rows import ExactRows
 from leangpt.layers import linear_cpu
 from leangpt.layers.int4_layouts import LAYOUTS
 from leangpt.layers.int4_linear import Int4Linear

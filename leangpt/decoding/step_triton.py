@@ -1,7 +1,7 @@
 """A decoding step of few rows on CUDA in five kernels a block, in Triton.
 
     q, k, v = c_attn(norm(x))          one kernel: the norm is computed again by each program
-    y = attention(rope(q, k), v)       one kernel, which also stores k and v (kv_cache_triton.py)
+    y = attention(rope(q, k), v)       one kernel, which also stores k and v (cache_triton.py)
     x = x + c_proj(y)                  one kernel
     h = activation(c_fc(norm(x)))      one kernel
     x = x + mlp.c_proj(h)              one kernel

@@ -1,6 +1,6 @@
 """Checkpoints of sharded runs: each process writes its own rows, into one folder (DCP).
 
-A checkpoint stays one small file that is written whole or not at all (training/checkpoint.py); of a
+A checkpoint stays one small file that is written whole or not at all (runs/checkpoint.py); of a
 sharded run it names the folder that its tensors lie in, beside it. The folder is complete before
 the file names it, and is never written to again: whoever is killed on the way leaves the last one.
 

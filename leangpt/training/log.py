@@ -8,9 +8,9 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+from leangpt.runs.metrics import MetricsFile
+from leangpt.runs.run import METRICS
 from leangpt.system.errors import UserError, discard
-from leangpt.training.metrics import MetricsFile
-from leangpt.training.runs import METRICS
 
 
 class TrainingLog:

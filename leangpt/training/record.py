@@ -5,11 +5,11 @@ import math
 from leangpt.optim import check_gradients
 from leangpt.optim.sharded.rows import local
 from leangpt.parallel.shards import has_shards
-from leangpt.training.checkpoint import BEST, LAST, save_run
+from leangpt.runs.checkpoint import BEST, LAST, save_run
+from leangpt.runs.run import CONFIG, run_facts, write_facts, write_json
 from leangpt.training.clock import StepClock
 from leangpt.training.log import TrainingLog, remaining_seconds
 from leangpt.training.losses import NotFinite
-from leangpt.training.runs import CONFIG, run_facts, write_facts, write_json
 from leangpt.training.schedule import linear_rate
 from leangpt.training.step_peak import StepPeak
 from leangpt.training.summary import optimizer_bytes

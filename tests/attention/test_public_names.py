@@ -14,7 +14,7 @@ import leangpt.attention
 loaded = {name for name in sys.modules if name.startswith("leangpt.attention.") or name == "torch"}
 assert not loaded, loaded
 from leangpt.attention import attend, tile_layers
-assert "transformers" not in sys.modules and "leangpt.attention.kv_cache" not in sys.modules
+assert "transformers" not in sys.modules and "leangpt.kv_cache.cache" not in sys.modules
 """
 
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from int4_models import relative
 
-from leangpt.attention.kv_cache import build_cache
 from leangpt.decoding import step_cpu
 from leangpt.decoding.generate import generate
 from leangpt.int4.quantize import quantize_
+from leangpt.kv_cache.cache import build_cache
 from model import GPT, GPTConfig
 
 needs_kernels = pytest.mark.skipif(step_cpu.library() is None, reason="needs cc, AVX-512 and VNNI")

@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from leangpt.attention import kv_cache_triton
-from leangpt.attention.kv_cache import build_cache
 from leangpt.decoding import step_triton
 from leangpt.decoding.step_triton import linear, words_of
 from leangpt.int4.quantize import round_linear
+from leangpt.kv_cache import cache_triton
+from leangpt.kv_cache.cache import build_cache
 from model import GPT, GPTConfig, Norm
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_kernels = pytest.mark.skipif(
-    not kv_cache_triton.AVAILABLE, reason="needs CUDA, or Triton and TRITON_INTERPRET=1"
+    not cache_triton.AVAILABLE, reason="needs CUDA, or Triton and TRITON_INTERPRET=1"
 )
-DEVICE = "cpu" if kv_cache_triton.INTERPRETED or not torch.cuda.is_available() else "cuda"
+DEVICE = "cpu" if cache_triton.INTERPRETED or not torch.cuda.is_available() else "cuda"
 
 
 def four_bit(linear, group=32):
@@ -82,7 +82,7 @@ def test_linear(K, N, norm, activation, bias, residual, bits):
     if residual:
         want = want + old.float()
     assert got.dtype == dtype and got.shape == (2, N)
-    limit = 0.02 if kv_cache_triton.INTERPRETED else 4e-3  # it cuts bfloat16 off, not rounds
+    limit = 0.02 if cache_triton.INTERPRETED else 4e-3  # it cuts bfloat16 off, not rounds
     assert (got.float() - want).norm() < limit * want.norm()
 
 
@@ -104,7 +104,7 @@ def test_step_is_the_models_own(options, kv_bits):
     for p in model.parameters():
         p.add_(torch.randn_like(p) * 0.1)
     # the interpreter multiplies the bits of bfloat16 numbers in tl.dot
-    dtype = torch.float16 if kv_cache_triton.INTERPRETED else torch.bfloat16
+    dtype = torch.float16 if cache_triton.INTERPRETED else torch.bfloat16
     model.to(DEVICE, dtype)
     caches = [build_cache(model.config, 2, 40, DEVICE, dtype, kv_bits) for _ in range(2)]
     idx = torch.randint(61, (2, 26), device=DEVICE)
@@ -141,7 +141,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from leangpt.decoding import step_triton
-from leangpt.attention import kv_cache_triton
+from leangpt.kv_cache import cache_triton
 
 def build(kernel, types, constants, warps):
     names = kernel.arg_names
@@ -156,10 +156,10 @@ for bits, group, half, rope, dtype in ((16, 1, 32, True, "bf16"), (8, 3, 16, Fal
     types |= dict(cos="*fp32", sin="*fp32", meta_k="*fp16", meta_v="*fp16", words_k="*i64",
                   words_v="*i64", positions="*i64", partial="*fp32", top_total="*fp32",
                   arrived="*i32", S="i32", W="i32", scale="fp32")
-    types |= {n: "i32" for n in kv_cache_triton.attend_kernel.arg_names if n.startswith("stride_")}
+    types |= {n: "i32" for n in cache_triton.attend_kernel.arg_names if n.startswith("stride_")}
     constants = dict(G=2, GROUP=group, PADDED=8, HALF=half, BITS=bits, R=300 if bits == 16 else 16,
-                     ROPE=rope, BLOCK=kv_cache_triton.LAUNCH[bits][0])
-    build(kv_cache_triton.attend_kernel, types, constants, kv_cache_triton.LAUNCH[bits][1])
+                     ROPE=rope, BLOCK=cache_triton.LAUNCH[bits][0])
+    build(cache_triton.attend_kernel, types, constants, cache_triton.LAUNCH[bits][1])
 for inner, norm, activation in ((0, 1, 1), (0, 2, 3), (8, 1, 2), (4, 0, 3)):
     pointers = ("x", "weight", "bias", "norm_weight", "norm_bias", "residual", "out")
     types = {name: "*bf16" for name in pointers} | dict(scale_zero="*i32", N="i32", eps="fp32")
@@ -172,7 +172,7 @@ for inner, norm, activation in ((0, 1, 1), (0, 2, 3), (8, 1, 2), (4, 0, 3)):
 """
 
 
-@pytest.mark.skipif(kv_cache_triton.triton is None, reason="needs Triton")
+@pytest.mark.skipif(cache_triton.triton is None, reason="needs Triton")
 def test_the_real_compiler_takes_the_kernels():
     """Without a GPU: the interpreter accepts what the compiler for an H100 refuses."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -10,8 +10,8 @@ from reference import relative_error
 
 import attention_policies
 from attention_policies import POLICIES, Policy
-from leangpt.attention.kv_cache import KeysValues, build_cache
 from leangpt.attention.kv_source import RecomputedRows
+from leangpt.kv_cache.cache import KeysValues, build_cache
 from leangpt.memory.advice import advise_oom, predict_training_peak
 from leangpt.memory.meter import measure_peak
 from leangpt.system.errors import UserError

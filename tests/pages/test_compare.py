@@ -13,9 +13,9 @@ from tiny_run import arguments
 
 import compare
 import train
+from leangpt.runs.curves import curves_figure
+from leangpt.runs.run import read_run
 from leangpt.system.errors import UserError
-from leangpt.training.curves import curves_figure
-from leangpt.training.runs import read_run
 
 HEADER = "iter,tokens,loss,train_loss,val_loss,lr,grad_norm,tokens_per_s,ms,peak_mb,seconds\n"
 DATA = {"name": "poems", "sha256": "ab" * 32, "tokenizer": "char", "vocab_size": 65}

@@ -5,7 +5,7 @@ import torch
 from reference import relative_error
 from torch.nn import functional as F
 
-from leangpt.attention.kv_cache import build_cache
+from leangpt.kv_cache.cache import build_cache
 from leangpt.system.errors import UserError
 from model import GPT, GPTConfig
 

@@ -13,9 +13,9 @@ from tiny_run import arguments, determined, run_script
 import train
 from configurator import parse_config
 from leangpt.optim import VARIANTS
+from leangpt.runs.checkpoint import BEST, LAST, load_checkpoint, model_from_checkpoint
 from leangpt.system.errors import UserError
 from leangpt.text.dataset import load_dataset
-from leangpt.training.checkpoint import BEST, LAST, load_checkpoint, model_from_checkpoint
 from model import GPT, GPTConfig
 from optimizers import lr_factor, parse_options
 

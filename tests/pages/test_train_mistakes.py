@@ -8,8 +8,8 @@ from pretrained_files import gpt2_config, gpt2_tensors, write_folder
 from tiny_run import arguments, run_script
 
 import train
+from leangpt.runs.checkpoint import LAST, load_checkpoint
 from leangpt.system.errors import UserError
-from leangpt.training.checkpoint import LAST, load_checkpoint
 
 SHORT = ["--max_iters=4", "--eval_interval=2"]
 

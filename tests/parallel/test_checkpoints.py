@@ -17,8 +17,8 @@ from two_processes import free_port
 
 import train
 from leangpt.parallel.shards import CONTENTS, PREFIX, reader_of
+from leangpt.runs.checkpoint import BEST, LAST, load_checkpoint
 from leangpt.system.errors import UserError
-from leangpt.training.checkpoint import BEST, LAST, load_checkpoint
 
 SHAPE = [
     "--n_embd=32",
@@ -83,7 +83,7 @@ def test_a_sharded_checkpoint_is_sampled_and_becomes_one_file(tmp_path):
     ]
     before = run_script(*sample)
     assert before.returncode == 0, before.stderr
-    joined = run_script("-m", "leangpt.training.checkpoint", str(folder))
+    joined = run_script("-m", "leangpt.runs.checkpoint", str(folder))
     assert joined.returncode == 0, joined.stderr
     assert not list(folder.glob(f"{PREFIX}*"))
     whole = torch.load(folder / BEST, weights_only=True)

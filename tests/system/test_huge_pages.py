@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from leangpt.attention.kv_cache import build_cache
 from leangpt.int4.quantize import int4_layers, quantize_
+from leangpt.kv_cache.cache import build_cache
 from leangpt.system import huge_pages
 from model import GPT, GPTConfig
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from experiments.shared.common import write_csv
+from leangpt.runs.metrics import MetricsFile
+from leangpt.runs.run import write_json
 from leangpt.system.errors import UserError
 from leangpt.system.whole_files import write_whole, written_whole
 from leangpt.text.folder import write_dataset
-from leangpt.training.metrics import MetricsFile
-from leangpt.training.runs import write_json
 from leangpt.weights.export import export_pretrained
 from model import GPT, GPTConfig
 

@@ -10,9 +10,9 @@ from tiny_run import ROOT, arguments, determined, run_script
 from two_processes import free_port
 
 import train
+from leangpt.runs.checkpoint import LAST, load_checkpoint
 from leangpt.system.errors import UserError
 from leangpt.training.batches import share_of
-from leangpt.training.checkpoint import LAST, load_checkpoint
 
 
 def torchrun(*flags):

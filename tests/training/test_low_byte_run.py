@@ -5,8 +5,8 @@ import torch
 from tiny_run import arguments, determined, run_script
 
 import train
+from leangpt.runs.checkpoint import LAST, load_checkpoint
 from leangpt.system.errors import UserError
-from leangpt.training.checkpoint import LAST, load_checkpoint
 from optimizers import make_optimizer
 
 BFLOAT16 = ["--max_iters=40", "--eval_interval=40", "--eval_iters=0", "--param_dtype=bfloat16"]

@@ -10,8 +10,8 @@ import torch
 from tiny_run import ROOT, arguments, determined, run_script
 
 import train
+from leangpt.runs.checkpoint import BEST, LAST, load_checkpoint
 from leangpt.training import evaluation
-from leangpt.training.checkpoint import BEST, LAST, load_checkpoint
 
 SCHEDULE = [
     "--max_iters=8",

@@ -9,7 +9,7 @@ from tiny_run import arguments, run_script
 from leangpt.memory.meter import PeakMeter
 from leangpt.optim import VARIANTS, build_optimizer
 from leangpt.optim.kernels import step_cpu
-from leangpt.training.runs import read_run
+from leangpt.runs.run import read_run
 from leangpt.training.step_peak import step_peak
 from model import GPT, GPTConfig
 

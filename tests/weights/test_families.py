@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from leangpt.attention.kv_cache import build_cache
 from leangpt.decoding import step_cpu
+from leangpt.kv_cache.cache import build_cache
 from leangpt.system.errors import UserError
 from leangpt.weights.export import export_pretrained
 from leangpt.weights.load import load_pretrained

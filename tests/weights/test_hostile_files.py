@@ -13,10 +13,10 @@ from pretrained_files import gpt2_config, gpt2_tensors, write_folder
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from leangpt.runs.checkpoint import load_checkpoint, model_args, model_from_checkpoint
 from leangpt.system.errors import UserError
 from leangpt.text.chat_template import render_alone
 from leangpt.text.model_text import ModelText
-from leangpt.training.checkpoint import load_checkpoint, model_args, model_from_checkpoint
 from leangpt.weights.chat_text import load_pretrained_text
 from leangpt.weights.gguf_header import check_header
 from leangpt.weights.load import load_pretrained

@@ -12,11 +12,11 @@ import re
 from pathlib import Path
 
 from leangpt.parallel.shards import remove_others
+from leangpt.runs.checkpoint import BEST, LAST, checkpoint_to_resume, load_checkpoint
+from leangpt.runs.metrics import has_rows
+from leangpt.runs.run import CONFIG, FACTS, METRICS
 from leangpt.system.errors import UserError
 from leangpt.system.lock import FolderLock
-from leangpt.training.checkpoint import BEST, LAST, checkpoint_to_resume, load_checkpoint
-from leangpt.training.metrics import has_rows
-from leangpt.training.runs import CONFIG, FACTS, METRICS
 
 RUN_FILES = (LAST, BEST, METRICS, CONFIG, FACTS)
 

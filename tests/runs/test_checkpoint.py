@@ -14,8 +14,7 @@ from tiny_run import run_script
 
 from leangpt.optim import build_optimizer
 from leangpt.optim.resume import load_optimizer
-from leangpt.system.errors import UserError
-from leangpt.training.checkpoint import (
+from leangpt.runs.checkpoint import (
     BEST,
     LAST,
     checkpoint_to_resume,
@@ -25,6 +24,7 @@ from leangpt.training.checkpoint import (
     model_from_checkpoint,
     save_checkpoint,
 )
+from leangpt.system.errors import UserError
 from model import GPT, GPTConfig
 
 

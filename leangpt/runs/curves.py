@@ -3,8 +3,8 @@
 import math
 import textwrap
 
+from leangpt.runs.run import Run, differences, groups, same_data
 from leangpt.system.errors import UserError
-from leangpt.training.runs import Run, differences, groups, same_data
 
 try:
     from matplotlib import ticker

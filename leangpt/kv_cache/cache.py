@@ -6,7 +6,7 @@ The attention policy chooses what a layer stores for a token (numbers a token an
     grouped    keys and values of G < H heads            2 G D
     recompute  the attention's normed input x            C    (K, V are computed again from it)
 
-`kv_bits=8|4` stores the same rows as integers (kv_rows.py), the newest ones exactly too. All
+`kv_bits=8|4` stores the same rows as integers (rows.py), the newest ones exactly too. All
 buffers are allocated once and written in place.
 
 How the model uses it, in `prefill` (t > 1) and `decode_one_token` (t = 1) alike:
@@ -38,9 +38,9 @@ import math
 import torch
 from torch.nn import functional as F
 
-from leangpt.attention import kv_cache_triton
-from leangpt.attention.kv_rows import ALL, RECENT, ExactRows, QuantizedRows
-from leangpt.attention.kv_steps import KernelStep, RowStep, RunStep, Step
+from leangpt.kv_cache import cache_triton
+from leangpt.kv_cache.rows import ALL, RECENT, ExactRows, QuantizedRows
+from leangpt.kv_cache.steps import KernelStep, RowStep, RunStep, Step
 from leangpt.system import huge_pages
 from leangpt.system.errors import UserError
 
@@ -218,7 +218,7 @@ class KVCache:
         self.layers, self.batch_size = layers, batch_size
         self.max_length, self.slot_count = max_length, slot_count
         self.rolling = rolling  # may it go on past max_length?
-        self.kernel = kernel  # kv_cache_triton.TokenKernel for one-token steps; None: PyTorch
+        self.kernel = kernel  # cache_triton.TokenKernel for one-token steps; None: PyTorch
         self.length = 0  # tokens seen by the longest row
         self.positions = torch.zeros(batch_size, dtype=torch.int64, device=device)
         self.counter = torch.arange(slot_count, device=device)
@@ -328,8 +328,8 @@ def build_cache(
     kinds = len(rows) // config.n_layer
     layers = [make(config, *rows[i : i + kinds], tile=tile) for i in range(0, len(rows), kinds)]
     kernel = None
-    if make.has_kernel and kv_cache_triton.supports(torch.device(device), config.head_dim, dtype):
-        kernel = kv_cache_triton.TokenKernel(batch_size * config.kv_heads, device)
+    if make.has_kernel and cache_triton.supports(torch.device(device), config.head_dim, dtype):
+        kernel = cache_triton.TokenKernel(batch_size * config.kv_heads, device)
     rolling = config.position != "learned"
     cache = KVCache(layers, batch_size, max_length, slots, device, rolling, kernel)
     cache.made_for = signature(config)

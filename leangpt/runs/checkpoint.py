@@ -5,7 +5,7 @@ config) and a few of ours. `ckpt.pt` holds the best model so far, `ckpt_last.pt`
 training resumes from the latter. Both hold everything, so either can be sampled or resumed. Of a
 sharded run they name a folder beside them that has the tensors (parallel/shards.py);
 
-    python -m leangpt.training.checkpoint out
+    python -m leangpt.runs.checkpoint out
 
 makes single files of those in `out`, for other readers than ours.
 """
@@ -283,7 +283,7 @@ def model_args(model):
 def main():
     """consolidate, of the folder that the command line names."""
     if len(sys.argv) != 2:
-        raise UserError("say which folder: python -m leangpt.training.checkpoint out")
+        raise UserError("say which folder: python -m leangpt.runs.checkpoint out")
     done = consolidate(Path(sys.argv[1]))
     print("\n".join(f"{path} is a single file" for path in done) or "nothing to do: single files")
 

@@ -1,14 +1,14 @@
 """Decoding kernel for CUDA, in Triton: store one token's K and V, and attend from it.
 
 Every index comes from the device tensor `positions`, so one captured CUDA graph serves every
-context length, and quantised rows are read as they are (kv_rows_triton.py), for each half of a head
+context length, and quantised rows are read as they are (rows_triton.py), for each half of a head
 
     q . k = scale (q . codes) + zero sum(q)        p . v = (p scale) . codes + sum(p zero).
 
 The stored context is split over many programs; one more takes what is new: it stores the token's
 rows, and attends to them and to the exact ring of recent ones. The last of a head's programs to
 finish merges their results by logsumexp ("Flash-Decoding", Dao, Haziza, Massa, Sizov 2023).
-Where `supports` says no, kv_cache.py does the same in plain PyTorch. TRITON_INTERPRET=1 runs the
+Where `supports` says no, cache.py does the same in plain PyTorch. TRITON_INTERPRET=1 runs the
 kernel on a CPU, slowly, for tests.
 """
 
@@ -17,7 +17,7 @@ import torch
 from leangpt.system.triton import AVAILABLE, INTERPRETED, tl, triton
 
 if triton is not None:
-    from leangpt.attention.kv_rows_triton import load_halves, load_meta, store_row, turn
+    from leangpt.kv_cache.rows_triton import load_halves, load_meta, store_row, turn
 
 LEAST = 128  # slots at least in a split, so that its fixed costs do not show ...
 SHORT = 64  # ... but where there would be fewer than 132 programs
@@ -293,7 +293,7 @@ class TokenKernel:
     def __call__(self, q, k, v, keys, values, cache, turn=None):
         """q (B, H, 1, D), k, v (B, G, 1, D) -> (B, H, 1, D).
 
-        keys, values: a layer's stored rows (kv_rows.py). turn: cos and sin (B, D/2) float32 of the
+        keys, values: a layer's stored rows (rows.py). turn: cos and sin (B, D/2) float32 of the
         rope that q and k still want, or None.
         """
         B, H, _, D = q.shape

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from leangpt.attention import kv_cache_triton
-from leangpt.attention.kv_cache import build_cache
-from leangpt.attention.kv_rows import RECENT
 from leangpt.attention.kv_source import attend
+from leangpt.kv_cache import cache_triton
+from leangpt.kv_cache.cache import build_cache
+from leangpt.kv_cache.rows import RECENT
 from leangpt.layers.rope import apply_rope, rope_table
 from leangpt.system.errors import UserError
 from model import GPT, GPTConfig
@@ -269,7 +269,7 @@ def test_a_fixed_step_needs_no_host_value():
 
 @torch.no_grad()
 @pytest.mark.skipif(
-    not kv_cache_triton.AVAILABLE, reason="needs CUDA, or Triton and TRITON_INTERPRET=1"
+    not cache_triton.AVAILABLE, reason="needs CUDA, or Triton and TRITON_INTERPRET=1"
 )
 @pytest.mark.parametrize("bits,limit", [(None, 2e-3), (8, 4e-3), (4, 4e-2)])
 @pytest.mark.parametrize("H,G,D", [(4, 4, 64), (6, 2, 32), (2, 1, 128)])
@@ -277,7 +277,7 @@ def test_a_fixed_step_needs_no_host_value():
 @pytest.mark.parametrize("turned", [False, True])
 def test_kernel_agrees_with_plain_pytorch(H, G, D, bits, limit, slots, first, steps, turned):
     """A prefill, then tokens into two caches, rows of unequal length, rolling too."""
-    device = "cpu" if kv_cache_triton.INTERPRETED else "cuda"
+    device = "cpu" if cache_triton.INTERPRETED else "cuda"
     config = GPTConfig(n_layer=1, n_head=H, n_kv_head=G, n_embd=H * D, position="rope")
     caches = [build_cache(config, 2, slots, device, torch.float16, bits) for _ in range(2)]
     assert caches[0].kernel is not None

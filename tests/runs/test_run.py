@@ -7,9 +7,9 @@ import pytest
 import torch
 from tiny_run import make_dataset
 
+from leangpt.runs.run import Run, groups, run_facts, same_data, write_facts
 from leangpt.system.errors import UserError
 from leangpt.text.dataset import load_dataset
-from leangpt.training.runs import Run, groups, run_facts, same_data, write_facts
 
 
 @pytest.fixture

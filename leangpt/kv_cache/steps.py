@@ -5,7 +5,7 @@
     RunStep     t tokens, at the same slots in every sequence: a prefill, or one token while all
                 sequences are equally long. The host's count bounds what is looked at.
     RowStep     one token a sequence, each at a slot of its own, taken from a device tensor.
-    KernelStep  the same in Triton's kernel, which finds slots by itself (kv_cache_triton.py).
+    KernelStep  the same in Triton's kernel, which finds slots by itself (cache_triton.py).
 
 All offer `positions`, what the model's embeddings and rotary angles want; the first two also
 `slots` and what is seen of them.

@@ -9,9 +9,9 @@ import pytest
 from tiny_run import ROOT, arguments, determined, run_script
 
 import train
+from leangpt.runs.checkpoint import BEST, LAST, load_checkpoint
+from leangpt.runs.folder import RUN_FILES, RunFolder
 from leangpt.system.errors import UserError
-from leangpt.training.checkpoint import BEST, LAST, load_checkpoint
-from leangpt.training.run_folder import RUN_FILES, RunFolder
 
 SHORT = ["--max_iters=4", "--eval_interval=2"]
 NAMES = sorted(RUN_FILES)

@@ -1,7 +1,7 @@
 """The rows that a KV cache keeps, one a token: exact, or as integers of 8 or 4 bits.
 
 Buffers are (B, G, S, D): B sequences, G heads, S slots, D numbers. They are allocated once and
-written in place. Which slots a step writes and reads is the step's business (kv_steps.py).
+written in place. Which slots a step writes and reads is the step's business (steps.py).
 """
 
 import torch
@@ -30,7 +30,7 @@ class ExactRows:
         return [self.data]
 
     def kernel_buffers(self):
-        """What kv_cache_triton.py reads: rows, their scales and zeros, the recent ones, bits."""
+        """What cache_triton.py reads: rows, their scales and zeros, the recent ones, bits."""
         return self.data, self.data, self.data, 16
 
 

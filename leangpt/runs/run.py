@@ -20,10 +20,10 @@ import torch
 from leangpt.memory.meter import tensor_bytes
 from leangpt.optim.base import check_layout
 from leangpt.parallel.failures import launch
+from leangpt.runs.checkpoint import BEST, checkpoint_to_resume, load_checkpoint
 from leangpt.system.errors import UserError
 from leangpt.system.timing import commit_id, describe_machine
 from leangpt.system.whole_files import written_whole
-from leangpt.training.checkpoint import BEST, checkpoint_to_resume, load_checkpoint
 
 CONFIG, FACTS, METRICS = "config.json", "run.json", "metrics.csv"
 NEEDED = ("iter", "loss", "val_loss", "seconds")  # columns without which a CSV is no run's

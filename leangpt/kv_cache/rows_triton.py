@@ -1,4 +1,4 @@
-"""The rows of a KV cache as a kernel reads and writes them on CUDA, in Triton (see kv_rows.py).
+"""The rows of a KV cache as a kernel reads and writes them on CUDA, in Triton (see rows.py).
 
 Quantised rows are read as they are: codes go straight into the tensor cores, scales and zeros are
 applied to the products. A code of 4 bits becomes a float by setting it as the last bits of a power
