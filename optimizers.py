@@ -88,27 +88,6 @@ def lr_factor(iteration, settings, peak) -> float:
     return warmup_and_decay(iteration, warmup, decay_iters, floor, schedule)
 
 
-def check_param_dtype(settings):
-    """Raise UserError where weights of `param_dtype` could not be trained as `settings` say.
-
-    bfloat16 weights have 8 bits: most updates are smaller than the distance to the next number, so
-    they only add up where they are rounded stochastically, as all optimizers here but torch's do.
-    """
-    if settings.param_dtype == "float32":
-        return
-    if settings.param_dtype != "bfloat16":
-        raise UserError(f"unknown param_dtype {settings.param_dtype!r}; use float32 or bfloat16")
-    if settings.dtype not in ("auto", "bfloat16"):
-        raise UserError(
-            f"param_dtype=bfloat16 computes in bfloat16: leave out dtype={settings.dtype}"
-        )
-    if settings.optimizer_variant == "adam":
-        raise UserError(
-            "param_dtype=bfloat16 needs an optimizer that rounds stochastically, which "
-            "adam does not: use adamsn8, muonsn8 or another"
-        )
-
-
 # ---------------------------------------------------------------------- options as text
 
 

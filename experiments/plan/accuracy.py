@@ -24,7 +24,7 @@ import train
 from configurator import parse_config
 from experiments.plan.draws import Settings, draws
 from experiments.shared.common import RESULTS, provenance, read_csv, write_csv
-from leangpt.memory.plan import PARTS, moments
+from leangpt.memory.formulas import PARTS, moments
 from leangpt.memory.run import Run
 from leangpt.system.errors import exit_cleanly, is_out_of_memory
 from leangpt.system.runtime import setup_runtime

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from leangpt.attention.tile_sizes import default_chunk
-from leangpt.memory.plan import moments
+from leangpt.memory.formulas import moments
 from leangpt.memory.run import Run
 
 RESERVE = 0.1  # of the memory at hand, left free in advice

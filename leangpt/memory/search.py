@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from leangpt.attention.tile_sizes import default_chunk
 from leangpt.memory.given_up import given_up
-from leangpt.memory.plan import host_bytes, moments
+from leangpt.memory.formulas import host_bytes, moments
 from leangpt.memory.run import Run
 from leangpt.memory.speed import Rates, seconds
 from leangpt.memory.units import in_words
@@ -42,7 +42,7 @@ class Plan:
     run: Run
     settings: dict  # of train.py, those that the plan decides: its flags
     moment: str  # when in a step memory is fullest
-    parts: dict[str, int]  # bytes of each part then (plan.PARTS)
+    parts: dict[str, int]  # bytes of each part then (formulas.PARTS)
     host: int  # bytes of pinned host memory
     seconds: float  # of a step
     measured: bool  # are `seconds` from this machine's rates, or only good for comparing?

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from leangpt.memory.meter import tensor_bytes
-from leangpt.memory.plan import moments
+from leangpt.memory.formulas import moments
 from leangpt.memory.run import Run, one_layer
 from leangpt.memory.search import Budget, Wish, fastest, refusal
 from leangpt.memory.units import parse_bytes
