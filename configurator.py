@@ -62,16 +62,32 @@ def parse_config(settings, argv=None, config_files=True):
         sys.exit(0)
     kinds, names = _field_types(settings), _names(settings)
     positional = _positional(settings)
-    given, words = {}, argv
+    given = {}
+    for flag, key, text in read_words(settings, argv):
+        if key is not None:
+            given[key] = _from_text(flag, kinds[key], text)
+        elif positional:
+            given[positional] = (*given.get(positional, ()), text)
+        elif config_files:
+            given.update(_read_config_file(text, kinds, names))
+        else:
+            raise UserError(f"unexpected {_short(text)!r}: {HOW_TO_WRITE}")
+    _check_fixed(settings, given)
+    return settings(**given), given
+
+
+def read_words(settings, argv=None):
+    """(flag, its key, text of its value) of each flag of a command line, (None, None, word) of
+    every other word.
+
+    For who asks what was written, and not only what it means. Raises UserError as parse_config.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    kinds, names = _field_types(settings), _names(settings)
     while words:
         word, words = words[0], words[1:]
         if not word.startswith("-"):
-            if positional:
-                given[positional] = (*given.get(positional, ()), word)
-            elif config_files:
-                given.update(_read_config_file(word, kinds, names))
-            else:
-                raise UserError(f"unexpected {_short(word)!r}: {HOW_TO_WRITE}")
+            yield None, None, word
             continue
         flag, equals, text = word.partition("=")
         key = names.get(flag[2:].replace("-", "_"))
@@ -82,9 +98,7 @@ def parse_config(settings, argv=None, config_files=True):
         if _is_list(kinds[key]):
             count = _length_of_list(words)
             text, words = ",".join([text, *words[:count]]), words[count:]
-        given[key] = _from_text(flag, kinds[key], text)
-    _check_fixed(settings, given)
-    return settings(**given), given
+        yield flag, key, text
 
 
 def config_dict(config):

@@ -14,12 +14,12 @@ import signal
 import sys
 import time
 from contextlib import closing
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 
 from attention_policies import POLICIES
-from configurator import config_dict, describe_changes, parse_config
+from configurator import config_dict, describe_changes, parse_config, read_words
 from leangpt.optim import GradientNotFinite, frees_gradients
 from leangpt.parallel.engine import Parallel, check_codes, clip_gradients
 from leangpt.parallel.failures import attempt, first_to_say, is_lost_process, launch
@@ -38,11 +38,11 @@ from leangpt.system.runtime import (
 )
 from leangpt.system.stopping import Agreement, StopSignal
 from leangpt.text.dataset import load_dataset
-from leangpt.text.folder import GPT2_VOCAB_SIZE
 from leangpt.text.one_pass import one_pass
 from leangpt.training.batches import iteration_batches, share_of
 from leangpt.training.evaluation import evaluate
 from leangpt.training.losses import Losses, NotFinite
+from leangpt.training.planning import Fitted, fit, run_config
 from leangpt.training.record import RunRecord
 from leangpt.training.schedule import set_rates
 from leangpt.training.settings import Settings
@@ -56,12 +56,14 @@ from leangpt.training.start import (
 )
 from leangpt.training.summary import advise_oom, startup_summary
 from model import GPT, GPTConfig
-from optimizers import lr_factor, make_optimizer, run_rates
+from optimizers import lr_factor, parse_options, run_rates
+from optimizers import make_optimizer as own_optimizer
 
 
-def main(argv=None, make_optimizer=make_optimizer):
+def main(argv=None, make_optimizer=own_optimizer):
     """make_optimizer(settings, model, runtime): another one, for optimizers that are not ours."""
     settings, given = parse_config(Settings, argv)
+    flags = {key for _, key, _ in read_words(Settings, argv) if key}
     trainer = checkpoint = None
     writes = is_main_process() and not settings.eval_only
     with RunFolder(settings.out_dir, writes) as folder:
@@ -76,7 +78,7 @@ def main(argv=None, make_optimizer=make_optimizer):
         if runtime.device_type == "cpu":
             keep_freed_memory()
         try:
-            trainer = Trainer(settings, given, runtime, checkpoint, make_optimizer)
+            trainer = Trainer(settings, given, runtime, checkpoint, make_optimizer, flags)
             checkpoint = None  # its memory is the run's from here on
             trainer.run(folder)
         except (NotFinite, GradientNotFinite) as reason:
@@ -110,6 +112,19 @@ def main(argv=None, make_optimizer=make_optimizer):
             runtime.close()
 
 
+def fit_run(settings, given, flags, dataset, runtime, checkpoint):
+    """Settings that fit the memory at hand -> Fitted. Raises UserError where these do not."""
+    if settings.init_from == "scratch":
+        dataset.check_block_size(settings.block_size)
+    asked = settings
+    if settings.attention_policy == "auto":
+        settings = replace(settings, attention_policy="cache")
+        flags = flags - {"attention_policy"}
+    config = run_config(GPTConfig, settings, given, dataset.vocab_size, checkpoint)
+    options = parse_options(settings.optimizer_options)
+    return fit(settings, flags, config, options, runtime, asked.attention_policy == "auto")
+
+
 def build_model(settings, given, dataset, checkpoint=None):
     """The model a run starts with, on the CPU, its weights of `param_dtype` -> GPT.
 
@@ -120,12 +135,7 @@ def build_model(settings, given, dataset, checkpoint=None):
     free = {name: getattr(settings, name) for name in GPTConfig.FREE}
     if settings.init_from == "scratch":
         dataset.check_block_size(settings.block_size)  # before anything of that size is allocated
-        names = (field.name for field in fields(GPTConfig) if hasattr(settings, field.name))
-        shape = {name: getattr(settings, name) for name in names}
-        vocab_size = dataset.vocab_size
-        if vocab_size == GPT2_VOCAB_SIZE:  # up to a multiple of 64, as nanoGPT: faster products
-            vocab_size = 50304
-        model = GPT(GPTConfig(**shape, vocab_size=vocab_size))
+        model = GPT(run_config(GPTConfig, settings, given, dataset.vocab_size))
     elif settings.init_from == "resume":
         model = model_from_checkpoint(GPT, checkpoint, **free)
     else:
@@ -151,18 +161,29 @@ def fit_context(model, block_size):
 class Trainer:
     """One run: what it needs, and its loop."""
 
-    def __init__(self, settings, given, runtime, checkpoint=None, make_optimizer=make_optimizer):
-        """Build data set, model and optimizer. Raises UserError; writes nothing."""
+    def __init__(
+        self, settings, given, runtime, checkpoint=None, make_optimizer=own_optimizer, flags=None
+    ):
+        """Build data set, model and optimizer. Raises UserError; writes nothing.
+
+        flags: names that the command line sets; None: start it whether it fits or not.
+        """
         self.runtime = runtime
         check_offload(settings, runtime)
-        self.share = share_of(settings, runtime.data_rank, runtime.data_parallel)
         self.dataset = load_dataset(settings.dataset, settings.data_dir)
+        self.fitted = Fitted(settings)
+        if flags is not None and make_optimizer is own_optimizer:
+            self.fitted = fit_run(settings, given, flags, self.dataset, runtime, checkpoint)
+            settings = self.fitted.settings
+        self.share = share_of(settings, runtime.data_rank, runtime.data_parallel)
         self.raw_model = build_model(settings, given, self.dataset, checkpoint)
         self.settings = settings = adopt_model_args(settings, given, self.raw_model)
         files, said, same_tokens = carried_text(settings.init_from, self.dataset, checkpoint)
         check_dataset(self.dataset, self.raw_model, settings.block_size, checkpoint, same_tokens)
         self.one_pass = one_pass(settings, self.dataset)
         mode = parallel_mode(settings, self.raw_model, make_optimizer, runtime)
+        if mode == "fsdp":
+            self.fitted = Fitted(settings)  # of shares nothing is predicted
         self.parallel = Parallel(mode, runtime)
         if settings.context_parallel > 1:
             cut_sequences(self.raw_model, self.raw_model.transformer.h, settings.context_parallel)
@@ -210,6 +231,7 @@ class Trainer:
                 self.rates,
                 self.runtime,
                 parallel=self.parallel,
+                fitted=self.fitted,
                 compiled=self.compiled,
                 iteration=self.iteration,
                 changes=describe_changes(settings),
@@ -235,6 +257,7 @@ class Trainer:
                 return True
             set_rates(self.optimizer, lr_factor(self.iteration, settings, self.rates.linear))
             self.losses.add(self.iteration, self.record.peak.of(self.step, self.norm))
+            self.record.compare_peak(self.fitted)
             if self.iteration % settings.log_interval == 0:
                 self.record.report(self.iteration, self.losses.read()[-1], self.norm)
             self.iteration += 1

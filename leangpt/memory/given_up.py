@@ -6,6 +6,7 @@ from the measured results (docs/results/optimizers.md).
 
 import functools
 import json
+import math
 from pathlib import Path
 
 from leangpt.memory.run import Run
@@ -56,3 +57,11 @@ def loss_difference(variant: str, other: str) -> str:
     pairs = zip(known[variant], known[other])
     nats = " / ".join("?" if None in pair else f"{pair[0] - pair[1]:+.2f}" for pair in pairs)
     return f" ({nats} nats at {' / '.join(losses()['sizes'])})"
+
+
+def mean_loss_difference(run: Run, other: Run) -> float:
+    """Nats of the variant of `run` against that of `other`, over all sizes measured; inf: none."""
+    known = losses()["variants"]
+    pairs = zip(known.get(run.variant, ()), known.get(other.variant, ()))
+    differences = [a - b for a, b in pairs if None not in (a, b)]
+    return sum(differences) / len(differences) if differences else math.inf

@@ -15,7 +15,7 @@ from torch import nn
 from leangpt.optim.accounting import new_state, planned_groups
 
 SHAPE = (
-    "n_layer n_head n_embd kv_heads head_dim inner vocab_size block_size position norm mlp bias "
+    "n_layer n_head n_embd kv_heads head_dim inner vocab_size position norm mlp bias "
     "qkv_bias qk_norm tie_embeddings"
 ).split()
 _known = {}  # what decides them -> the tensors that runs keep
@@ -66,8 +66,9 @@ class Run:
     def tensors(self) -> list["Kept"]:
         """Every parameter, layers' once; the same list for runs that differ elsewhere."""
         c = self.config
+        rows = c.block_size if c.position == "learned" else 0  # of the table of positions
         key = tuple(getattr(c, name) for name in SHAPE if hasattr(c, name)) + (
-            self.variant, repr(self.options), self.param_bytes,
+            rows, self.variant, repr(self.options), self.param_bytes,
         )  # fmt: skip
         if key not in _known:
             if len(_known) > 10_000:

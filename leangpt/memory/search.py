@@ -1,25 +1,27 @@
-"""From what there is to runs that fit: candidates, the choice among them, and goals beyond fitting.
+"""From what there is to runs that fit: candidates, and the choice among them.
 
 A candidate changes how a step is computed (tiles, layers computed again, the host), how it is cut
 (micro-batches), or what is kept (optimizer, dtype of weights, updates inside backward). All of them
 are tried; of each way the largest micro-batch that fits. They are ordered by predicted time, where
-a change of what is learned (optimizer, weights' dtype) has to buy a twentieth of the time: among
-equals the one that gives up least comes first.
+a change of what is learned (optimizer, weights' dtype) has to buy a twentieth of the time, and one
+of how it is computed a tenth: among equals the one that gives up least comes first.
 """
 
+import math
 from dataclasses import dataclass, field, replace
 
 from leangpt.attention.tile_sizes import default_chunk
-from leangpt.memory.given_up import given_up
 from leangpt.memory.formulas import host_bytes, moments
+from leangpt.memory.given_up import given_up, mean_loss_difference
 from leangpt.memory.run import Run
 from leangpt.memory.speed import Rates, seconds
-from leangpt.memory.units import in_words
 from leangpt.optim import VARIANTS
-from leangpt.system.errors import UserError
 
 WORTH = 1.05  # times faster that a plan must be for each change of what is learned
+ALIKE = 1.03  # of two times the larger over the smaller, that nobody would choose by
+WORTH_OF_A_TRADE = 1.1  # likewise for each way to compute more: smaller micro-batches come first
 RESERVE = {"cpu": 0.02, "cuda": 0.05}  # of the memory, left free: see Plan.left
+CONTEXT = 600 * 10**6  # bytes that CUDA takes for itself and no allocator counts: an allowance
 SHOWN = 5
 
 
@@ -74,6 +76,8 @@ def predict(run: Run, wish: Wish, budget: Budget) -> Plan:
     found = moments(run)
     moment = max(found, key=lambda name: sum(found[name].values()))
     parts = found[moment]
+    if run.device_type == "cuda":
+        parts = parts | {"context": CONTEXT}
     return Plan(
         run,
         flags_of(run, wish.asked),
@@ -91,14 +95,20 @@ def fits(run: Run, budget: Budget) -> bool:
     """Does its fullest moment leave the reserve free, and the host have room?"""
     if budget.host is not None and host_bytes(run) > budget.host:
         return False
+    return peak_of(run) <= budget.usable(run.device_type)
+
+
+def peak_of(run: Run) -> int:
+    """Bytes at a run's fullest moment, CUDA's own among them."""
     most = max(sum(parts.values()) for parts in moments(run).values())
-    return most <= budget.usable(run.device_type)
+    return most + CONTEXT * (run.device_type == "cuda")
 
 
 def fastest(wish: Wish, budget: Budget, most: int = SHOWN) -> list[Plan]:
     """At most `most` plans that fit, the one to take first; [] where nothing fits.
 
-    One for each optimizer and dtype of weights: its best.
+    One for each optimizer and dtype of weights: its best. Of those whose times are alike the one of
+    the lowest measured loss comes first.
     """
     best = {}
     for way in ways(wish):
@@ -107,9 +117,16 @@ def fastest(wish: Wish, budget: Budget, most: int = SHOWN) -> list[Plan]:
             continue
         key = found.variant, found.param_bytes
         cost = seconds(found, wish.rates) * WORTH ** changes(found, wish.asked)
+        cost *= WORTH_OF_A_TRADE ** trades(found.config)
         if key not in best or cost < best[key][0]:
             best[key] = cost, found
-    ranked = sorted(best.values(), key=lambda pair: pair[0])[:most]
+
+    def rank(pair):
+        cost, run = pair
+        nats = 0.0 if run.variant == wish.asked.variant else mean_loss_difference(run, wish.asked)
+        return round(math.log(cost) / math.log(ALIKE)), nats, cost
+
+    ranked = sorted(best.values(), key=rank)[:most]
     return [predict(run, wish, budget) for _, run in ranked]
 
 
@@ -122,6 +139,12 @@ def changes(run: Run, asked: Run) -> int:
     )
 
 
+def trades(config) -> int:
+    """How many ways of computing more, or of using the host, a configuration goes."""
+    tiled = bool(config.q_chunk or config.checkpoint_layers)
+    return tiled + config.policy.recomputes + config.offload
+
+
 def ways(wish: Wish):
     """Every way to keep and to compute, as Runs of the asked micro-batch."""
     for kept in ways_to_keep(wish):
@@ -130,24 +153,22 @@ def ways(wish: Wish):
 
 
 def ways_to_keep(wish: Wish):
-    """Optimizers, dtypes of weights, updates inside backward; as asked first."""
+    """Optimizers, dtypes of weights, what becomes of gradients; as asked first."""
     asked, fixed = wish.asked, wish.fixed
-    variants, sizes, fused = [asked.variant], [asked.param_bytes], [asked.fused]
+    variants, sizes, gradients = [asked.variant], [asked.param_bytes], [{}]
     if "optimizer_variant" not in fixed:
         variants += [name for name in VARIANTS if name != asked.variant]
     if not {"param_dtype", "dtype"} & fixed and asked.stream_bytes == 2 and asked.param_bytes == 4:
         sizes.append(2)
     if "optimizer_options" not in fixed and not asked.options and asked.processes == 1:
-        fused.append(True)
+        gradients += [{"fused_backward": True}]
     for variant in variants:
         for size in sizes:
-            for inside in fused:
-                if variant == "adam" and (size == 2 or inside):
+            for freed in gradients:
+                if variant == "adam" and (size == 2 or freed):
                     continue
                 options = dict(asked.options) if variant == asked.variant else {}
-                if inside:
-                    options["fused_backward"] = True
-                yield replace(asked, variant=variant, param_bytes=size, options=options)
+                yield replace(asked, variant=variant, param_bytes=size, options=options | freed)
 
 
 def ways_to_compute(run: Run, fixed) -> list:
@@ -211,7 +232,7 @@ def flags_of(run: Run, asked: Run) -> dict:
     for name in ("attention_policy", "q_chunk", "k_chunk", "checkpoint_layers", "offload"):
         if getattr(c, name) != getattr(before, name):
             flags[name] = getattr(c, name)
-    if c.attention_policy != before.attention_policy and c.kv_heads != c.n_head:
+    if before.policy.grouped and c.attention_policy != before.attention_policy:
         flags["n_kv_head"] = c.kv_heads
     if run.variant != asked.variant:
         flags["optimizer_variant"] = run.variant
@@ -233,107 +254,5 @@ def leanest(wish: Wish, budget: Budget) -> Plan:
         if way.fused and size != sequences:
             continue
         run = replace(way, batch_size=size, micro_batches=sequences // size)
-        most = max(sum(parts.values()) for parts in moments(run).values())
-        plans.append((most, len(plans), run))
+        plans.append((peak_of(run), len(plans), run))
     return predict(min(plans)[2], wish, budget)
-
-
-# ---------------------------------------------------------------------- goals
-
-
-def longest(wish: Wish, budget: Budget, most: int = SHOWN) -> list[Plan]:
-    """Plans for the longest context that fits, one sequence at a time; the longest first.
-
-    One for each optimizer and dtype of weights, each with the way to compute that reaches farthest.
-    """
-    best = {}
-    for way in ways(wish):
-        key = way.variant, way.param_bytes, way.fused
-        floor = best[key][0] if key in best else 0
-        length = longest_length(way, budget, floor)
-        if length > floor:
-            best[key] = length, with_length(way, length)
-    ranked = sorted(best.values(), key=lambda p: (-p[0], changes(p[1], wish.asked)))
-    kept, seen = [], set()
-    for length, run in ranked:
-        if length not in seen and (run.variant, run.param_bytes) not in seen:
-            seen |= {length, (run.variant, run.param_bytes)}
-            kept.append(run)
-    return [predict(run, wish, budget) for run in kept[:most]]
-
-
-def with_length(run: Run, length: int) -> Run:
-    """The run over one sequence of `length` tokens, its table of positions as long."""
-    config = replace(run.config, block_size=length)
-    return replace(run, config=config, block_size=length, batch_size=1, micro_batches=1)
-
-
-def longest_length(run: Run, budget: Budget, floor: int = 0, step: int = 256) -> int:
-    """The largest multiple of `step` tokens that fits, at least `floor`; else 0."""
-    low, high = floor // step, (1 << 27) // step
-    if not fits(with_length(run, (low + 1) * step), budget):
-        return 0
-    low += 1
-    while high - low > 0 and high > low:
-        middle = (low + high + 1) // 2
-        if fits(with_length(run, middle * step), budget):
-            low = middle
-        else:
-            high = middle - 1
-    return low * step
-
-
-# name: (layers, heads, width), the other shapes as the family has them
-LADDERS = {
-    "gpt2": {
-        "124M": (12, 12, 768), "355M": (24, 16, 1024), "774M": (36, 20, 1280),
-        "1.5B": (48, 25, 1600), "2.6B": (32, 32, 2560), "6.7B": (32, 32, 4096),
-        "13B": (40, 40, 5120), "30B": (48, 56, 7168), "66B": (64, 72, 9216),
-    },
-    "llama": {
-        "135M": (30, 9, 576), "1.2B": (16, 32, 2048), "3.2B": (28, 24, 3072),
-        "8B": (32, 32, 4096), "13B": (40, 40, 5120), "33B": (60, 52, 6656),
-        "70B": (80, 64, 8192),
-    },
-}  # fmt: skip
-
-
-def largest(wish: Wish, budget: Budget, family: str = "gpt2", most: int = SHOWN) -> list[Plan]:
-    """Plans for the largest model of a family that trains on the asked tokens; its best first."""
-    if family not in LADDERS:
-        raise UserError(f"unknown family {family!r}; choose one of: {', '.join(LADDERS)}")
-    for layers, heads, width in reversed(LADDERS[family].values()):
-        config = shape_of(wish.asked.config, family, layers, heads, width)
-        bigger = replace(wish, asked=replace(wish.asked, config=config))
-        if plans := fastest(bigger, budget, most):
-            return [replace(p, settings=p.settings | flags_of(p.run, wish.asked)) for p in plans]
-    return []
-
-
-def shape_of(config, family, layers, heads, width):
-    """`config` with a shape of a family."""
-    shape = dict(n_layer=layers, n_head=heads, n_embd=width, n_inner=None, n_kv_head=None)
-    if family == "llama":
-        groups = next(g for g in (8, 4, 3, 1) if heads % g == 0) if heads > 9 else 3
-        inner = int(width * 3.5) if width == 4096 else -(-int(width * 8 / 3) // 256) * 256
-        shape |= dict(n_kv_head=groups, n_inner=inner, mlp="swiglu", norm="rmsnorm")
-        shape |= dict(position="rope", bias=False, tie_embeddings=width <= 3072)
-    return replace(config, **shape)
-
-
-def refusal(wish: Wish, budget: Budget) -> str:
-    """Why no plan fits, in one line: the floor of this model, the largest that would fit."""
-    floor = leanest(wish, budget)
-    line = (
-        f"no plan fits {in_words(budget.memory)}: the least that this model takes is "
-        f"{in_words(floor.peak)} ({floor.moment}; {floor.flags})"
-    )
-    for name, (layers, heads, width) in reversed(LADDERS["gpt2"].items()):
-        config = replace(
-            wish.asked.config, n_layer=layers, n_head=heads, n_embd=width, n_inner=None,
-            n_kv_head=None,
-        )  # fmt: skip
-        smaller = replace(wish, asked=replace(wish.asked, config=config))
-        if fastest(smaller, budget, 1):
-            return f"{line}; the largest of its kind that would fit is {name}"
-    return line

@@ -10,8 +10,9 @@ from leangpt.runs.run import CONFIG, run_facts, write_facts, write_json
 from leangpt.training.clock import StepClock
 from leangpt.training.log import TrainingLog, remaining_seconds
 from leangpt.training.losses import NotFinite
+from leangpt.training.planning import measured_beside
 from leangpt.training.schedule import linear_rate
-from leangpt.training.step_peak import StepPeak
+from leangpt.training.step_peak import MEASURED, StepPeak
 from leangpt.training.summary import optimizer_bytes
 
 
@@ -79,6 +80,13 @@ class RunRecord:
             ms=1000 * seconds,
             peak_mb=None if peak is None else peak / 1e6,
         )
+
+    def compare_peak(self, fitted):
+        """After the step that is measured, one line: its peak as predicted and as it was.
+
+        fitted: a planning.Fitted, with a plan or without."""
+        if fitted.plan is not None and self.peak.done == MEASURED + 1 and self.peak.bytes:
+            self.log.say(measured_beside(fitted, self.peak.bytes))
 
     def evaluation(self, iteration, losses, seconds):
         """The line and row of an evaluation before `iteration`; then the checkpoints.

@@ -1,4 +1,4 @@
-"""All that a training run can be told, in one place: train.py's settings, which plan.py takes too."""
+"""All that a training run can be told: the settings of train.py, which plan.py takes too."""
 
 from dataclasses import dataclass, field
 
@@ -55,6 +55,7 @@ class Settings:
     k_chunk: int | None = None  # key/value rows per tile; None: chosen by the policy
     checkpoint_layers: bool = False  # keep each layer's input only, compute the rest again
     offload: bool = False  # keep those inputs in pinned host memory (CUDA)
+    memory: str | None = None  # plan the run for so much, as 24GB; ignore: start it, fit or not
     int4: bool = False  # for sample.py; training refuses it
     # optimizer
     optimizer_variant: str = field(default="adam", metadata={"help": " | ".join(VARIANTS)})

@@ -25,6 +25,7 @@ PER_COMMAND = (
     "context_parallel",
     "compile",
     "eval_only",
+    "memory",
 )
 
 

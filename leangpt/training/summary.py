@@ -10,12 +10,23 @@ from leangpt.training.batches import share_of
 
 
 def startup_summary(
-    settings, dataset, model, optimizer, rates, runtime, *, parallel, compiled, iteration, changes
+    settings,
+    dataset,
+    model,
+    optimizer,
+    rates,
+    runtime,
+    *,
+    parallel,
+    fitted,
+    compiled,
+    iteration,
+    changes,
 ):
     """What is about to run, as lines of text.
 
-    rates: of optim/rates.py; parallel: of parallel/engine.py; iteration: the first one; changes:
-    the settings that are not at their defaults, as text.
+    rates: of optim/rates.py; parallel: of parallel/engine.py; fitted: of planning.py; iteration:
+    the first one; changes: the settings that are not at their defaults, as text.
     """
     weights = tensor_bytes(model.parameters())
     gradients = megabytes(gradient_bytes(optimizer))
@@ -42,6 +53,8 @@ def startup_summary(
         f"of {settings.block_size}{describe_share(settings, runtime)}",
         "changed": changes,
     }
+    if fitted.plan is not None:
+        lines["plan" if fitted.chosen else "predicted"] = fitted.describe()
     if runtime.world_size > 1:
         lines["parallel"] = parallel.describe()
     if iteration:

@@ -3,9 +3,9 @@
 from leangpt.system.errors import UserError
 from leangpt.system.reading import read_json
 from leangpt.text.model_text import ModelText, text_of_files
-from leangpt.text.text_files import read_text_files
+from leangpt.text.text_files import SOURCES, read_text_files
 from leangpt.text.tokens import GPT2Tokenizer
-from leangpt.weights.find import GPT2_SIZES, find_pretrained, open_weights
+from leangpt.weights.find import ALL_FILES, GPT2_SIZES, find_pretrained, open_weights
 from leangpt.weights.gguf import GGUFWeights
 from leangpt.weights.gguf_text import gguf_text_files
 
@@ -21,7 +21,7 @@ def load_pretrained_text(name_or_dir, text_only: bool = False) -> ModelText:
     where there is no tokenizer, or a file is damaged. OpenAI's vocabulary is GPT-2's alone: it is
     taken for the four names, and, with a note, for weights of exactly such a shape without files.
     """
-    path = find_pretrained(name_or_dir, text_only)
+    path = find_pretrained(name_or_dir, SOURCES if text_only else ALL_FILES)
     folder = path if path.is_dir() else path.parent
     beside = read_text_files(folder)
     if path.suffix == ".gguf" or any(folder.glob("*.gguf")):

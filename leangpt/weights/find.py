@@ -12,12 +12,13 @@ from leangpt.weights.hf_files import INDEX, SafetensorsWeights
 GPT2_SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 WEIGHT_FILES = ("model*.safetensors", INDEX)  # what is downloaded of a model, beside its text
+ALL_FILES = (*SOURCES, *WEIGHT_FILES)
 
 
-def find_pretrained(name_or_dir, text_only=False):
+def find_pretrained(name_or_dir, files=ALL_FILES):
     """The local folder or .gguf file of a model; hub ids are downloaded (and cached) first.
 
-    text_only: what is downloaded is the tokenizer's files alone, without the weights.
+    files: patterns of what is downloaded; SOURCES: the tokenizer's files, without the weights.
     """
     name, path = str(name_or_dir), Path(name_or_dir).expanduser()
     if path.suffix in PICKLES:
@@ -27,7 +28,7 @@ def find_pretrained(name_or_dir, text_only=False):
     if path.suffix == ".gguf" or path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(f"{name}: no such folder or .gguf file, and not the name of a hub model")
     hub_id = f"openai-community/{name}" if name in GPT2_SIZES else name
-    return _download(hub_id, SOURCES if text_only else (*SOURCES, *WEIGHT_FILES))
+    return _download(hub_id, files)
 
 
 def _download(hub_id, files):

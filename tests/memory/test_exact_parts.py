@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from leangpt.memory.meter import tensor_bytes
 from leangpt.memory.formulas import moments
+from leangpt.memory.goals import refusal
+from leangpt.memory.meter import tensor_bytes
 from leangpt.memory.run import Run, one_layer
-from leangpt.memory.search import Budget, Wish, fastest, refusal
+from leangpt.memory.search import Budget, Wish, fastest
 from leangpt.memory.units import parse_bytes
 from leangpt.optim import VARIANTS, build_optimizer, planned_bytes
 from leangpt.system.errors import UserError

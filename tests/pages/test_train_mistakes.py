@@ -39,7 +39,8 @@ def test_what_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path, capsys
 def test_out_of_memory_names_what_would_help(tmp_path, capsys):
     """Weights of 13 TB: the allocator itself refuses."""
     with pytest.raises(SystemExit) as stopped:
-        train.main(arguments(tmp_path, "run", "--n_embd=1048576", "--n_layer=1"))
+        flags = ["--n_embd=1048576", "--n_layer=1", "--memory=ignore"]
+        train.main(arguments(tmp_path, "run", *flags))
     assert stopped.value.code == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "out of memory with attention_policy='cache'" in error

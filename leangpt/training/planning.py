@@ -1,0 +1,208 @@
+"""A run before it starts: the memory it will take, whether it fits, and a plan where it is asked
+for.
+
+The planner (leangpt/memory) knows Runs; here a run's settings become one, and a plan's flags become
+settings. Predicted are single processes and those that hold everything each (ddp).
+"""
+
+import os
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from leangpt.memory.goals import plans, refusal
+from leangpt.memory.run import Run
+from leangpt.memory.search import CONTEXT, Budget, Plan, Wish, fastest, fits, predict
+from leangpt.memory.units import in_words, parse_bytes
+from leangpt.system.errors import UserError
+from leangpt.system.host_memory import available_memory, total_memory
+from leangpt.text.folder import GPT2_VOCAB_SIZE
+from leangpt.weights.shape import pretrained_shape
+
+IGNORE = "ignore"
+OF_THE_OPTIMIZER = ("optimizer_variant", "optimizer_options", "param_dtype")
+OF_THE_RATES = ("learning_rate", "embedding_lr", "min_lr")  # which were chosen for one variant
+OF_THE_BATCH = ("batch_size", "gradient_accumulation_steps")
+
+
+def run_config(config_class, settings, given, vocab_size, checkpoint=None):
+    """The configuration of the model that a run will have, from what decides it alone: nothing is
+    allocated, and of a published model config.json is read.
+
+    config_class: GPTConfig. given: names that a command or config file set. vocab_size: of the
+    data. Raises UserError.
+    """
+    free = {name: getattr(settings, name) for name in config_class.FREE}
+    if settings.init_from == "scratch":
+        names = config_class.__dataclass_fields__
+        shape = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
+        if vocab_size == GPT2_VOCAB_SIZE:  # up to a multiple of 64, as nanoGPT: faster products
+            vocab_size = 50304
+        return config_class(**shape | {"vocab_size": vocab_size})
+    if settings.init_from == "resume":
+        return config_class.from_dict({**checkpoint["model_args"], **free})
+    shape = pretrained_shape(settings.init_from)
+    if "block_size" in given:
+        if shape["position"] == "learned" and settings.block_size > shape["block_size"]:
+            raise UserError(
+                f"block_size={settings.block_size}: {settings.init_from} has learned positions for "
+                f"1 to {shape['block_size']} tokens"
+            )
+        shape["block_size"] = settings.block_size
+    return config_class(**{**shape, **free})
+
+
+def wish_of(settings, flags, config, options, dtype, device_type, processes=1, rates=None) -> Wish:
+    """A Wish: the run that settings describe, and which of them are not to be changed.
+
+    flags: names that the command line itself sets; options: optimizer_options as a dict; dtype: of
+    products. Where a learning rate is given it was chosen for an optimizer, which then stays; a run
+    that is resumed keeps its optimizer and its batches.
+    """
+    # what one process computes, as batches.share_of has it: whole micro-batches, or some rows
+    each, left = divmod(settings.gradient_accumulation_steps, processes)
+    sequences = settings.batch_size
+    if left:
+        each, sequences = settings.gradient_accumulation_steps, -(-sequences // processes)
+    asked = Run(
+        config,
+        sequences,
+        min(settings.block_size, config.block_size),
+        each,
+        settings.optimizer_variant,
+        options,
+        4 if settings.param_dtype == "float32" else 2,
+        dtype.itemsize,
+        device_type,
+        processes,
+        compiled=device_type == "cuda" if settings.compile is None else settings.compile,
+    )
+    fixed = set(flags)
+    if any(getattr(settings, name) is not None for name in OF_THE_RATES):
+        fixed.add("optimizer_variant")
+    if dtype == torch.float16:  # gradients are scaled, which neither of the two goes with
+        fixed |= {"optimizer_options", "param_dtype"}
+    if settings.init_from == "resume":
+        fixed |= {*OF_THE_OPTIMIZER, *OF_THE_BATCH}
+    if left:  # rows of every micro-batch each: another number of them is another share
+        fixed |= set(OF_THE_BATCH)
+    return Wish(asked, frozenset(fixed), rates)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Settings that fit, with the plan they come from, where it could be predicted."""
+
+    settings: object
+    plan: Plan | None = None
+    at_hand: int | None = None  # bytes
+    chosen: bool = False  # were settings changed for it?
+
+    def describe(self) -> str:
+        """The predicted peak and its parts, in a line."""
+        parts = ", ".join(f"{part} {in_words(n)}" for part, n in largest_parts(self.plan))
+        flags = f"{self.plan.flags}: " if self.chosen else ""
+        of = "" if self.at_hand is None else f" of {in_words(self.at_hand)}"
+        return f"{flags}{in_words(self.plan.peak)}{of} at its fullest, {self.plan.moment}: {parts}"
+
+
+def largest_parts(plan, share=0.01):
+    """(name, bytes) of a plan's parts that are at least that share of it, the largest first."""
+    parts = sorted(plan.parts.items(), key=lambda pair: -pair[1])
+    return [(name, size) for name, size in parts if size >= share * plan.peak]
+
+
+def fit(settings, flags, config, options, runtime, auto=False) -> Fitted:
+    """Settings that fit the memory at hand, before anything of their size is allocated.
+
+    With memory=24GB, or auto (attention_policy's), those of the fastest plan. Without, the settings
+    as they are. Raises UserError where they do not fit, naming the nearest plan, unless
+    memory=ignore. An evaluation alone needs less than any plan says and is not looked at.
+    """
+    plans_it = auto or settings.memory not in (None, IGNORE)
+    several = runtime.world_size > 1
+    shards = settings.parallel == "fsdp" or settings.context_parallel > 1
+    shards = shards or several and "fused_backward" in options  # which takes fsdp
+    if settings.eval_only and not plans_it:
+        return Fitted(settings)
+    if shards or runtime.device_type == "mps":
+        if plans_it:
+            where = "shares of the weights or of sequences" if shards else "device=mps"
+            raise UserError(
+                f"a plan (memory=..., attention_policy=auto) is not made for {where} yet: "
+                "give the settings themselves"
+            )
+        return Fitted(settings)
+    budget = budget_of(settings.memory, runtime)
+    wish = wish_of(
+        settings, flags, config, options, runtime.dtype, runtime.device_type, runtime.world_size
+    )
+    if plans_it:
+        found = plans(wish, budget, "fastest", most=1)[0]
+        changed = found.settings | ({"parallel": "ddp"} if several else {})
+        return Fitted(replace(settings, **changed), found, budget.memory, True)
+    asked = predict(wish.asked, wish, budget)
+    if settings.memory != IGNORE and budget.memory and not fits(wish.asked, budget):
+        if not several or settings.parallel == "ddp" or runtime.device_type == "cpu":
+            raise UserError(too_large(asked, wish, budget))
+    return Fitted(settings, asked, budget.memory or None)
+
+
+def too_large(asked, wish, budget) -> str:
+    """One line: what the run would take, and the nearest plan that fits."""
+    line = (
+        f"this run takes {in_words(asked.peak)} at its fullest ({asked.moment}), of "
+        f"{in_words(budget.memory)} at hand"
+    )
+    anything = replace(wish, fixed=wish.fixed & {*OF_THE_RATES, *OF_THE_OPTIMIZER})
+    for nearest in (fastest(wish, budget, 1), fastest(anything, budget, 1)):
+        if nearest:
+            return (
+                f"{line}; {nearest[0].flags} would take {in_words(nearest[0].peak)} "
+                "(--memory=ignore starts it as it is)"
+            )
+    return f"{line}, and {refusal(anything, budget)}"
+
+
+def budget_of(memory, runtime) -> Budget:
+    """The memory that a run may fill; 0 bytes: not known.
+
+    memory: of settings. Raises UserError for more than the device has.
+    """
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this host
+    host = (available_memory() or 0) // neighbours
+    if runtime.device_type == "cuda":
+        free, total = torch.cuda.mem_get_info(runtime.device)
+        # what this process has taken already is its own: the allocator's, and CUDA's context
+        at_hand = free + torch.cuda.memory_reserved(runtime.device) + CONTEXT
+    else:
+        at_hand, total = host, total_memory()
+    if memory in (None, IGNORE):
+        at_hand, host = least_of_all(runtime, at_hand, host)
+        return Budget(at_hand, host or None)
+    wanted = parse_bytes(memory)
+    if total and wanted > total:
+        raise UserError(
+            f"memory={memory}: this machine's {runtime.device} has {in_words(total)}; plan.py "
+            "plans for others"
+        )
+    return Budget(wanted, host or None)
+
+
+def least_of_all(runtime, *numbers) -> list[int]:
+    """Of each number the least that a process of this run has."""
+    if runtime.world_size == 1:
+        return list(numbers)
+    tensor = torch.tensor(numbers, device=runtime.device)
+    dist.all_reduce(tensor, dist.ReduceOp.MIN)
+    return tensor.tolist()
+
+
+def measured_beside(fitted: Fitted, measured: int) -> str:
+    """One line for the log: predicted, measured, and by how much they differ."""
+    predicted = fitted.plan.peak - fitted.plan.parts.get("context", 0)
+    return (
+        f"memory: predicted {in_words(predicted)}, measured {in_words(measured)} "
+        f"({predicted / measured - 1:+.1%})"
+    )

@@ -1,0 +1,314 @@
+"""What fits, and how to start it: `python plan.py config/train_gpt2.py --memory=24GB`.
+
+    python plan.py --memory=8GB --goal=longest --n_layer=24 --n_head=16 --n_embd=1024
+    python plan.py --memory=24GB --goal=largest --family=llama --block_size=8192
+    python plan.py --memory=24GB --init_from=data/smollm2 --block_size=32768
+    python plan.py --memory=8GB --init_from=gpt2-xl --for=sample
+
+Takes every setting of train.py, config files included, and answers with train.py's command line.
+The memory of a step is predicted by formulas (leangpt/memory/formulas.py); nothing of the model's
+size is allocated, and of a published model config.json alone is read. Settings given as flags stay
+as they are, those of config files and defaults may be changed, tokens an iteration are kept. Times
+are for comparing plans, unless --calibrate has measured this machine once: then they are seconds.
+"""
+
+import shlex
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from configurator import parse_config, read_words
+from leangpt.memory.calibrate import calibrate, known_rates
+from leangpt.memory.decoding import (
+    Decoding,
+    fits_decoding,
+    longest_context,
+    tokens_per_second,
+    ways_to_decode,
+)
+from leangpt.memory.goals import GOALS, LADDERS, plans
+from leangpt.memory.search import RESERVE, SHOWN, Budget, fits, predict
+from leangpt.memory.speed import TYPICAL
+from leangpt.memory.units import in_words, parse_bytes
+from leangpt.runs.checkpoint import checkpoint_to_resume, load_checkpoint
+from leangpt.system.errors import UserError, exit_cleanly
+from leangpt.system.host_memory import available_memory
+from leangpt.system.runtime import DTYPES
+from leangpt.text.folder import read_meta
+from leangpt.training.planning import largest_parts, run_config, wish_of
+from leangpt.training.settings import Settings as TrainSettings
+from model import GPTConfig
+from optimizers import parse_options
+
+PURPOSES = ("train", "sample")
+
+
+@dataclass
+class Settings(TrainSettings):
+    """What there is, and what for; then all that train.py can be told."""
+
+    # the plan (memory is of the device: 24GB, 24GiB, 512MB; None: this machine's)
+    goal: str = field(default="", metadata={"help": f"{' | '.join(GOALS)}; none: does it fit?"})
+    purpose: str = field(
+        default="train", metadata={"alias": "for", "help": f"plan to {' | '.join(PURPOSES)}"}
+    )
+    host_memory: str | None = None  # for offload; None: this machine's, where it has the device
+    devices: int = 1  # GPUs, each with all weights and a share of the batch (ddp)
+    tokens_per_iteration: int | None = None  # over all micro-batches; None: as the settings have it
+    family: str = field(
+        default="gpt2", metadata={"help": f"whose sizes `largest` climbs: {' | '.join(LADDERS)}"}
+    )
+    vocab_size: int | None = None  # of a model from scratch; None: the prepared data set's
+    kv_bits: int | None = None  # for sample: 8 | 4: bits of the past's rows
+    num_samples: int = 1  # for sample: texts at once
+    calibrate: bool = False  # measure this machine's rates first, in some seconds, and keep them
+
+
+OWN = (  # which train.py does not know
+    "goal purpose host_memory devices tokens_per_iteration family vocab_size kv_bits num_samples "
+    "calibrate memory"
+).split()
+
+
+def main(argv=None):
+    """Parse, plan, print."""
+    settings, given = parse_config(Settings, argv)
+    words = list(read_words(Settings, argv))
+    check(settings)
+    device, dtype = where(settings, given)
+    here = device.type == "cpu" or torch.cuda.is_available()
+    rates = known_rates(device, dtype) if here else None
+    if settings.calibrate:
+        if not here:
+            raise UserError("calibrate measures this machine, which has no GPU: use --device=cpu")
+        rates = calibrate(device, dtype)
+    budget = budget_of(settings, device, here)
+    if settings.attention_policy == "auto":
+        settings = replace(settings, attention_policy="cache")
+    settings = with_tokens(settings)
+    config, checkpoint_settings = shape_of(settings, given)
+    if checkpoint_settings:
+        settings = replace(settings, **checkpoint_settings)
+    flags = {key for _, key, _ in words if key and key not in OWN}
+    print(f"{'model':<10} {describe(config)}")
+    print(f"{'memory':<10} {describe_budget(budget, device, settings)}")
+    if settings.purpose == "sample":
+        return plan_decoding(settings, flags, config, device, dtype, budget, rates)
+    options = parse_options(settings.optimizer_options)
+    wish = wish_of(settings, flags, config, options, dtype, device.type, settings.devices, rates)
+    plan_training(settings, wish, budget, command(words, "train.py"))
+
+
+# ---------------------------------------------------------------------- what there is
+
+
+def check(settings):
+    """Raise UserError for what is none of the choices."""
+    for name, known in (("purpose", PURPOSES), ("goal", ("", *GOALS)), ("family", LADDERS)):
+        if (value := getattr(settings, name)) not in known:
+            shown = "for" if name == "purpose" else name
+            raise UserError(f"unknown {shown} {value!r}; choose one of: {', '.join(known)}")
+    for name in ("devices", "num_samples"):
+        if not 1 <= getattr(settings, name) <= 2**20:
+            raise UserError(f"{name} must be positive, not {getattr(settings, name)}")
+    if settings.kv_bits not in (None, 8, 4):
+        raise UserError(f"kv_bits={settings.kv_bits}: use 8, 4, or None for an exact cache")
+    if settings.parallel == "fsdp" or settings.context_parallel > 1:
+        raise UserError(
+            "plans are made for single processes and for ddp: shares of weights (parallel=fsdp) "
+            "and of sequences (context_parallel) are not predicted yet"
+        )
+
+
+def where(settings, given):
+    """(device, dtype of products) of the plan: this machine's, or with memory=... a GPU's."""
+    name = settings.device
+    if name == "auto":
+        elsewhere = settings.memory is not None
+        name = "cuda" if elsewhere or torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"device={name!r}: plans are made for cpu and cuda")
+    words = settings.dtype if settings.param_dtype == "float32" else settings.param_dtype
+    if words == "auto":
+        words = "bfloat16" if device.type == "cuda" else "float32"
+    if words not in DTYPES:
+        raise UserError(f"unknown dtype {words!r}; choose one of: auto, {', '.join(DTYPES)}")
+    return device, DTYPES[words]
+
+
+def budget_of(settings, device, here) -> Budget:
+    """The memory to plan for. Raises UserError where it is neither given nor here."""
+    host = settings.host_memory
+    host = parse_bytes(host, "host_memory") if host else available_memory() if here else None
+    if settings.memory:
+        return Budget(parse_bytes(settings.memory), host)
+    if not here:
+        raise UserError("no GPU here: say how much memory yours has, as in --memory=24GB")
+    if device.type == "cuda":
+        return Budget(torch.cuda.mem_get_info(device)[1], host)
+    return Budget(available_memory() or 0, host)
+
+
+def with_tokens(settings):
+    """`settings` with as many sequences an iteration as tokens_per_iteration asks for."""
+    if settings.tokens_per_iteration is None:
+        return settings
+    sequences, left = divmod(settings.tokens_per_iteration, settings.block_size)
+    if left or sequences < 1:
+        raise UserError(
+            f"tokens_per_iteration={settings.tokens_per_iteration:,} is not a whole number of "
+            f"sequences of block_size={settings.block_size}"
+        )
+    return replace(settings, batch_size=sequences, gradient_accumulation_steps=1)
+
+
+def shape_of(settings, given):
+    """(GPTConfig, settings that a checkpoint brings) of the model, from its description alone."""
+    if settings.init_from in ("resume", "auto"):
+        checkpoint = load_checkpoint(checkpoint_to_resume(Path(settings.out_dir)), mmap=True)
+        saved = checkpoint.get("config") or {}
+        names = {"batch_size", "gradient_accumulation_steps", "optimizer_variant"}
+        names |= {"optimizer_options", "param_dtype", "block_size"}
+        settings = replace(settings, init_from="resume")
+        config = run_config(GPTConfig, settings, given, None, checkpoint)
+        return config, {n: saved[n] for n in names - set(given) if n in saved}
+    vocabulary = settings.vocab_size
+    if vocabulary is None and settings.init_from == "scratch":
+        vocabulary = vocabulary_of(settings)
+    return run_config(GPTConfig, settings, given, vocabulary), {}
+
+
+def vocabulary_of(settings) -> int:
+    """The prepared data set's number of tokens; where there is none, GPT-2's, and says so."""
+    folder = Path(settings.data_dir) / settings.dataset
+    try:
+        return read_meta(folder)["vocab_size"]
+    except UserError:
+        print(f"{'note':<10} {folder} is not prepared: a vocabulary of 50,304, GPT-2's")
+        return GPTConfig.vocab_size
+
+
+# ---------------------------------------------------------------------- what fits
+
+
+def plan_training(settings, wish, budget, start):
+    """Print whether the run fits, where no goal is set; then plans. Raises UserError for none."""
+    asked = wish.asked
+    if not settings.goal:
+        found = predict(asked, wish, budget)
+        fit = "fits" if fits(asked, budget) else "does not fit"
+        print(f"{'as asked':<10} {fit}: {in_words(found.peak)} at its fullest, {found.moment}")
+        show_parts(found)
+    ranked = plans(wish, budget, settings.goal or "fastest", settings.family)
+    fastest = min(plan.seconds for plan in ranked)
+    for number, plan in enumerate(ranked, 1):
+        print(f"\n{f'plan {number}':<10} {headline(plan, fastest, settings.goal)}")
+        show_parts(plan)
+        if plan.host:
+            print(f"{'':<10} {in_words(plan.host)} of pinned host memory")
+        print(f"{'gives up':<10} {'; '.join(plan.gives_up) or 'nothing'}")
+        print(f"{'flags':<10} {plan.flags}")
+    torchrun = f"torchrun --standalone --nproc_per_node={settings.devices} "
+    print(f"\n{torchrun if settings.devices > 1 else 'python '}{start} {ranked[0].flags}")
+
+
+def headline(plan, fastest, goal) -> str:
+    """Time, peak and what is left of a plan."""
+    time = f"{plan.seconds:.3g} s a step" if plan.measured else f"{plan.seconds / fastest:.2f}x"
+    words = [f"{time} the fastest's time" if not plan.measured else time]
+    if goal == "longest":
+        words = [f"{plan.run.length:,} tokens"]
+    if goal == "largest":
+        words = [f"{parameters(plan.run.config) / 1e9:.2f}B parameters", *words]
+    words.append(f"{in_words(plan.peak)} at its fullest, {plan.moment}")
+    words.append(f"{in_words(plan.left)} left free")
+    return "; ".join(words)
+
+
+def show_parts(plan):
+    """The parts of a plan's peak, in a line."""
+    parts = ", ".join(f"{name} {in_words(size)}" for name, size in largest_parts(plan))
+    print(f"{'':<10} {parts}")
+
+
+def plan_decoding(settings, flags, config, device, dtype, budget, rates):
+    """The same for sample.py: ways to decode at this context, then the longest context of each."""
+    bits = settings.kv_bits
+    asked = Decoding(
+        config, settings.num_samples, dtype.itemsize, settings.int4, 32, bits, device.type
+    )
+    known = rates or TYPICAL[device.type, dtype.itemsize]
+    rows = []
+    for how in ways_to_decode(asked, flags | ({"kv_bits"} if bits else set())):
+        longest = longest_context(how, budget)
+        if settings.goal != "longest" and not fits_decoding(how, budget):
+            continue
+        if longest:
+            rows.append((len(how.gives_up), -longest, how))
+    if not rows:
+        least = min(sum(w.parts().values()) for w in ways_to_decode(asked))
+        raise UserError(
+            f"nothing fits {in_words(budget.memory)}: {config.block_size:,} tokens of this model "
+            f"take {in_words(least)} at least; try a smaller --block_size or --goal=longest"
+        )
+    order = (lambda row: row[1]) if settings.goal == "longest" else (lambda row: row[:2])
+    for number, (_, longest, how) in enumerate(sorted(rows, key=order)[:SHOWN], 1):
+        context = -longest if settings.goal == "longest" else config.block_size
+        how = replace(how, config=replace(how.config, block_size=context))
+        parts = how.parts()
+        speed = tokens_per_second(how, known)
+        at_most = f" {speed:,.0f} tokens/s at most;" if rates else ""
+        print(
+            f"\n{f'plan {number}':<10} {context:,} tokens; {in_words(sum(parts.values()))};"
+            f"{at_most} the longest context {-longest:,}"
+        )
+        print(f"{'':<10} {', '.join(f'{name} {in_words(size)}' for name, size in parts.items())}")
+        print(f"{'gives up':<10} {'; '.join(how.gives_up) or 'nothing'}")
+        print(f"{'flags':<10} {' '.join(f'--{k}={v}' for k, v in how.flags.items())}")
+
+
+# ---------------------------------------------------------------------- in words
+
+
+def parameters(config) -> int:
+    """Of a model of this configuration."""
+    return Decoding(config, itemsize=1).weight_bytes[0]
+
+
+def describe(config) -> str:
+    """A configuration in a line."""
+    kind = "GELU" if config.mlp != "swiglu" else "SwiGLU"
+    return (
+        f"{parameters(config):,} parameters: {config.n_layer} layers, {config.n_head} heads "
+        f"({config.kv_heads} for keys and values), {config.n_embd} wide, {kind}, vocabulary "
+        f"{config.vocab_size:,}, block {config.block_size:,}"
+    )
+
+
+def describe_budget(budget, device, settings) -> str:
+    """The memory that plans are for."""
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    what = "a GPU" if kind == "cuda" else "a CPU"
+    each = f" on each of {settings.devices}" if settings.devices > 1 else ""
+    host = f", {in_words(budget.host)} of host memory" if budget.host and kind == "cuda" else ""
+    return f"{in_words(budget.memory)} of {what}{each}{host}; {RESERVE[kind]:.0%} stay free"
+
+
+def command(words, script) -> str:
+    """The command line of train.py that these words make, without what is plan.py's own."""
+    kept = []
+    for _, key, text in words:
+        if key is None:
+            kept.append(shlex.quote(text))
+        elif key not in OWN:
+            kept.append(shlex.quote(f"--{key}={text}"))
+    return " ".join([script, *kept])
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

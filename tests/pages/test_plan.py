@@ -1,0 +1,165 @@
+"""plan.py as it is typed: what it answers is what train.py and sample.py take, and it is true."""
+
+import json
+import shlex
+import time
+
+import psutil
+import pytest
+from tiny_run import arguments
+
+import plan
+import sample
+import train
+from configurator import parse_config
+from leangpt.system.errors import UserError
+
+GPT2 = ["config/train_gpt2.py"]
+
+
+def answer(capsys, *words):
+    plan.main(list(words))
+    return capsys.readouterr().out
+
+
+def flags_of(said):
+    """The flags of each plan."""
+    lines = [line for line in said.splitlines() if line.startswith("flags ")]
+    return [shlex.split(line.removeprefix("flags")) for line in lines]
+
+
+@pytest.mark.slow
+def test_a_complete_config_is_told_whether_it_fits(capsys):
+    said = answer(capsys, *GPT2, "--memory=24GB")
+    assert "as asked   fits: " in said and "124,373,760 parameters" in said
+    for part in ("saved", "state", "loss", "weights", "gradients", "context"):
+        assert f" {part} " in said
+    assert said.splitlines()[-1].startswith("python train.py config/train_gpt2.py --batch_size=")
+    said = answer(capsys, *GPT2, "--memory=4GB")
+    assert "as asked   does not fit: " in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("goal", ("fastest", "longest", "largest"))
+@pytest.mark.parametrize("family", ("gpt2", "llama"))
+def test_flags_are_train_pys(capsys, goal, family):
+    said = answer(capsys, *GPT2, "--memory=12GB", f"--goal={goal}", f"--family={family}")
+    plans = flags_of(said)
+    assert 1 <= len(plans) <= 5
+    for flags in plans:
+        parse_config(train.Settings, flags)
+    parse_config(train.Settings, shlex.split(said.splitlines()[-1])[2:])
+    assert ("fastest's time" in said) == (goal != "longest")
+
+
+def test_what_is_given_stays(capsys):
+    said = answer(capsys, *GPT2, "--memory=6GB", "--optimizer_variant=adam", "--batch_size=4")
+    for flags in flags_of(said):
+        assert not any(f.startswith("--optimizer_variant") for f in flags)
+        assert "--batch_size=4" in flags
+
+
+def test_several_gpus_share_the_batch(capsys):
+    said = answer(capsys, *GPT2, "--memory=24GB", "--devices=4")
+    assert said.splitlines()[-1].startswith("torchrun --standalone --nproc_per_node=4 train.py")
+    first = parse_config(train.Settings, flags_of(said)[0])[0]
+    assert first.batch_size * first.gradient_accumulation_steps == 480
+    assert first.gradient_accumulation_steps % 4 == 0
+
+
+def test_tokens_an_iteration(capsys):
+    said = answer(capsys, *GPT2, "--memory=24GB", "--tokens_per_iteration=65536")
+    first = parse_config(train.Settings, flags_of(said)[0])[0]
+    assert first.batch_size * first.gradient_accumulation_steps == 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("goal", ("", "--goal=longest", "--goal=largest"))
+def test_it_is_quick_and_takes_nothing(capsys, goal):
+    shape = ["--n_layer=80", "--n_head=64", "--n_embd=8192", "--memory=80GB", "--block_size=8192"]
+    before, began = psutil.Process().memory_info().rss, time.process_time()
+    if goal == "--goal=largest":
+        answer(capsys, *shape, goal)
+    else:
+        with pytest.raises(UserError, match="the least that this model takes is [12][0-9]+ GB"):
+            plan.main([*shape, *filter(None, [goal])])
+    assert time.process_time() - began < 8  # two seconds where nothing else runs
+    assert psutil.Process().memory_info().rss - before < 200e6
+
+
+@pytest.mark.slow
+def test_the_command_it_ends_with_runs_and_keeps_its_word(tmp_path, capsys):
+    flags = arguments(tmp_path, "run", "--max_iters=4", "--eval_interval=4", "--n_embd=32")
+    said = answer(capsys, *flags, "--device=cpu", "--memory=650KB")
+    assert "as asked   does not fit" in said
+    train.main(shlex.split(said.splitlines()[-1])[2:])
+    out = capsys.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("memory: predicted"))
+    measured = float(line.split("measured ")[1].split(" KB")[0])
+    assert measured <= 650
+
+
+@pytest.mark.parametrize("goal", ("", "--goal=longest"))
+def test_plans_to_decode_are_sample_pys(capsys, goal):
+    words = ["--for=sample", "--memory=8GB", "--n_layer=36", "--n_head=20", "--n_embd=1280"]
+    words += ["--position=rope", "--block_size=32768", *filter(None, [goal])]
+    said = answer(capsys, *words)
+    plans = flags_of(said)
+    assert 1 <= len(plans) <= 5
+    for flags in plans:
+        parse_config(sample.Settings, flags)
+    assert "the longest context" in said and "gives up" in said
+
+
+@pytest.mark.slow
+def test_a_run_of_ours_is_planned_from_its_checkpoint(tmp_path, capsys):
+    flags = arguments(tmp_path, "run", "--max_iters=2", "--eval_interval=2", "--n_layer=1")
+    train.main([*flags, "--optimizer_variant=muonsn8"])
+    capsys.readouterr()
+    said = answer(capsys, *flags, "--init_from=resume", "--device=cpu", "--memory=10MB")
+    assert "1 layers" in said and not any("optimizer_variant" in f for f in flags_of(said)[0])
+
+
+BAD = [
+    (["--memory=24cows"], "write bytes as 24GB"),
+    (["--memory=0"], "that is no memory"),
+    (["--memory=24GB", "--goal=best"], "unknown goal 'best'"),
+    (["--memory=24GB", "--for=fun"], "unknown for 'fun'"),
+    (["--memory=24GB", "--family=bert"], "unknown family 'bert'"),
+    (["--memory=24GB", "--devices=0"], "devices must be positive"),
+    (["--memory=24GB", "--device=tpu"], "plans are made for cpu and cuda"),
+    (["--memory=24GB", "--tokens_per_iteration=1000"], "not a whole number of sequences"),
+    (["--memory=24GB", "--host_memory=lots"], "host_memory=lots: write bytes"),
+    (["--memory=24GB", "--parallel=fsdp"], "not predicted yet"),
+    (["--memory=24GB", "--init_from=no/such_folder/here"], "no such folder"),
+    (["--memory=1MB"], "no plan fits 1 MB: the least that this model takes is"),
+    (["--memory=2GB", "--n_embd=8192", "--n_layer=64", "--n_head=64"], "that would fit is 124M"),
+    (["--memory=24GB", "--n_head=7"], "does not divide"),
+    (["--memory=1MB", "--for=sample"], "nothing fits 1 MB"),
+    (["--memory=24GB", "--kv_bits=3"], "kv_bits=3"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words, message", BAD)
+def test_mistakes_are_one_line(words, message):
+    with pytest.raises(UserError, match=message) as error:
+        plan.main(words)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("missing", ("hidden_size", "num_hidden_layers", "vocab_size"))
+def test_a_model_folder_that_lacks_a_key(tmp_path, missing):
+    config = {
+        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "hidden_act": "silu",
+    }  # fmt: skip
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    plan.main([f"--init_from={folder}", "--memory=1GB"])  # its weights need not be there
+    del config[missing]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=missing):
+        plan.main([f"--init_from={folder}", "--memory=1GB"])

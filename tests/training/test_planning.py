@@ -1,0 +1,141 @@
+"""A run before it starts: predicted, refused where it does not fit, planned where that is asked."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_run import arguments
+
+import train
+from leangpt.memory.search import Budget
+from leangpt.system.errors import UserError
+from leangpt.system.host_memory import available_memory, total_memory
+from leangpt.training import planning
+from leangpt.training.planning import run_config
+from model import GPT, GPTConfig
+
+SHORT = ["--max_iters=4", "--eval_interval=4"]
+HUGE = ["--n_embd=1048576", "--n_layer=2"]
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """room(bytes): so much is at hand on this machine."""
+
+    def limit(size):
+        monkeypatch.setattr(planning, "available_memory", lambda: size)
+
+    return limit
+
+
+def test_what_does_not_fit_is_refused_before_it_is_allocated(tmp_path, room):
+    room(10**9)
+    with pytest.raises(UserError) as error:
+        train.main(arguments(tmp_path, "run", *SHORT, *HUGE))
+    line = str(error.value)
+    assert line.startswith("this run takes ") and "of 1 GB at hand" in line and "\n" not in line
+    assert error.value.status == 2 and not (tmp_path / "run").exists()
+
+
+def test_the_nearest_plan_is_named_and_fits(tmp_path, room):
+    room(240_000)
+    with pytest.raises(
+        UserError, match="--batch_size=[12] --gradient_accumulation_steps=[42] would"
+    ):
+        train.main(arguments(tmp_path, "run", *SHORT))
+
+
+def test_memory_ignore_starts_it(tmp_path, room):
+    room(1000)
+    train.main(arguments(tmp_path, "run", *SHORT, "--memory=ignore"))
+    assert (tmp_path / "run" / "ckpt_last.pt").exists()
+
+
+def test_an_evaluation_alone_is_not_refused(tmp_path, room):
+    train.main(arguments(tmp_path, "run", *SHORT))
+    room(1000)
+    train.main(arguments(tmp_path, "run", "--init_from=resume", "--eval_only"))
+
+
+def test_memory_makes_a_plan_and_runs_it(tmp_path, capsys):
+    words = arguments(tmp_path, "run", *SHORT, "--memory=300KB")
+    words = [w for w in words if "batch_size" not in w and "accumulation" not in w]
+    config = tmp_path / "recipe.py"
+    config.write_text("batch_size = 4\ngradient_accumulation_steps = 1\n")
+    train.main([str(config), *words])
+    out = capsys.readouterr().out
+    plan = next(line for line in out.splitlines() if line.startswith("plan "))
+    assert "--batch_size=" in plan and "of 300 KB at its fullest" in plan
+    said = next(line for line in out.splitlines() if line.startswith("memory: predicted"))
+    assert float(said.split("measured ")[1].split(" KB")[0]) <= 300
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["batch_size"] * saved["gradient_accumulation_steps"] == 4
+    assert f"--batch_size={saved['batch_size']} " in plan
+
+
+def test_a_policy_is_chosen_by_auto(tmp_path, capsys):
+    train.main(arguments(tmp_path, "run", *SHORT, "--attention_policy=auto"))
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["attention_policy"] == "cache" and "plan " in capsys.readouterr().out
+
+
+def test_a_resumed_run_keeps_what_it_learns_with(tmp_path, capsys):
+    train.main(arguments(tmp_path, "run", *SHORT, "--optimizer_variant=adam"))
+    words = arguments(tmp_path, "run", "--max_iters=6", "--init_from=resume", "--memory=600KB")
+    train.main(words)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["optimizer_variant"] == "adam" and saved["batch_size"] == 4
+    assert "starts fresh" not in capsys.readouterr().out
+
+
+def test_predicted_is_measured(tmp_path, capsys):
+    train.main(arguments(tmp_path, "run", *SHORT, "--n_embd=64", "--block_size=64"))
+    out = capsys.readouterr().out
+    assert "\npredicted  " in out
+    line = next(line for line in out.splitlines() if line.startswith("memory: predicted"))
+    assert abs(float(line.split("(")[1].split("%")[0])) <= 5
+
+
+@pytest.mark.parametrize("words", (["--memory=lots"], ["--memory=900TB"]))
+def test_memory_that_is_none_or_not_there(tmp_path, words):
+    with pytest.raises(UserError, match="memory="):
+        train.main(arguments(tmp_path, "run", *SHORT, *words))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_is_not_made_for_what_is_not_predicted(tmp_path):
+    with pytest.raises(UserError, match="a plan .* is not made for"):
+        train.main(arguments(tmp_path, "run", *SHORT, "--parallel=fsdp", "--memory=1GB"))
+
+
+def test_the_configuration_is_that_of_the_model(tmp_path):
+    flags = arguments(tmp_path, "run", "--n_layer=1", "--bias=True", "--q_chunk=8")
+    settings, given = train.parse_config(train.Settings, flags)
+    config = run_config(GPTConfig, settings, given, 21)
+    assert (config.n_layer, config.bias, config.q_chunk, config.vocab_size) == (1, True, 8, 21)
+    checkpoint = {"model_args": vars(GPT(replace(config, q_chunk=None)).config)}
+    again = run_config(GPTConfig, replace(settings, init_from="resume"), given, None, checkpoint)
+    assert again == config
+    assert run_config(GPTConfig, settings, given, 50257).vocab_size == 50304
+
+
+def test_memory_of_the_host_is_known():
+    assert 10**8 < available_memory() <= total_memory()
+
+
+def test_a_limit_of_the_process_counts(tmp_path):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (2**40, before[1]))
+        assert available_memory() < 2**40
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_the_least_of_all_processes_counts():
+    runtime = type("Runtime", (), {"world_size": 1, "device": torch.device("cpu")})()
+    assert planning.least_of_all(runtime, 5, 7) == [5, 7]
+    assert Budget(100).usable("cpu") == 98
