@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
+from leangpt.attention.tile_sizes import tile_sizes
 from leangpt.memory.goals import plans, refusal
 from leangpt.memory.run import Run
 from leangpt.memory.search import CONTEXT, Budget, Plan, Wish, fastest, fits, predict
@@ -98,13 +99,15 @@ class Fitted:
     plan: Plan | None = None
     at_hand: int | None = None  # bytes
     chosen: bool = False  # were settings changed for it?
+    plain: int | None = None  # bytes at the peak of plain blocks, where these are not
 
     def describe(self) -> str:
         """The predicted peak and its parts, in a line."""
         parts = ", ".join(f"{part} {in_words(n)}" for part, n in largest_parts(self.plan))
         flags = f"{self.plan.flags}: " if self.chosen else ""
         of = "" if self.at_hand is None else f" of {in_words(self.at_hand)}"
-        return f"{flags}{in_words(self.plan.peak)}{of} at its fullest, {self.plan.moment}: {parts}"
+        words = f"{flags}{in_words(self.plan.peak)}{of} at its fullest, {self.plan.moment}: {parts}"
+        return words if self.plain is None else f"{words}; plain blocks: {in_words(self.plain)}"
 
 
 def largest_parts(plan, share=0.01):
@@ -141,12 +144,24 @@ def fit(settings, flags, config, options, runtime, auto=False) -> Fitted:
     if plans_it:
         found = plans(wish, budget, "fastest", most=1)[0]
         changed = found.settings | ({"parallel": "ddp"} if several else {})
-        return Fitted(replace(settings, **changed), found, budget.memory, True)
+        plain = plain_peak(found.run, wish, budget)
+        return Fitted(replace(settings, **changed), found, budget.memory, True, plain)
     asked = predict(wish.asked, wish, budget)
     if settings.memory != IGNORE and budget.memory and not fits(wish.asked, budget):
         if not several or settings.parallel == "ddp" or runtime.device_type == "cpu":
             raise UserError(too_large(asked, wish, budget))
-    return Fitted(settings, asked, budget.memory or None)
+    plain = plain_peak(wish.asked, wish, budget)
+    return Fitted(settings, asked, budget.memory or None, plain=plain)
+
+
+def plain_peak(run, wish, budget) -> int | None:
+    """Bytes at the peak of the same run with plain blocks; None where its blocks are."""
+    if tile_sizes(run.config, run.length, run.device_type, training=True) is None:
+        return None
+    policy = "grouped" if run.config.policy.grouped else "cache"
+    whole = dict(q_chunk=None, k_chunk=None, checkpoint_layers=False, offload=False)
+    config = replace(run.config, attention_policy=policy, **whole)
+    return predict(replace(run, config=config), wish, budget).peak
 
 
 def too_large(asked, wish, budget) -> str:

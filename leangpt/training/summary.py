@@ -2,6 +2,7 @@
 
 import torch
 
+from leangpt.attention.tile_sizes import tile_sizes
 from leangpt.memory import advice as oom_advice
 from leangpt.memory.meter import tensor_bytes
 from leangpt.optim import frees_gradients, optimizer_table, planned_bytes, updates_inside_backward
@@ -42,8 +43,7 @@ def startup_summary(
         "model": f"{model.num_params(non_embedding=False):,} parameters: {settings.n_layer} "
         f"layers, {settings.n_head} heads ({model.config.kv_heads} for keys and "
         f"values), {settings.n_embd} wide, block {settings.block_size}",
-        "attention": f"{settings.attention_policy}, q_chunk {settings.q_chunk}, "
-        f"k_chunk {settings.k_chunk}",
+        "attention": describe_blocks(model.config, settings.block_size, runtime.device_type),
         "memory": f"parameters {megabytes(weights)}, gradients {gradients}, optimizer state "
         f"{megabytes(optimizer_bytes(optimizer))} ({settings.optimizer_variant})",
         "optimizer": optimizer_table(model, optimizer).replace("\n", "\n" + " " * 11),
@@ -60,6 +60,28 @@ def startup_summary(
     if iteration:
         lines["resuming"] = f"from iteration {iteration} of {settings.out_dir}"
     return "\n".join(f"{name:<10} {line}" for name, line in lines.items())
+
+
+def describe_blocks(config, T, device_type):
+    """How a block over T tokens really runs in training, in words."""
+    sizes = tile_sizes(config, T, device_type, training=True)
+    policy = config.attention_policy
+    if sizes is None and config.policy.recomputes:
+        return (
+            f"{policy}, but {T:,} tokens are too few for tiles (q_chunk={T // 2 or 1} makes some): "
+            "the plain block, with K and V of all rows"
+        )
+    if sizes is None:
+        return f"{policy}: the plain block, with K and V of all rows"
+    rows, keys = (min(size, T) for size in sizes)
+    words = f"{policy}: tiles of {rows:,} rows, keys {keys:,} at a time"
+    if config.checkpoint_layers:
+        return (
+            words
+            + "; each layer's input alone is kept"
+            + (", on the host" if config.offload else "")
+        )
+    return words + "; a layer's input and attention's output are kept"
 
 
 def describe_share(settings, runtime):

@@ -139,3 +139,19 @@ def test_the_least_of_all_processes_counts():
     runtime = type("Runtime", (), {"world_size": 1, "device": torch.device("cpu")})()
     assert planning.least_of_all(runtime, 5, 7) == [5, 7]
     assert Budget(100).usable("cpu") == 98
+
+
+SAYS = [
+    ([], "attention  cache: the plain block, with K and V of all rows", False),
+    (["--q_chunk=4"], "attention  cache: tiles of 4 rows, keys 4 at a time; a layer's input", True),
+    (["--attention_policy=recompute"], "attention  recompute, but 16 tokens are too few", False),
+    (["--attention_policy=recompute", "--q_chunk=4"], "attention  recompute: tiles of 4", True),
+    (["--checkpoint_layers"], "each layer's input alone is kept", True),
+]
+
+
+@pytest.mark.parametrize("words, said, tiled", SAYS)
+def test_the_start_says_what_really_runs(tmp_path, capsys, words, said, tiled):
+    train.main(arguments(tmp_path, "run", *SHORT, *words))
+    out = capsys.readouterr().out
+    assert said in out and ("; plain blocks: " in out) == tiled
