@@ -1,14 +1,17 @@
 """Checkpoints of sharded runs: each process writes its own rows, into one folder (DCP).
 
 A checkpoint stays one small file that is written whole or not at all (runs/checkpoint.py); of a
-sharded run it names the folder that its tensors lie in, beside it. The folder is complete before
-the file names it, and is never written to again: whoever is killed on the way leaves the last one.
+sharded run it names the folder that its tensors lie in, beside it, and says the size and the sha256
+of every file there. The folder is complete before the file names it, and is never written to again:
+whoever is killed on the way leaves the last one. No two checkpoints share one.
 
 Read, it is the same checkpoint as any other: whole tensors, whatever the number of processes then
 and now. The format is torch.distributed.checkpoint's; its table of contents is a pickle, of which
 here only that table's own classes are read.
 """
 
+import hashlib
+import math
 import pickle
 import shutil
 import warnings
@@ -38,7 +41,8 @@ def write_shards(checkpoint: dict, model: torch.nn.Module, folder: Path, name: s
 
     checkpoint: with entries "model" and "optimizer", a state_dict each. Returns it without those
     tensors, and with where they are: what belongs in the small file. Called by all processes at
-    once. Raises RunError, in all of them, where one could not write.
+    once. Raises RunError, in all of them, where one could not write, and UserError where one does
+    not see what another one wrote.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -52,9 +56,42 @@ def write_shards(checkpoint: dict, model: torch.nn.Module, folder: Path, name: s
         raise RunError(f"cannot write {path}: {reasons[0]}") from None
     if dist.get_rank() == 0:
         sync(path)
-    dist.barrier()
-    sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
-    return left | {"shards": {"folder": path.name, "files": sizes}}
+    files = facts_of_all(path)
+    sizes, digests = ({n: facts[i] for n, facts in files.items()} for i in (0, 1))
+    return left | {"shards": {"folder": path.name, "files": sizes, "sha256": digests}}
+
+
+def facts_of_all(path):
+    """{file in `path`: (bytes, sha256)}, each read by the process that wrote it.
+
+    Raises UserError, in all processes, where one of them does not see a file of another's as it is:
+    on disks of their own they would write checkpoints that nobody can read.
+    """
+    rank, several = dist.get_rank(), [None] * dist.get_world_size()
+    mine = [*path.glob(f"__{rank}_*"), *([path / CONTENTS] if rank == 0 else [])]
+    own = {file.name: (file.stat().st_size, digest_of(file)) for file in mine}
+    dist.all_gather_object(several, own)
+    files = {name: facts for own in several for name, facts in sorted(own.items())}
+    unseen = [name for name, (size, _) in files.items() if size_of(path / name) != size]
+    dist.all_gather_object(several, unseen)
+    for other, unseen in enumerate(several):
+        if unseen:
+            raise UserError(
+                f"process {other} does not see {path / unseen[0]} as another one wrote it: out_dir "
+                "must be one folder that all processes see"
+            )
+    return files
+
+
+def size_of(path):
+    """Bytes of a file, or "missing"."""
+    return path.stat().st_size if path.is_file() else "missing"
+
+
+def digest_of(path):
+    """sha256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tied_names(model):
@@ -107,28 +144,57 @@ def with_shards(checkpoint: dict, folder: Path) -> dict:
 
     Raises UserError where that folder is not as it was written.
     """
+    shards, tied = checkpoint.pop("shards"), checkpoint.pop("tied", None) or {}
+    try:
+        path = folder / Path(shards["folder"]).name
+        check_files(path, shards["files"], shards.get("sha256") or {})  # older ones have none
+        tensors = read_tensors(path, sum(shards["files"].values()))
+        put_back(checkpoint["model"], checkpoint["optimizer"]["state"], tensors)
+        for name, other in tied.items():
+            checkpoint["model"][name] = checkpoint["model"][other]
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # a damaged or a stranger's file may fail in any way there is
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[-1][:200]
+        raise UserError(f"the checkpoint's shards in {folder} are damaged ({reason})") from None
+    return checkpoint
+
+
+def check_files(path, sizes, digests):
+    """Raise UserError where a file of the folder is not what was written."""
+    for name, size in sizes.items():
+        file = path / Path(name).name
+        if (have := size_of(file)) != size:
+            raise UserError(f"{file} should have {size} bytes, and is {have}")
+        if name in digests and digest_of(file) != digests[name]:
+            raise UserError(f"{file} is damaged: its checksum differs")
+
+
+def read_tensors(path, most):
+    """{name: whole tensor} of a folder that DCP wrote, which has `most` bytes in all."""
     import torch.distributed.checkpoint as dcp
 
-    shards = checkpoint.pop("shards")
-    path = folder / Path(shards["folder"]).name
-    for name, size in shards["files"].items():
-        file = path / Path(name).name
-        have = file.stat().st_size if file.is_file() else "missing"
-        if have != size:
-            raise UserError(f"{file} should have {size} bytes, and is {have}")
     reader = reader_of(path)
+    announced = reader.read_metadata().state_dict_metadata
+    needed = sum(math.prod(t.size) * t.properties.dtype.itemsize for t in announced.values())
+    if needed > most:
+        raise UserError(f"{path} announces tensors of {needed:,} bytes, and has {most:,}")
     tensors = {
         name: torch.empty(found.size, dtype=found.properties.dtype)
-        for name, found in reader.read_metadata().state_dict_metadata.items()
+        for name, found in announced.items()
     }
     try:
         with warnings.catch_warnings(action="ignore"):
             dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except (dcp.api.CheckpointException, OSError, RuntimeError, ValueError) as error:
+    except dcp.api.CheckpointException as error:  # no Exception
         raise UserError(
             f"{path} is damaged ({str(error).strip().splitlines()[-1][:200]})"
         ) from None
-    model, states = checkpoint["model"], checkpoint["optimizer"]["state"]
+    return tensors
+
+
+def put_back(model, states, tensors):
+    """Tensors of a folder, into the weights and the optimizer's state that they were taken from."""
     for key, tensor in tensors.items():
         kind, rest = key.split(".", 1)
         if kind == "model":
@@ -138,9 +204,6 @@ def with_shards(checkpoint: dict, folder: Path) -> dict:
             if name in QUANTIZED and tensor.ndim == 3:  # (rows, blocks of a row, width)
                 tensor = tensor.flatten(0, 1)
             states[int(index)][name] = tensor
-    for name, other in checkpoint.pop("tied").items():
-        model[name] = model[other]
-    return checkpoint
 
 
 def reader_of(path):

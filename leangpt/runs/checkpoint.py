@@ -10,7 +10,6 @@ sharded run they name a folder beside them that has the tensors (parallel/shards
 makes single files of those in `out`, for other readers than ours.
 """
 
-import contextlib
 import math
 import shutil
 import sys
@@ -25,7 +24,7 @@ from leangpt.parallel.shards import has_shards, remove_others, with_shards, writ
 from leangpt.system.errors import UserError, exit_cleanly
 from leangpt.system.lock import FolderLock
 from leangpt.system.plain_numbers import foreign_object, numbers_allowed
-from leangpt.system.reading import regular_file
+from leangpt.system.reading import parsing, regular_file
 from leangpt.system.whole_files import written_whole
 from leangpt.text.model_text import check_data
 from leangpt.weights.empty_model import allocate, shapes_of
@@ -67,21 +66,34 @@ def save_run(paths, model, optimizer, scaler, dataset, config, main=True, **prog
         **progress,
     }
     if has_shards(model):
-        checkpoint = write_shards(checkpoint, model, first.parent, f"{progress['iter_num']:08d}")
-    if main:
+        name = f"{progress['iter_num']:08d}"
+        for path in (first, *others):  # each with tensors of its own, as copies have theirs
+            saved = write_shards(checkpoint, model, first.parent, name)
+            if main:
+                save_checkpoint(path, saved)
+    elif main:
         save_checkpoint(first, checkpoint)
         for other in others:
             copy_checkpoint(first, other)
-        remove_others(
-            first.parent, {*map(shards_named_in, (first.parent / BEST, first.parent / LAST))}
-        )
+    if main:
+        _remove_unnamed_shards(first.parent)
+
+
+def _remove_unnamed_shards(folder):
+    try:
+        named = {shards_named_in(folder / name) for name in (BEST, LAST)}
+    except UserError:  # a damaged one, whose tensors may be whole
+        return
+    remove_others(folder, named)
 
 
 def shards_named_in(path):
-    """The folder of shards that a checkpoint's tensors are in; None: they are in the file."""
-    with contextlib.suppress(Exception):  # none, or one that cannot be looked into without reading
+    """The folder of shards that a checkpoint's tensors are in; None: they are in the file, or there
+    is none. Raises UserError where it cannot be told."""
+    if not path.exists() or not _is_zip(path):
+        return None
+    with parsing(path), numbers_allowed():
         return torch.load(path, mmap=True, weights_only=True).get("shards", {}).get("folder")
-    return None
 
 
 def consolidate(out_dir: Path) -> list[Path]:
@@ -167,15 +179,19 @@ def _check_sums(path, tensors=True):
     tensors: their entries too, 0.2 s for 200 MB. Files that are no zip, as torch wrote them before
     version 1.6, have no checksums.
     """
-    with open(path, "rb") as file:
-        if file.read(2) != b"PK":
-            return
+    if not _is_zip(path):
+        return
     with zipfile.ZipFile(path) as file:
         for entry in file.infolist():
             if tensors or "/data/" not in entry.filename:
                 with file.open(entry) as content:
                     while content.read(1 << 20):
                         pass
+
+
+def _is_zip(path):
+    with open(path, "rb") as file:
+        return file.read(2) == b"PK"
 
 
 def _check_entries(checkpoint, path):

@@ -13,10 +13,16 @@ import pytest
 import torch
 from several_processes import train_in_processes
 from tiny_run import ROOT, arguments, determined, run_script
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from two_processes import free_port
 
 import train
-from leangpt.parallel.shards import CONTENTS, PREFIX, reader_of
+from leangpt.parallel.shards import CONTENTS, PREFIX, read_tensors, reader_of
 from leangpt.runs.checkpoint import BEST, LAST, load_checkpoint
 from leangpt.system.errors import UserError
 
@@ -92,12 +98,109 @@ def test_a_sharded_checkpoint_is_sampled_and_becomes_one_file(tmp_path):
     text = [result.stdout.split("tokens/s")[0][:40] for result in (before, after)]
     assert text[0] == text[1]
 
-    # what is not as it was written is said in one line
-    train_in_processes(2, arguments(tmp_path, "run", *run, "--overwrite=True"))
-    path = min(folder.glob(f"{PREFIX}*/*.distcp"))
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match="should have [0-9]+ bytes, and is [0-9]+"):
-        load_checkpoint(folder / LAST)
+
+@pytest.mark.slow
+def test_a_flipped_bit_in_any_file_is_one_line_and_the_other_checkpoint_is_whole(tmp_path):
+    run = [*SHAPE, "--optimizer_variant=muonsn8", "--max_iters=4", "--parallel=fsdp"]
+    train_in_processes(2, arguments(tmp_path, "run", *run))
+    folder = tmp_path / "run"
+    places = [torch.load(folder / name, weights_only=True)["shards"] for name in (BEST, LAST)]
+    assert places[0]["folder"] != places[1]["folder"]
+    last = folder / places[1]["folder"]
+    assert (
+        {path.name for path in last.iterdir()}
+        == set(places[1]["sha256"])
+        == {CONTENTS, "__0_0.distcp", "__1_0.distcp"}
+    )
+    for path in sorted(last.iterdir()):
+        whole = path.read_bytes()
+        for at in (len(whole) // 3, len(whole) - 1):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with pytest.raises(UserError, match="its checksum differs; .*ckpt.pt is whole"):
+                load_checkpoint(folder / LAST)
+        path.write_bytes(whole[:-1])
+        with pytest.raises(UserError, match="should have [0-9]+ bytes, and is [0-9]+"):
+            load_checkpoint(folder / LAST)
+        path.write_bytes(whole)
+    # saved before there were checksums: it means the same
+    checkpoint = load_checkpoint(folder / LAST)
+    old = torch.load(folder / LAST, weights_only=True)
+    del old["shards"]["sha256"]
+    torch.save(old, folder / LAST)
+    again = load_checkpoint(folder / LAST)
+    for name, weight in checkpoint["model"].items():
+        assert torch.equal(weight, again["model"][name])
+
+
+@pytest.mark.parametrize(
+    "shards",
+    [
+        {},
+        {"folder": 3, "files": {}},
+        {"folder": "shards-x", "files": {"a": 1}},
+        {"folder": "shards-x", "files": [1]},
+        {"folder": "shards-x", "files": {}},
+        {"folder": "shards-x", "files": {1: 1}, "sha256": 3},
+    ],
+)
+def test_shards_of_a_wrong_type_are_one_line(tmp_path, shards):
+    checkpoint = {"model": {}, "model_args": {}, "iter_num": 1, "shards": shards}
+    torch.save(checkpoint, tmp_path / LAST)
+    with pytest.raises(UserError):
+        load_checkpoint(tmp_path / LAST)
+
+
+def test_no_more_memory_is_asked_for_than_there_are_bytes(tmp_path):
+    """A table of contents of a few bytes may announce tensors of any size."""
+    properties = TensorProperties(dtype=torch.float32)
+    huge = TensorStorageMetadata(properties, torch.Size([2**40, 2**20]), [])
+    contents = Metadata({"model.a": huge}, storage_meta=StorageMeta())
+    (tmp_path / CONTENTS).write_bytes(pickle.dumps(contents))
+    with pytest.raises(UserError, match="announces tensors of 4,611,686,018,427,387,904 bytes"):
+        read_tensors(tmp_path, 1000)
+
+
+@pytest.mark.slow
+def test_processes_that_see_other_folders_are_told_at_the_first_save(tmp_path):
+    """As on two machines without a common file system: each has the path, in a place of its own."""
+    data = tmp_path / "data"
+    arguments(tmp_path, "elsewhere")  # writes the data
+    flags = [*arguments(tmp_path, "elsewhere", *SHAPE, "--parallel=fsdp"), "--out_dir=run"]
+    places = [tmp_path / f"machine{rank}" for rank in range(2)]
+    done = run_each_in(places, "train.py", *flags, f"--data_dir={data}")
+    for process in done:
+        assert process.returncode == 2, process.stderr
+        assert "out_dir must be one folder that all processes see" in process.stderr
+        assert "Traceback" not in process.stderr
+    assert not (places[0] / "run" / LAST).exists()
+
+
+def run_each_in(places, script, *flags):
+    """Several processes of one run, each started in a folder of its own -> how they ended."""
+    shared = {"WORLD_SIZE": str(len(places)), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank, place in enumerate(places):
+        place.mkdir()
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, ROOT / script, *flags],
+                cwd=place,
+                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        said = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        subprocess.CompletedProcess(script, process.returncode, *streams)
+        for process, streams in zip(processes, said)
+    ]
 
 
 def test_a_table_of_contents_runs_no_code(tmp_path):
