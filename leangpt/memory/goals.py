@@ -182,7 +182,7 @@ def shape_flags(shape) -> dict:
 
 
 def hopeless(wish: Wish, budget: Budget) -> bool:
-    """Do weights and optimizer state alone take too much? Known before ways to compute are tried."""
+    """Do weights and state alone take too much? Known before ways to compute are tried."""
     kept = (sum(t.count * (t.bytes + t.state_bytes) for t in r.tensors) for r in ways_to_keep(wish))
     return min(kept) > budget.memory
 
