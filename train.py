@@ -7,7 +7,8 @@ if nothing had happened: model, optimizer and loop state come from the last chec
 random choice is a function of (seed, iteration). `--init_from=auto` does that where there is a
 checkpoint and begins where there is none. A fresh run in the out_dir of another one moves that one
 aside whole. Exit status: 0 done, 1 stopped by what happened (loss not finite, out of memory), 2
-wrong input, 129, 130 or 143 stopped by a signal (terminal gone, Ctrl-C, SIGTERM) after saving.
+wrong input, 129, 130, 141 or 143 stopped by a signal (terminal gone, Ctrl-C, reader gone as with
+`| head`, SIGTERM) after saving.
 """
 
 import signal
@@ -31,6 +32,7 @@ from leangpt.system.errors import is_out_of_memory
 from leangpt.system.processor import keep_freed_memory
 from leangpt.system.runtime import (
     DTYPES,
+    is_first_of_machine,
     is_main_process,
     iteration_seed,
     run_script,
@@ -170,7 +172,7 @@ class Trainer:
         """
         self.runtime = runtime
         check_offload(settings, runtime)
-        self.dataset = load_dataset(settings.dataset, settings.data_dir)
+        self.dataset = load_dataset(settings.dataset, settings.data_dir, is_first_of_machine())
         self.fitted = Fitted(settings)
         if flags is not None and make_optimizer is own_optimizer:
             self.fitted = fit_run(settings, given, flags, self.dataset, runtime, checkpoint)
@@ -213,7 +215,14 @@ class Trainer:
         self.stop = StopSignal()
         self.stopping = Agreement(runtime, self.stop)
         self.record = RunRecord(
-            settings, config_dict(settings), self.dataset, files, *learned, runtime, checkpoint
+            settings,
+            config_dict(settings),
+            self.dataset,
+            files,
+            *learned,
+            runtime,
+            self.stop,
+            checkpoint,
         )
 
     def run(self, folder):
@@ -237,11 +246,12 @@ class Trainer:
                 changes=describe_changes(settings),
             )
             self.record.log.say("\n".join([summary, *(f"note: {n}" for n in self.notices)]))
-            if not (self.evaluate() if settings.eval_only else self.train()):
+            if not (self.evaluate_only() if settings.eval_only else self.train()):
                 number = self.stop.received or signal.SIGTERM  # perhaps another process's
                 self.losses.read()
                 self.record.interrupt(self.iteration, signal.Signals(number).name)
                 sys.exit(128 + number)
+            self.record.log.raise_if_unheard()
 
     def train(self):
         """The loop -> True, or False where a signal ended it early."""
@@ -253,6 +263,7 @@ class Trainer:
                 if not self.evaluate():
                     return False
             if over:
+                self.await_checksums()
                 self.record.finish(self.iteration)
                 return True
             set_rates(self.optimizer, lr_factor(self.iteration, settings, self.rates.linear))
@@ -290,6 +301,24 @@ class Trainer:
         if freed:
             self.norm = self.optimizer.strategy.norm
         return total
+
+    def evaluate_only(self):
+        """One evaluation. False if a signal came first."""
+        if not self.evaluate():
+            return False
+        self.await_checksums()
+        return True
+
+    def await_checksums(self):
+        """At the end of a run, large token files have been held against their checksums: what was
+        read is what was prepared. Raises UserError where it is not."""
+        if self.dataset.checked():
+            return
+        self.record.log.say("reading the rest of the data, to hold it against its checksums")
+        while not self.dataset.checked(seconds=0.2):
+            if self.stop.received is not None:
+                self.record.log.say("note: the data is not held against its checksums to the end")
+                return
 
     def evaluate(self):
         """Losses of both splits, reported; then a checkpoint. False if a signal came first."""

@@ -1,5 +1,6 @@
 """Long work shows how far it is: a bar on a terminal, in a log a plain line now and then."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -44,6 +45,8 @@ def _lines(items, what, total, unit):
         now = time.monotonic()
         if done and now - said >= EVERY:
             left = timedelta(seconds=round((now - began) / done * (total - done)))
-            print(f"{what}: {done:,} of {total:,} {unit}, {left} left", file=sys.stderr, flush=True)
             said = now
+            with contextlib.suppress(OSError):  # a full disk: no reason to end the work
+                words = f"{what}: {done:,} of {total:,} {unit}, {left} left"
+                print(words, file=sys.stderr, flush=True)
         yield item

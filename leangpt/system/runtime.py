@@ -8,7 +8,7 @@ WORLD_SIZE. Everything random in training is a function of (seed, iteration, pro
 import gc
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -120,6 +120,11 @@ def is_main_process():
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_first_of_machine():
+    """Is this the first process of the run on its machine, or the only one?"""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def run_script(main):
     """errors.exit_cleanly, and one of several processes then leaves without Python's teardown."""
     status = 0
@@ -140,8 +145,9 @@ def leave(status=0):
     is being taken down by then, that ends the thread inside a destructor, and so the process with
     SIGABRT (pytorch issue 190489): torchrun would report a finished run as failed.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a full disk, a stream that is closed
+            stream.flush()
     os._exit(status)
 
 

@@ -30,10 +30,15 @@ class StopSignal:
 
     def _receive(self, number, frame):
         if self.received is None:
-            self.received, self.since = number, time.monotonic()
+            self.ask(number)
         elif time.monotonic() - self.since >= self.patience:
             self.__exit__()
             signal.raise_signal(number)  # to this thread: os.kill may choose another
+
+    def ask(self, number: int) -> None:
+        """As if the signal of this number had come."""
+        if self.received is None:
+            self.received, self.since = number, time.monotonic()
 
     def __exit__(self, *exception):
         for number, handler in self.usual.items():

@@ -99,6 +99,13 @@ class Dataset:
         for split in ("train", "val"):
             self._long_enough(split, block_size)
 
+    def checked(self, seconds=0.0):
+        """Have large files been read to their ends, now or within so many seconds each?
+
+        Raises UserError where one is not what was prepared.
+        """
+        return all([check.wait(seconds) for check in self.checks])
+
     def tokenizer(self):
         """The tokenizer this dataset was prepared with."""
         return load_tokenizer(self)
@@ -120,12 +127,14 @@ class Dataset:
         return tokens
 
 
-def load_dataset(name, data_dir="data"):
+def load_dataset(name, data_dir="data", read_large=True):
     """Open the dataset in `data_dir/name`.
+
+    read_large: False where another process of this machine reads large files to their ends.
 
     Raises UserError where it is not prepared (naming the command that prepares it), where its
     files disagree with one another or with what was written, or where a token id lies outside the
-    vocabulary. A large file is read to its end beside the run, and a batch then raises.
+    vocabulary. A large file is read to its end beside the run: a batch then raises, or `checked`.
     """
     directory = Path(data_dir) / name
     check_whole(directory)
@@ -146,7 +155,8 @@ def load_dataset(name, data_dir="data"):
         if len(tokens) % meta.get("row_tokens", 1):
             raise UserError(f"{path} is no rows of {meta['row_tokens']} tokens: {hint}")
         digest = meta.get("files", {}).get(path.name, {}).get("sha256")
-        checks.append(TokenFileCheck(path, meta["vocab_size"], digest, hint, token_type(meta)))
+        facts = (meta["vocab_size"], digest, hint, token_type(meta))
+        checks.append(TokenFileCheck(path, *facts, read_large))
     return Dataset(name, directory, *splits, meta, tuple(checks))
 
 

@@ -3,7 +3,8 @@
 meta.json holds the size and the sha256 of each .bin file. A small file is read when its data set is
 opened; a large one while training goes on, since a run should not wait for gigabytes: the bytes are
 read once, in order, by a thread that has nothing else to do. What it finds is raised by the next
-batch. Files that nobody hashed (nanoGPT's own) are read for ids beyond the vocabulary alone.
+batch, or by the end of the run, which waits for it. Files that nobody hashed (nanoGPT's own) are
+read for ids beyond the vocabulary alone.
 """
 
 import hashlib
@@ -35,8 +36,9 @@ def digest_and_largest(path, dtype="uint16"):
 class TokenFileCheck:
     """Reads one token file to its end, now or beside the run, and knows what is wrong with it."""
 
-    def __init__(self, path, vocab_size, sha256, remedy, dtype="uint16"):
+    def __init__(self, path, vocab_size, sha256, remedy, dtype="uint16", large=True):
         """path: of a .bin file; sha256: what it should have, or None; remedy: what to do about it.
+        large: False leaves a large file to another process.
 
         Raises UserError at once where the file is small enough to be read here.
         """
@@ -46,7 +48,7 @@ class TokenFileCheck:
         if path.stat().st_size <= AT_ONCE:
             self._read()
             self.raise_if_wrong()
-        else:
+        elif large:
             self._thread = threading.Thread(target=self._read, daemon=True)
             self._thread.start()
 
@@ -72,8 +74,10 @@ class TokenFileCheck:
         if self.error is not None:
             raise UserError(self.error)
 
-    def wait(self):
-        """Until the file has been read. Raises UserError where something is wrong with it."""
+    def wait(self, seconds=None):
+        """Until the file has been read, or so many seconds -> has it been? Raises UserError where
+        something is wrong with it."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
         self.raise_if_wrong()
+        return self._thread is None or not self._thread.is_alive()

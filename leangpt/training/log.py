@@ -1,24 +1,33 @@
 """What a training run says: console lines, rows of metrics.csv, a progress bar, optional trackers.
 
 Lines are plain text, one a report, so that `grep ^iter log.txt` works; the bar is drawn on a
-terminal only. A terminal that goes away ends neither: the run goes on, or ends by SIGHUP.
+terminal only. What cannot be said costs no training: of a terminal that goes away SIGHUP decides; a
+reader that goes away (`| head`) ends the run as a signal does, saved; where the disk of a log is
+full the run goes on to its end, says so, and ends with status 1.
 """
 
+import contextlib
+import errno
+import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
 
 from leangpt.runs.metrics import MetricsFile
 from leangpt.runs.run import METRICS
-from leangpt.system.errors import UserError, discard
+from leangpt.system.errors import RunError, UserError, discard
+from leangpt.system.stopping import StopSignal
+
+TERMINAL_GONE = (errno.EIO, errno.ENXIO, errno.ENODEV, errno.EBADF)
 
 
 class TrainingLog:
     """Everything a run reports. Only the main process of several has one that does anything."""
 
-    def __init__(self, is_main: bool = True):
-        """A log that only speaks, until `open`."""
-        self.is_main = is_main
+    def __init__(self, is_main: bool, stop: StopSignal):
+        """A log that only speaks, until `open`. stop: told where nobody reads it any more."""
+        self.is_main, self.stop = is_main, stop
+        self.unheard = None  # the error that standard output gave
         self.bar = self.wandb = self.board = self.metrics = None
         self.board_class = None  # tensorboard's, where it is asked for
 
@@ -60,12 +69,34 @@ class TrainingLog:
             self.bar.clear()
         try:
             print(text, flush=True)
-        except BrokenPipeError:
-            raise
-        except OSError:  # the terminal is gone: nobody reads on
-            discard(sys.stdout)
+        except OSError as error:
+            self._take_for_unheard(error)
         if self.bar is not None:
             self.bar.refresh()
+
+    def _take_for_unheard(self, error):
+        discard(sys.stdout)
+        if error.errno in TERMINAL_GONE:
+            return
+        self.unheard = error
+        if isinstance(error, BrokenPipeError):
+            self.stop.ask(signal.SIGPIPE)
+            return
+        with contextlib.suppress(OSError, ValueError):
+            print(
+                f"note: standard output takes no more ({error.strerror}): the run goes on without",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def raise_if_unheard(self):
+        """At the end of a run. Raises RunError, or BrokenPipeError, where lines went nowhere."""
+        if isinstance(self.unheard, BrokenPipeError):
+            raise self.unheard
+        if self.unheard is not None:
+            raise RunError(
+                f"the run is done, but not all it said is written: {self.unheard.strerror}"
+            )
 
     def advance(self):
         """One more iteration is done."""

@@ -23,10 +23,20 @@ class RunRecord:
     """
 
     def __init__(
-        self, settings, config, dataset, text_files, model, optimizer, scaler, runtime, saved=None
+        self,
+        settings,
+        config,
+        dataset,
+        text_files,
+        model,
+        optimizer,
+        scaler,
+        runtime,
+        stop,
+        saved=None,
     ):
         """config: the settings as a dict. text_files: what checkpoints carry of the model's text.
-        saved: the checkpoint that the run goes on from."""
+        stop: the run's StopSignal. saved: the checkpoint that the run goes on from."""
         self.settings, self.config, self.dataset = settings, config, dataset
         self.text_files = text_files
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
@@ -40,7 +50,7 @@ class RunRecord:
             settings.gradient_accumulation_steps * settings.batch_size * settings.block_size
         )
         self.evaluation_seconds = 0.0  # that the last one took
-        self.log = TrainingLog(runtime.is_main)
+        self.log = TrainingLog(runtime.is_main, stop)
         self.folder = None
 
     def begin(self, folder):

@@ -1,6 +1,7 @@
 """train.py where something goes wrong: wrong input, losses that are not finite, no memory."""
 
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,8 @@ from tiny_run import arguments, run_script
 import train
 from leangpt.runs.checkpoint import LAST, load_checkpoint
 from leangpt.system.errors import UserError
+from leangpt.text import integrity
+from leangpt.training.log import TrainingLog
 
 SHORT = ["--max_iters=4", "--eval_interval=2"]
 
@@ -170,3 +173,27 @@ def test_the_script_ends_with_one_line_and_status_2(tmp_path):
     result = run_script("train.py", *arguments(tmp_path, "run", "--n_head=3"))
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "error: n_head=3 does not divide n_embd=16\n"
+
+
+@pytest.mark.parametrize("more", [(), ("--eval_only=True",)])
+def test_a_run_that_is_over_before_its_data_is_read_waits_for_it(tmp_path, monkeypatch, more):
+    flags = arguments(tmp_path, "run", "--max_iters=2", *more)
+    path = tmp_path / "data" / "tiny" / "val.bin"
+    content = path.read_bytes()
+    path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+    digest_and_largest, say, over = integrity.digest_and_largest, TrainingLog.say, threading.Event()
+
+    def slowly(*arguments):
+        assert over.wait(60)
+        return digest_and_largest(*arguments)
+
+    def heard(log, text):
+        say(log, text)
+        if text.startswith("reading the rest of the data"):
+            over.set()
+
+    monkeypatch.setattr(integrity, "AT_ONCE", 0)
+    monkeypatch.setattr(integrity, "digest_and_largest", slowly)
+    monkeypatch.setattr(TrainingLog, "say", heard)
+    with pytest.raises(UserError, match="val.bin is not what was prepared"):
+        train.main(flags)

@@ -361,3 +361,11 @@ def test_a_vocabulary_of_words_decodes_by_its_own_table(prepared):
     assert tokenizer.encode("the cat sat on a mat") == [0, 1, 2, 3, 4, 5]
     with pytest.raises(UserError, match="begins 'dog'"):
         tokenizer.encode("the dog")
+
+
+def test_one_process_of_a_machine_reads_large_files(prepared, monkeypatch):
+    monkeypatch.setattr("leangpt.text.integrity.AT_ONCE", 0)
+    spoil_one_bit(prepared / "count")
+    assert load_dataset("count", prepared, read_large=False).checked(5)
+    with pytest.raises(UserError, match="train.bin is not what was prepared"):
+        load_dataset("count", prepared).checked(5)
