@@ -1,6 +1,7 @@
 """One process at a time in a folder, by a lock that dies with its holder."""
 
 import os
+import platform
 from pathlib import Path
 
 from leangpt.system.errors import UserError, refused
@@ -17,7 +18,8 @@ class FolderLock:
     """Holds a folder from construction to `release`, or until this process ends, however it ends.
 
     The lock is flock(2)'s, on a file `.lock` in the folder: the kernel undoes it, so nothing that a
-    killed process leaves behind is in anybody's way. A file system without locks holds nobody off.
+    killed process leaves behind is in anybody's way. On NFS Linux asks the server, so that another
+    machine is held off too. A file system without locks holds nobody off.
     """
 
     def __init__(self, folder, wait=None):
@@ -53,7 +55,7 @@ class FolderLock:
                 return file
             if self._is_ours(file):
                 file.truncate(0)
-                file.write(f"{os.getpid()}\n")
+                file.write(f"{os.getpid()} on {platform.node()}\n")
                 file.flush()
                 return file
             file.close()  # whoever held it has removed it, or moved the folder, in between

@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import os
+import secrets
 import time
 from pathlib import Path
 
@@ -16,19 +17,18 @@ def written_whole(path, fsync=False):
     """`with written_whole(path) as temporary:` write that file (a Path); then it becomes `path`.
 
     Makes the folder. Whatever goes wrong leaves an older `path` as it was and no temporary file; a
-    folder that cannot be written is a UserError, a full disk a RunError. Each process has a
-    temporary name of its own, so two that write the same file never mix: the later one counts. What
-    a killed process left is removed an hour later.
+    folder that cannot be written is a UserError, a full disk a RunError. Each writing has a
+    temporary name of its own, so two processes that write the same file, of two machines perhaps,
+    never mix: the later one counts. What a killed process left is removed an hour later.
     fsync: the file, and then its name, are on the disk before this returns, so that neither a power
     cut nor a later file can overtake it.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(path)
-            temporary.unlink(missing_ok=True)
             yield temporary
             if fsync:
                 sync(temporary)
