@@ -12,7 +12,7 @@ import train
 pytestmark = pytest.mark.slow
 
 VARIANTS = ("adam", "adamsn8", "adafactor", "muonsn8", "muonsn4")
-SHAPE = ["--n_embd=32", "--max_iters=6", "--eval_interval=3"]
+SHAPE = ["--n_embd=32", "--max_iters=20", "--eval_interval=20"]
 INSIDE = "--optimizer_options=fused_backward=True"
 
 
@@ -34,14 +34,21 @@ def numbers(out_dir):
 
 def compare(tmp_path, runs, processes, *flags, within=1e-3):
     """Each of `runs` in one process, and in several with `flags` as well: metrics.csv agrees."""
+    compare_all(tmp_path, [(run, flags) for run in runs], processes, within)
+
+
+def compare_all(tmp_path, pairs, processes, within=1e-3):
+    """The same for pairs of a run's flags and those that several processes have besides. All runs
+    of several follow each other in the same processes, which take long to start."""
     torch.set_num_threads(1)
-    for index, run in enumerate(runs):
+    for index, (run, _) in enumerate(pairs):
         train.main(arguments(tmp_path, f"one-{index}", *run))
     several = [
-        arguments(tmp_path, f"several-{index}", *run, *flags) for index, run in enumerate(runs)
+        arguments(tmp_path, f"several-{index}", *run, *flags)
+        for index, (run, flags) in enumerate(pairs)
     ]
     train_in_processes(processes, *several)
-    for index, run in enumerate(runs):
+    for index, (run, _) in enumerate(pairs):
         rows = itertools.zip_longest(
             *(numbers(tmp_path / f"{side}-{index}") for side in ("one", "several"))
         )
@@ -50,18 +57,16 @@ def compare(tmp_path, runs, processes, *flags, within=1e-3):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_sharded_weights(tmp_path, variant):
-    compare(tmp_path, settings_of(variant), 2, "--parallel=fsdp")
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_sequences_in_pieces(tmp_path, variant):
-    """With sharded weights where updates are inside backward, else with all weights everywhere;
-    17 tokens do not fall into four pieces."""
-    for parallel, runs in (("fsdp", settings_of(variant)[2:]), ("ddp", settings_of(variant)[:2])):
-        runs = [[*run, "--block_size=17", "--position=rope", "--q_chunk=6"] for run in runs]
+def test_sharded_weights_and_sequences_in_pieces(tmp_path, variant):
+    """Weights in shards; then sequences in pieces, of 17 tokens, which do not fall into four: with
+    shards too where updates are inside backward, else with all weights everywhere."""
+    runs = settings_of(variant)
+    pairs = [(run, ("--parallel=fsdp",)) for run in runs]
+    for index, run in enumerate(runs):
+        parallel = "fsdp" if index == 2 else "ddp"
         flags = (f"--parallel={parallel}", "--context_parallel=2")
-        compare(tmp_path / parallel, runs, 2, *flags)
+        pairs.append(([*run, "--block_size=17", "--position=rope", "--q_chunk=9"], flags))
+    compare_all(tmp_path, pairs, 2)
 
 
 def test_whole_weights(tmp_path):
@@ -78,7 +83,7 @@ def test_whole_weights(tmp_path):
 def test_four_processes_share_weights_and_sequences(tmp_path, flags):
     """Two shares of the batch, each on two processes; tied heads, few key/value heads, layers that
     keep their inputs alone; an accumulation that the processes do not divide."""
-    few = ["--n_embd=32", "--max_iters=6", "--eval_interval=3", "--checkpoint_layers=True"]
+    few = ["--n_embd=32", "--max_iters=20", "--eval_interval=20", "--checkpoint_layers=True"]
     runs = [
         [*few, *flags, "--n_head=4", "--q_chunk=8", f"--optimizer_variant={variant}", *steps]
         for variant, steps in (

@@ -36,7 +36,9 @@ def another_process_holding(folder):
 def test_a_killed_holder_leaves_nothing_in_the_way(tmp_path):
     folder = tmp_path / "run"
     with another_process_holding(folder) as holder:
-        with pytest.raises(UserError, match=f"run is in use by process {holder.pid} on {platform.node()}: wait"):
+        with pytest.raises(
+            UserError, match=f"run is in use by process {holder.pid} on {platform.node()}: wait"
+        ):
             FolderLock(folder)
         holder.send_signal(signal.SIGKILL)
         holder.wait()
