@@ -114,8 +114,17 @@ MOMENTS = {
         ("gradients", "the head's, where it is the table's too", "tied*V*C*w"),
         ("backward", "its activations' gradients", "working"),
         ("backward", "its weights' gradients", "working_weights"),
-        ("update", "for its weights", "fused*update_layer"),
+        ("update", "for its weights", "(fused and not by_tiles)*update_layer"),
         ("workspace", "of attention", "workspace"),
+    ],
+    "the update of the last block": [  # whose gradients tiles hand over together
+        *KEPT,
+        ("saved", "the other layers'", "(L - 1)*saved"),
+        ("saved", "embeddings' dropout", "drop*n*C*mask"),
+        ("gradients", "the head's, where it is the table's too", "tied*V*C*w"),
+        ("gradients", "the block's", "(fused and by_tiles)*gradients_layer"),
+        ("backward", "the gradient of its input", "n*C*e"),
+        ("update", "for its weights", "(fused and by_tiles)*update_layer"),
     ],
     "backward of the first block": [
         *KEPT,
@@ -130,7 +139,7 @@ MOMENTS = {
         ("gradients", "the head's", "(tied or not (fused or accumulates))*V*C*w"),
         ("backward", "its activations' gradients", "working"),
         ("backward", "its weights' gradients", "working_weights"),
-        ("update", "for its weights", "fused*update_layer"),
+        ("update", "for its weights", "(fused and not by_tiles)*update_layer"),
         ("workspace", "of attention", "workspace"),
     ],
     "the embeddings' gradient": [

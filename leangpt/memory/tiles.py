@@ -28,11 +28,12 @@ def predict_forward_peak(config, B, T, element_size=4, device_type="cpu"):
     if sizes is None:
         inside = 4 * r if config.mlp == "swiglu" else 2 * r
         stream = B * T * config.n_embd * element_size
-        attending = (4 + 2 / g) * stream + _workspace(config, T, device_type)
+        attending = (4 + 2 / g) * stream
+        attending += _workspace(config, T, T, element_size, device_type)
         return int(max(attending, (3 + inside) * stream))
     b, q, k = sizes
     row = config.n_embd * element_size
-    rows = B * T + b * _forward_scratch(config, T, q, k, device_type, False, b * row)
+    rows = B * T + b * _forward_scratch(config, T, q, k, device_type, False, b * row, element_size)
     if not config.policy.recomputes:
         rows += 2 / g * T * b
     return int(rows * row)
@@ -97,7 +98,8 @@ def plain_phases(run, names):
     attention = (2 + 2 * wide * (1 + 2 / g)) * stream - mlp_saved
     attention += names["scores"] * 4 * run.batch_size * config.n_head * run.length**2
     done = 0 if names["accumulates"] else (3 if swiglu else 2) * r * matrix * run.param_bytes
-    workspace = _workspace(config, run.length, run.device_type, run.threads)
+    T, size = run.length, 4 if names["wide"] else e
+    workspace = _workspace(config, T, T, size, run.device_type, run.threads, backward=True)
     return [(inside, r * matrix * made, 0), (attention, done + matrix * run.param_bytes, workspace)]
 
 
@@ -105,7 +107,7 @@ def tiled_phases(run, names, tiles):
     """Phases of the backward by tiles (attention/block_backward.py), likewise."""
     config, T, r, g, e = run.config, run.length, names["r"], names["g"], run.stream_bytes
     b, q, k = tiles.b, tiles.q, tiles.k
-    row, width, cpu = config.n_embd * e, config.n_embd, run.device_type == "cpu"
+    row, width = config.n_embd * e, config.n_embd
     copies = names["cast"] * e  # weights as autocast's products read them
     qkv = (1 + 2 / g) * width**2
     after = names["layer"] - qkv  # numbers of the weights after attention
@@ -131,7 +133,7 @@ def tiled_phases(run, names, tiles):
     phases.append((mlp, weights, 0))
     if config.checkpoint_layers:
         attending = kept + b * row * _forward_scratch(config, T, q, k, run.device_type, True)
-        workspace = _workspace(config, q, run.device_type, run.threads)
+        workspace = _workspace(config, q, k, e, run.device_type, run.threads)
         phases.append((held + attending, several * after * (4 + copies), workspace))
     heads = heads_at_once(config, T, q, b, run.device_type)
     share = heads / config.kv_heads
@@ -140,7 +142,7 @@ def tiled_phases(run, names, tiles):
     attention = share * (wide + stored) * T  # dq and the queries of some heads
     attention += q + share * ((1 + (4 + 2 * wide) / g) * q + 4 * k)
     weights = names["layer"] * (4 + copies) + qkv * share * found * (run.tokens > q * b)
-    workspace = _workspace(config, q, run.device_type, run.threads) if cpu else 0
+    workspace = _workspace(config, q, k, e, run.device_type, run.threads, backward=True)
     phases.append((held + b * row * attention, weights, workspace))
     return phases
 
@@ -163,10 +165,11 @@ def _tiles(config, B, T, device_type, training):
     return min(B, max(1, q_chunk // min(T, q_chunk))), min(q_chunk, T), min(k_chunk, T)
 
 
-def _forward_scratch(config, T, q, k, device_type, training, unit=0):
+def _forward_scratch(config, T, q, k, device_type, training, unit=0, size=4):
     """Rows of C numbers that a tile of one sequence holds at once: its worst phase.
 
-    unit: bytes of such a row, to count what the attention kernel works in; 0: do not.
+    unit: bytes of such a row, to count what the attention kernel works in, numbers of `size` bytes;
+    0: do not.
     """
     g, r = _ratios(config)
     streams = 2 * q  # queries, and attention merged so far
@@ -174,7 +177,7 @@ def _forward_scratch(config, T, q, k, device_type, training, unit=0):
         streams = max(q, 2 * min(q, T - q))
     merging = q if T > q else q - k  # rows of attention yet to be merged
     merging = max(min(k, q), min(merging, MERGED_QUERIES) if device_type == "cpu" else merging)
-    kernel = _workspace(config, merging, device_type) / unit if unit else 0
+    kernel = _workspace(config, merging, k, size, device_type) / unit if unit else 0
     making = keys = 0
     if config.policy.recomputes:
         keys = 2 / g * k
@@ -187,9 +190,14 @@ def _forward_scratch(config, T, q, k, device_type, training, unit=0):
     return max(attending, inside_mlp, filling)
 
 
-def _workspace(config, rows, device_type, threads=None):
-    """Bytes of the fused CPU kernel over `rows` queries: each thread's scores and a few vectors."""
+def _workspace(config, queries, keys, size, device_type, threads=None, backward=False):
+    """Bytes that the fused CPU kernel works in, `queries` rows of numbers of `size` bytes over
+    `keys`: each thread's scores, in backward their gradients too, once more where they are narrow.
+    """
     if device_type != "cpu":
         return 0
-    queries = 256 if rows >= 768 else 64 if rows >= 192 else 32  # as the kernel splits them
-    return (threads or torch.get_num_threads()) * 4 * queries * (512 + 2 + config.head_dim)
+    rows = 256 if queries >= 768 else 64 if queries >= 192 else 32  # as the kernel splits them
+    scores = rows * min(512, keys)
+    narrow = (2 + 2 * backward) * scores if size < 4 else 0
+    wide = 8 * scores if backward else 4 * (scores + rows * (2 + config.head_dim))
+    return (threads or torch.get_num_threads()) * (wide + narrow)
