@@ -34,7 +34,6 @@ from leangpt.runs.checkpoint import checkpoint_to_resume, load_checkpoint, model
 from leangpt.system.errors import UserError, exit_cleanly
 from leangpt.system.runtime import setup_runtime
 from leangpt.text.model_text import ModelText, files_to_export, text_of_data, text_of_files
-from leangpt.text.text_files import write_text_files
 from leangpt.weights.chat_text import load_pretrained_text
 from leangpt.weights.export import export_pretrained
 from leangpt.weights.find import find_pretrained
@@ -133,7 +132,7 @@ def export(model, text, settings):
         for note in export_gguf(model, settings.export, settings.export_type, files):
             print(f"note: {note}")
     else:
-        write_text_files(files, export_pretrained(model, settings.export))
+        export_pretrained(model, settings.export, files)
     print(f"exported to {settings.export}")
 
 

@@ -49,7 +49,7 @@ def save_int4(model, path, notes=None):
         "notes": json.dumps(notes),
     }
     header |= {TEXT + name: content for name, content in text_files.items()}
-    with written_whole(path) as temporary:
+    with written_whole(path, fsync=True) as temporary:
         try:
             save_file(tensors, temporary, metadata=header)
         except SafetensorError as error:  # its class for a full disk, too

@@ -82,14 +82,14 @@ def save_run(paths, model, optimizer, scaler, dataset, config, main=True, **prog
 def _remove_unnamed_shards(folder):
     try:
         named = {shards_named_in(folder / name) for name in (BEST, LAST)}
-    except UserError:  # a damaged one, whose tensors may be whole
+    except (UserError, OSError):  # of a damaged one the tensors may be whole
         return
     remove_others(folder, named)
 
 
 def shards_named_in(path):
     """The folder of shards that a checkpoint's tensors are in; None: they are in the file, or there
-    is none. Raises UserError where it cannot be told."""
+    is none. Raises UserError or OSError where it cannot be told."""
     if not path.exists() or not _is_zip(path):
         return None
     with parsing(path), numbers_allowed():

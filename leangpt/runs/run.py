@@ -72,7 +72,7 @@ def write_facts(folder: str | Path, facts: dict[str, Any]) -> None:
 
 def write_json(path: str | Path, values: dict[str, Any]) -> None:
     """Write a dict of plain values, whole or not at all. Raises UserError where that fails."""
-    with written_whole(path) as temporary:
+    with written_whole(path, fsync=True) as temporary:
         temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

@@ -9,19 +9,25 @@ import json
 from pathlib import Path
 
 from leangpt.system.errors import UserError
-from leangpt.system.whole_files import written_whole
+from leangpt.system.whole_files import sync, writing, written_whole
+from leangpt.text.text_files import TEXT_FILES
 from leangpt.weights.hf_names import config_to_hf, hf_pieces
 
 SHARD_BYTES = 5 * 2**30
+CONFIG = "config.json"  # without which a folder is no model
+INDEX = "model.safetensors.index.json"
+OTHERS = ("ckpt.pt", "ckpt_last.pt", "metrics.csv", "meta.json", "meta.pkl", "train.bin")
 
 
-def export_pretrained(model, directory):
-    """Write `directory`/config.json and model.safetensors (shards and index beyond 5 GiB).
+def export_pretrained(model, directory, text_files=None):
+    """Write `directory`/config.json and model.safetensors (shards and index beyond 5 GiB), and
+    `text_files` (text_files.py) of the model's text.
 
     model: a GPT in any floating dtype, with plain weights (not int4). Returns the directory as a
-    Path; the tokenizer's files are chat_text.copy_text_files's business.
-    Raises UserError, with nothing written, where transformers has no such architecture, and where
-    the folder or the disk does not take it.
+    Path. An earlier export there is replaced, and no model at all while its files are: whoever is
+    killed in between leaves no mixture of both.
+    Raises UserError, with nothing written, where transformers has no such architecture, where the
+    folder holds a run or a data set, and where it or the disk does not take the model.
     """
     config = config_to_hf(model.config)
     tensors = _their_tensors(model, config["model_type"])
@@ -29,24 +35,37 @@ def export_pretrained(model, directory):
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise UserError(f"export: {directory} is a file, not a folder")
+    for name in OTHERS:
+        if (directory / name).exists():
+            raise UserError(f"export: {directory} is not a model's ({name}); give another folder")
     shards = _shards(tensors)
-    index_file = directory / "model.safetensors.index.json"
-    with contextlib.ExitStack() as files:  # all get their names at the end, the last here first
-        _write_json(files.enter_context(written_whole(directory / "config.json")), config)
+    with contextlib.ExitStack() as stack:  # all get their names at the end, the last here first
+        temporaries = []
+
+        def written(name):
+            temporaries.append(stack.enter_context(written_whole(directory / name, fsync=True)))
+            return temporaries[-1]
+
+        _write_json(written(CONFIG), config)
+        for name, content in (text_files or {}).items():
+            written(name).write_bytes(content.encode())
         if len(shards) > 1:
             weight_map = {name: file for file, names in shards.items() for name in names}
             total = sum(_bytes(tensor) for tensor in tensors.values())
             _write_json(
-                files.enter_context(written_whole(index_file)),
-                {"metadata": {"total_size": total}, "weight_map": weight_map},
+                written(INDEX), {"metadata": {"total_size": total}, "weight_map": weight_map}
             )
         for file, names in shards.items():
-            _write_shard(
-                files.enter_context(written_whole(directory / file)),
-                {name: tensors[name] for name in names},
-            )
-    if len(shards) == 1:
-        index_file.unlink(missing_ok=True)  # an older export's index would name its shards
+            _write_shard(written(file), {name: tensors[name] for name in names})
+        stale = [CONFIG]
+        stale += [INDEX] if len(shards) == 1 else []  # which would name an older one's shards
+        stale += [] if text_files is None else set(TEXT_FILES) - set(text_files)
+        with writing(directory):
+            for temporary in temporaries:
+                sync(temporary)
+            for name in stale:  # from here on there is no model, until all have their names
+                (directory / name).unlink(missing_ok=True)
+            sync(directory)
     return directory
 
 

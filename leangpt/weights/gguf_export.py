@@ -56,7 +56,7 @@ def export_gguf(model, file, kind="F16", text_files=None):
         raise UserError(f"GGUF weights are written as {', '.join(KINDS)}, not {kind!r}")
     family = architecture(model.config)
     tensors = their_tensors(model, family)
-    with written_whole(Path(file)) as temporary:
+    with written_whole(Path(file), fsync=True) as temporary:
         writer = gguf.GGUFWriter(temporary, family)
         for key, attribute in (KEYS | (GPT2_KEYS if family == "gpt2" else LLAMA_KEYS)).items():
             value = getattr(model.config, attribute)

@@ -1,6 +1,8 @@
 """Exported folders: transformers reads them and gives our logits; what it cannot say is named."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,9 +35,9 @@ MODELS = {
 }
 
 
-def random_model(**settings):
+def random_model(seed=0, **settings):
     """A GPT whose every parameter, norms and biases included, is far from its initial value."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = GPT(GPTConfig(**settings)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -116,6 +118,63 @@ def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="not a folder"):
         export_pretrained(random_model(**SMALL), tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "metrics.csv", "meta.json", "train.bin"])
+def test_a_folder_of_something_else_stays_as_it_is(tmp_path, name):
+    """A run's config.json is called like a model's."""
+    (tmp_path / name).write_text("")
+    (tmp_path / "config.json").write_text("a run's")
+    with pytest.raises(UserError, match=f"is not a model's .{name}.; give another folder"):
+        export_pretrained(random_model(**SMALL), tmp_path)
+    assert (tmp_path / "config.json").read_text() == "a run's"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "config.json"])
+
+
+class Killed(BaseException):
+    """Ends an export where it stands, as SIGKILL would: nothing is tidied up."""
+
+
+def test_wherever_an_export_is_killed_no_mixed_model_is_read(tmp_path, monkeypatch):
+    """Over an earlier export, before each of its renames and removals in turn: what is read then is
+    old and whole, new and whole, or refused."""
+    monkeypatch.setattr("leangpt.weights.export.SHARD_BYTES", 20_000)
+    models = [random_model(**SMALL, seed=seed) for seed in (1, 2)]
+    texts = [{"tokenizer_config.json": json.dumps({"which": which})} for which in ("old", "new")]
+    real = {"replace": os.replace, "unlink": Path.unlink}
+    outcomes = []
+    for killed_at in range(60):
+        folder, calls = tmp_path / str(killed_at), [0]
+        export_pretrained(models[0], folder, texts[0])
+
+        def counted(name, calls=calls, killed_at=killed_at):
+            def call(path, *arguments, **options):
+                calls[0] += 1
+                if calls[0] > killed_at:
+                    raise Killed
+                return real[name](path, *arguments, **options)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", counted("replace"))
+            patch.setattr(Path, "unlink", counted("unlink"))
+            try:
+                export_pretrained(models[1], folder, texts[1])
+            except Killed:
+                pass
+        try:
+            weights = load_pretrained(GPT, folder).state_dict()
+            which = json.loads((folder / "tokenizer_config.json").read_text())["which"]
+            expected = models[which == "new"].state_dict()
+            assert all(torch.equal(weights[name], expected[name]) for name in expected), killed_at
+            outcomes.append(which)
+        except UserError:
+            outcomes.append("refused")
+        if calls[0] <= killed_at:
+            break
+    assert outcomes == sorted(outcomes, key=["old", "refused", "new"].index)
+    assert {"old", "new"} < set(outcomes) and outcomes.count("refused") > 3
 
 
 def test_packed_weights_are_named(tmp_path):
