@@ -11,9 +11,9 @@ shape, or one large tensor), as the optimizers' code has them alive (leangpt/opt
     one second moment a number                     1, then its square root 1
     look-ahead (nu, nu1)                           1
     orthogonalizing, from the look-ahead           2 and two Gram matrices; halved in bfloat16
-    writing a stack                                1: update times scale
-    writing bfloat16                               1.5, the float32 weights and their results,
-                                                   and the noise of one tensor
+    scaling (a stack, or bfloat16 weights)         2: the direction, and times its scale
+    writing bfloat16                               2: that, and the float32 weights; of one tensor
+                                                   the noise, a byte of mask, the result: 1.75
 """
 
 import math
@@ -111,16 +111,19 @@ def _of_stack(run, tensor, count):
     orthogonal = 0
     if is_matrix(tensor):
         orthogonal = _orthogonalizing(run, tensor, count, FLOAT) / FLOAT / numbers
+    # is the direction a tensor of its own, or the momentum as it is stored?
     own = is_matrix(tensor) or not issubclass(tensor.cls, AdamSN)
-    update = 1 if value or ahead or own else 0  # else it is the momentum itself
-    rounding = 1.5 + 1 / count if narrow else 0
-    phases = {
-        "momentum": {16: 2.5, 8: 4, 4: 4}.get(bits, 0),
-        "direction": value + ahead + second + orthogonal,
-        "weights": update + second + (1 if stacked or narrow else 0) + rounding,
-    }
-    gradient = 1 if stacked or narrow else 0
-    return int((gradient + max(phases.values())) * numbers * FLOAT + state)
+    update = 1 if value or ahead or own or stacked else 0
+    before = (1 if stacked or narrow else 0) * numbers * FLOAT + state  # gradients, states
+    writing = 0
+    if stacked or narrow:
+        writing = max(update + second + 1, 1 + narrow * (1 + (1 + 0.25 + 0.5) / count))
+    phases = (
+        before + {16: 2.5, 8: 4, 4: 4}.get(bits, 0) * numbers * FLOAT,
+        before + (value + ahead + second + orthogonal) * numbers * FLOAT,
+        max(update + second, writing) * numbers * FLOAT,
+    )
+    return int(max(phases))
 
 
 def _few_seconds(tensor):

@@ -130,6 +130,7 @@ class AdamSN(MemoryOptimizer):
         else:
             squares = subset_norm(grad, dims, group["norm"])
         second.lerp_(squares, 1 - beta2)
+        del squares  # one a number, where each has its own
         scale = (second / correction2).sqrt_().add_(group["eps"]).reciprocal_().mul_(weight)
         update = momentum if group["nu1"] == 1 else momentum.lerp(batch.grad, share)
         return update.reshape(grad.shape), scale

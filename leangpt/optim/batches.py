@@ -199,6 +199,9 @@ def update_run(optimizer, items):
     if first.group["update_clip"] is not None:
         update, scale = update if scale is None else update * scale, None
         update = yield from clip_update(update, first.group["update_clip"], first.shards)
+    del batch  # gradients in float32, copies of a stack's states: not needed any more
+    if scale is not None and not shifts(items):
+        update, scale = update * scale, None
     write(items, update, scale, generator)
 
 
@@ -207,19 +210,29 @@ def as_run(direction):
     return (yield from direction) if hasattr(direction, "send") else direction
 
 
+WIDE = (torch.float32, torch.float64)
+
+
+def shifts(items):
+    """Is it one tensor whose numbers `shift` moves where they are?"""
+    param, lr = items[0].param, items[0].group["lr"]
+    alone = len(items) == 1 and param.dtype in WIDE
+    return alone and not torch.is_tensor(lr) and param.is_contiguous()
+
+
 def write(items, update, scale, generator):
-    """p <- (1 - lr * weight_decay) p - lr * scale * update for every item: see `direction`."""
+    """p <- (1 - lr * weight_decay) p - lr * scale * update for every item: see `direction`.
+
+    scale: None, unless the items are one that `shifts`."""
     params = [i.param for i in items]
     rates = [i.group["lr"] for i in items]
     decays = [1 - i.group["lr"] * i.group["weight_decay"] for i in items]
     target, dtype = params, params[0].dtype
-    wide = dtype in (torch.float32, torch.float64)
-    if len(items) == 1 and wide and not torch.is_tensor(rates[0]) and params[0].is_contiguous():
+    if shifts(items):
         scale = None if scale is None else scale[0]
         return shift(params[0], update[0], scale, decays[0], rates[0])
-    update = update if scale is None else update * scale
     update = update.view(len(items), *params[0].shape)
-    if not wide:
+    if dtype not in WIDE:
         target = [p.to(torch.float32) for p in params]
     updates = list(update.unbind(0))
     if torch.is_tensor(rates[0]):  # stays on its device: nothing waits
@@ -232,9 +245,9 @@ def write(items, update, scale, generator):
         else:
             torch._foreach_add_(target, torch._foreach_mul(updates, [-r for r in rates]))
     if target is not params:
-        if dtype == torch.bfloat16 and items[0].group["stochastic_rounding"]:
-            target = [round_to_bfloat16(t, generator()) for t in target]
-        torch._foreach_copy_(params, target)
+        rounds = dtype == torch.bfloat16 and items[0].group["stochastic_rounding"]
+        for param, value in zip(params, target):
+            param.copy_(round_to_bfloat16(value, generator()) if rounds else value)
 
 
 def rounding_generator(generators, item):

@@ -162,4 +162,4 @@ def round_to_bfloat16(value, generator):
         0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=generator
     )
     rounded = noise.add_(bits).bitwise_and_(-65536).view(torch.float32)
-    return torch.where(value.isnan(), value, rounded).to(torch.bfloat16)
+    return torch.where(value.isnan(), value, rounded, out=rounded).to(torch.bfloat16)
