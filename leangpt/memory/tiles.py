@@ -128,13 +128,16 @@ def tiled_phases(run, names, tiles):
         inside = max(inside, 9 * 4 / e + 2)  # the norm's own backward, in float32
     phases = []
     several = run.tokens > rows
-    weights = after * (4 + several * found + copies) + (largest * e if copies else 0)
+    earlier = 4 * qkv * (run.batch_size > b)  # summed over the sequences before
+    # a product's own in a CPU's bfloat16: its sums in float32, or its weights once more
+    own = largest * (e if copies else 4) if e < 4 and run.device_type == "cpu" else 0
+    weights = after * (4 + several * found + copies) + earlier + own
     mlp = held + kept * config.checkpoint_layers + (inside + norm) * rows * row
     phases.append((mlp, weights, 0))
     if config.checkpoint_layers:
         attending = kept + b * row * _forward_scratch(config, T, q, k, run.device_type, True)
         workspace = _workspace(config, q, k, e, run.device_type, run.threads)
-        phases.append((held + attending, several * after * (4 + copies), workspace))
+        phases.append((held + attending, several * after * (4 + copies) + earlier, workspace))
     heads = heads_at_once(config, T, q, b, run.device_type)
     share = heads / config.kv_heads
     wide = 4 / e  # float32 beside numbers of the stream
@@ -144,6 +147,11 @@ def tiled_phases(run, names, tiles):
     weights = names["layer"] * (4 + copies) + qkv * share * found * (run.tokens > q * b)
     workspace = _workspace(config, q, k, e, run.device_type, run.threads, backward=True)
     phases.append((held + b * row * attention, weights, workspace))
+    # the backward of the projection to q, k and v, and of the norm before it
+    norm = (6 * wide if e < 4 else 4) if names["rms"] else 2
+    projecting = share * ((wide + stored) * T + (2 + 4 / g + 2 * wide / g) * q)
+    projecting += (share * names["rope"] * (1 + 1 / g) + norm) * q
+    phases.append((held + b * row * projecting, weights, 0))
     return phases
 
 
