@@ -58,6 +58,7 @@ KEPT = [
     ("weights", "weights", "weights"),
     ("state", "optimizer state", "state"),
     ("saved", "tokens and targets", "16*n"),
+    ("workspace", "of cuBLAS, of two handles", "0 if cpu else 2*32*2**20"),
 ]
 SAVED_ALL = [
     ("saved", "every layer's", "L*saved"),

@@ -8,6 +8,7 @@ import torch
 from tiny_run import arguments
 
 import train
+from configurator import parse_config
 from leangpt.memory.search import Budget
 from leangpt.system.errors import UserError
 from leangpt.system.host_memory import available_memory, total_memory
@@ -40,10 +41,11 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(tmp_path, room):
 
 def test_the_nearest_plan_is_named_and_fits(tmp_path, room):
     room(240_000)
-    with pytest.raises(
-        UserError, match="--batch_size=[12] --gradient_accumulation_steps=[42] would"
-    ):
+    with pytest.raises(UserError, match=r"of 240 KB at hand; --batch_size=.* would take") as error:
         train.main(arguments(tmp_path, "run", *SHORT))
+    named = str(error.value).split("; ")[1].split(" would take")[0].split()
+    assert parse_config(train.Settings, named)[1]
+    train.main(arguments(tmp_path, "run", *SHORT, *named))
 
 
 def test_memory_ignore_starts_it(tmp_path, room):
@@ -111,7 +113,7 @@ def test_a_plan_is_not_made_for_what_is_not_predicted(tmp_path):
 
 def test_the_configuration_is_that_of_the_model(tmp_path):
     flags = arguments(tmp_path, "run", "--n_layer=1", "--bias=True", "--q_chunk=8")
-    settings, given = train.parse_config(train.Settings, flags)
+    settings, given = parse_config(train.Settings, flags)
     config = run_config(GPTConfig, settings, given, 21)
     assert (config.n_layer, config.bias, config.q_chunk, config.vocab_size) == (1, True, 8, 21)
     checkpoint = {"model_args": vars(GPT(replace(config, q_chunk=None)).config)}
