@@ -14,13 +14,13 @@ import math
 import shutil
 import sys
 import warnings
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from leangpt.parallel.shards import has_shards, remove_others, with_shards, write_shards
+from leangpt.runs.bounds import check_bounds, check_zip, is_zip
 from leangpt.system.errors import UserError, exit_cleanly
 from leangpt.system.lock import FolderLock
 from leangpt.system.plain_numbers import foreign_object, numbers_allowed
@@ -90,7 +90,7 @@ def _remove_unnamed_shards(folder):
 def shards_named_in(path):
     """The folder of shards that a checkpoint's tensors are in; None: they are in the file, or there
     is none. Raises UserError or OSError where it cannot be told."""
-    if not path.exists() or not _is_zip(path):
+    if not path.exists() or not is_zip(path):
         return None
     with parsing(path), numbers_allowed():
         return torch.load(path, mmap=True, weights_only=True).get("shards", {}).get("folder")
@@ -138,9 +138,10 @@ def load_checkpoint(path, device="cpu", mmap=False):
 
 def _read(path, device, mmap):
     try:
-        _check_sums(regular_file(path), tensors=not mmap)
+        check_zip(regular_file(path), tensors=not mmap)
         with warnings.catch_warnings(action="ignore"), numbers_allowed():  # of what fails below
             checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=mmap)
+        check_bounds(checkpoint, path.stat().st_size)
     except FileNotFoundError:
         raise UserError(
             f"no checkpoint at {path}; train first, or set out_dir to a folder that has one"
@@ -171,27 +172,6 @@ def _read(path, device, mmap):
     }
     checkpoint["best_val_loss"] = float(checkpoint.get("best_val_loss", math.inf))
     return checkpoint
-
-
-def _check_sums(path, tensors=True):
-    """Raise BadZipFile where an entry of the file is not what was written: torch does not look.
-
-    tensors: their entries too, 0.2 s for 200 MB. Files that are no zip, as torch wrote them before
-    version 1.6, have no checksums.
-    """
-    if not _is_zip(path):
-        return
-    with zipfile.ZipFile(path) as file:
-        for entry in file.infolist():
-            if tensors or "/data/" not in entry.filename:
-                with file.open(entry) as content:
-                    while content.read(1 << 20):
-                        pass
-
-
-def _is_zip(path):
-    with open(path, "rb") as file:
-        return file.read(2) == b"PK"
 
 
 def _check_entries(checkpoint, path):

@@ -155,7 +155,7 @@ def test_a_flipped_bit_or_a_zeroed_page_anywhere_is_refused_or_harmless(tmp_path
 )
 def test_entries_of_a_wrong_type(tmp_path, entry, value):
     save_checkpoint(tmp_path / BEST, checkpoint_of(tiny_model()) | {entry: value})
-    with pytest.raises(UserError, match=f"is damaged: {entry} is a"):
+    with pytest.raises(UserError, match=f"is damaged: {entry} is a|a tensor lacks numbers"):
         load_checkpoint(tmp_path / BEST)
 
 

@@ -5,6 +5,7 @@ import random
 import signal
 import struct
 import time
+import zipfile
 from functools import partial
 
 import pytest
@@ -75,7 +76,7 @@ def test_sizes_in_a_config_json(tmp_path, changes, words, soon):
     [
         (dict(n_layer=10**7), "10000000 layers are announced"),
         (dict(n_embd=2**28), "should have shape"),
-        (dict(n_embd=10**30), "announced sizes"),
+        (dict(n_embd=10**30), "more than 64 bits"),
         (dict(vocab_size=10**12), "should have shape"),
         (dict(block_size=10**12), "wpe.weight should have shape"),
         (dict(n_layer="2"), "n_layer must be int"),
@@ -86,8 +87,93 @@ def test_sizes_in_a_checkpoint(tmp_path, changes, words, soon):
     arguments = model_args(model) | changes
     checkpoint = {"model": model.state_dict(), "model_args": arguments, "iter_num": 3}
     torch.save(checkpoint, tmp_path / "ckpt.pt")
-    loaded = load_checkpoint(tmp_path / "ckpt.pt")
-    refused(lambda: model_from_checkpoint(GPT, loaded), words)
+    path = tmp_path / "ckpt.pt"
+    refused(lambda: model_from_checkpoint(GPT, load_checkpoint(path)), words)
+
+
+def laughs():
+    """A list of 2**60 entries in a few hundred bytes: each list holds the one before twice."""
+    value = ["ha"]
+    for _ in range(60):
+        value = [value, value]
+    return value
+
+
+def deep():
+    value = []
+    for _ in range(500):
+        value = [value]
+    return value
+
+
+def endless():
+    value = []
+    value.append(value)
+    return value
+
+
+BOMBS = {
+    "laughs": laughs,
+    "deep": deep,
+    "endless": endless,
+    "long number": lambda: 10**5000,
+    "one number, repeated": lambda: torch.zeros(1).expand(10**9, 10**5),
+    "no numbers": lambda: torch.empty(10**9, 10**5, device="meta"),
+    "nothing but zeros": lambda: torch.sparse_coo_tensor(size=(10**15,)),
+}
+PLACES = (
+    ("best_val_loss",), ("train_seconds",), ("iter_num",), ("config",), ("config", "dataset"),
+    ("dataset",), ("dataset", "characters"), ("dataset", "source"), ("model_args",),
+    ("model_args", "n_layer"), ("optimizer",), ("optimizer", "state", 0, "exp_avg"),
+    ("optimizer", "param_groups", 0, "lr"), ("scaler",), ("text_files",), ("model",),
+    ("model", "lm_head.weight"), ("unheard of",),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_checkpoint_that_unfolds_to_more_than_it_is(tmp_path, bomb, soon):
+    path, value = tmp_path / "ckpt.pt", BOMBS[bomb]()
+    for *place, last in PLACES:
+        checkpoint = {
+            "model": {"lm_head.weight": torch.zeros(2, 2)},
+            "model_args": {"n_layer": 1},
+            "iter_num": 1,
+            "config": {"dataset": "tiny"},
+            "dataset": {"characters": "ab"},
+            "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1.0}]},
+        }
+        holder = checkpoint
+        for name in place:
+            holder = holder[name]
+        holder[last] = value
+        torch.save(checkpoint, path)
+        for mmap in (False, True):
+            refused(partial(load_checkpoint, path, mmap=mmap), "truncated or not a checkpoint")
+
+
+def test_a_checkpoint_of_compressed_entries(tmp_path, soon):
+    """A gigabyte of zeros in a megabyte; torch.save compresses nothing."""
+    whole, path = tmp_path / "whole.pt", tmp_path / "ckpt.pt"
+    torch.save({"model": {}, "model_args": {}, "iter_num": 1}, whole)
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name in source.namelist():
+            file.writestr(name, source.read(name))
+        file.writestr("archive/data/9", bytes(10**7), compresslevel=1)
+    refused(partial(load_checkpoint, path), "its entries are larger than itself")
+
+
+def test_what_a_checkpoint_may_hold(tmp_path):
+    """Tied weights, which are one tensor's numbers twice, and as many small things as there are."""
+    weight = torch.randn(500, 40)
+    checkpoint = {
+        "model": {"lm_head.weight": weight, "transformer.wte.weight": weight},
+        "model_args": {},
+        "iter_num": 1,
+        "config": {"seed": 2**63 - 1},
+        "optimizer": {"state": {}, "param_groups": [{"params": list(range(10_000))}]},
+    }
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    assert load_checkpoint(tmp_path / "ckpt.pt")["optimizer"] == checkpoint["optimizer"]
 
 
 # ---- GGUF ---------------------------------------------------------------------------------------
