@@ -101,7 +101,7 @@ def laughs():
 
 def deep():
     value = []
-    for _ in range(500):
+    for _ in range(100):
         value = [value]
     return value
 
