@@ -18,12 +18,21 @@ from leangpt.system.errors import UserError
 EACH = 50  # truncations, flipped bits, wrong types of every kind of file
 RESUME = ["train.py", "--init_from=resume", "--max_iters=6"]
 NANO = [w for w in TINY if w != "--dataset=tiny"]
-CHAT = ["sample.py", "--init_from=llama", "--chat", "--start=hello", *GREEDY]
+
+
+def chat(model):
+    """The words that ask a model of this folder."""
+    return ["sample.py", f"--init_from={model}", "--chat", "--start=hello", *GREEDY]
+
+
+CHAT = chat("llama")
 GGUF = ["sample.py", "--init_from=llama.gguf", "--start=hello", *GREEDY]
 INT4 = ["sample.py", "--init_from=int4.safetensors", "--start=the", *GREEDY]
 COMPARE = ["compare.py", "out", "adam"]
 FROM_DATA = ["train.py", *TINY, "--max_iters=2"]
 PREPARE = ["data/prepare_text.py", "--input=book.txt", "--name=new", "--data_dir=data"]
+PREPARE_CHAT = ["data/prepare_chat.py", "--input=chat.jsonl", "--name=new", "--data_dir=data"]
+PREPARE_CHAT += ["--model=llama"]
 TRAIN_NANO = ["train.py", *NANO, "--dataset=nano", "--max_iters=2"]
 # kind -> (file, does it carry checksums, what reads it, what that needs)
 FILES = {
@@ -76,6 +85,17 @@ FILES = {
     "GGUF": ("llama.gguf", False, GGUF, ("llama.gguf",)),
     "text": ("book.txt", False, PREPARE, ("book.txt",)),
 }
+EARLIER = len(FILES)  # kinds: their cases have the first numbers
+SAMPLE_SHARDED = ["sample.py", "--out_dir=sharded", *GREEDY]
+FILES |= {
+    "shards": ("sharded/shards-*/__1_0.distcp", True, SAMPLE_SHARDED, ("sharded",)),
+    "shards' table": ("sharded/shards-*/.metadata", True, SAMPLE_SHARDED, ("sharded",)),
+    "checkpoint of shards": ("sharded/ckpt.pt", True, SAMPLE_SHARDED, ("sharded",)),
+    "vocab.json": ("llama-bpe/vocab.json", False, chat("llama-bpe"), ("llama-bpe",)),
+    "merges.txt": ("llama-bpe/merges.txt", False, chat("llama-bpe"), ("llama-bpe",)),
+    "tokenizer.model": ("llama-spm/tokenizer.model", False, chat("llama-spm"), ("llama-spm",)),
+    "conversations": ("chat.jsonl", False, PREPARE_CHAT, ("chat.jsonl", "llama")),
+}
 WAYS = ("cut", "bit", "type")
 STRANGE = (
     *(None, True, False, 0, 1, -1, 2, 3.5, 1e308, -(2**63), 2**63, 10**30, "", "x", "1", [], [1]),
@@ -89,16 +109,16 @@ def count(world):
 
 def case(number, world, real):
     """One case -> a row's cells."""
-    way, kind = WAYS[number % len(WAYS)], list(FILES)[number // len(WAYS) % len(FILES)]
+    way, (kind, turn) = WAYS[number % len(WAYS)], kind_and_turn(number // len(WAYS))
     name, summed, command, needed = FILES[kind]
     choose = random.Random(f"damage {number}")
-    if "cut" in way and number // (len(WAYS) * len(FILES)) == 0:
+    if "cut" in way and turn == 0:
         choose.random = lambda: 0.0  # the empty file is one of them
-    if not (world.pristine / name).exists():
+    if not list(world.pristine.glob(name)):
         return {"kind": kind, "what": way, "outcome": "unchecked", "detail": "no such package"}
     want = world.once(kind, lambda: read(world, command, needed, "reference")[1])
     folder = world.case_folder(number, *needed)
-    what = damage(folder / name, way, choose)
+    what = damage(next(folder.glob(name)), way, choose)
     ended, found = read(world, command, needed, number, folder, real)
     outcome = ended.verdict
     if outcome == "done" and found == want:
@@ -107,6 +127,16 @@ def case(number, world, real):
         outcome = "other"
     cells = {"kind": kind, "what": f"{way}: {what}", "outcome": outcome, "detail": ended.words}
     return cells | {"status": ended.status, "seconds": round(ended.seconds, 2)}
+
+
+def kind_and_turn(index):
+    """(kind of file, how often it has been damaged this way before) of the index-th such damage."""
+    kinds = list(FILES)
+    first, later = kinds[:EARLIER], kinds[EARLIER:]
+    if index < EACH * EARLIER:
+        return first[index % EARLIER], index // EARLIER
+    index -= EACH * EARLIER
+    return later[index % len(later)], index // len(later)
 
 
 def read(world, command, needed, name, folder=None, real=False):

@@ -11,6 +11,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/file.h>
 #include <sys/sendfile.h>
 #include <sys/stat.h>
@@ -112,6 +113,22 @@ ON_FILE(fdatasync, int, (int file), (file))
 ON_FILE(ftruncate64, int, (int file, off64_t size), (file, size))
 ON_FILE(flock, int, (int file, int how), (file, how))
 
+ON_FILE(lseek, off_t, (int file, off_t at, int from), (file, at, from))
+ON_FILE(lseek64, off64_t, (int file, off64_t at, int from), (file, at, from))
+ON_FILE(fstat, int, (int file, struct stat *found), (file, found))
+ON_FILE(fstat64, int, (int file, struct stat64 *found), (file, found))
+
+#define MAP(name, offset) \
+    void *name(void *at, size_t size, int protection, int flags, int file, offset from) \
+    { \
+        REAL(name); \
+        if (armed && file >= 0 && fails(#name, open_below(file))) \
+            return errno = error_number ? error_number : EIO, MAP_FAILED; \
+        return real(at, size, protection, flags, file, from); \
+    }
+MAP(mmap, off_t)
+MAP(mmap64, off64_t)
+
 int close(int file)  // closed in any case, as Linux has it
 {
     REAL(close);
@@ -137,6 +154,11 @@ ON_PATH(rmdir, (const char *path), path, (path))
 ON_PATH(mkdir, (const char *path, mode_t mode), path, (path, mode))
 ON_PATH(link, (const char *from, const char *to), to, (from, to))
 ON_PATH(chmod, (const char *path, mode_t mode), path, (path, mode))
+
+ON_PATH(stat, (const char *path, struct stat *found), path, (path, found))
+ON_PATH(stat64, (const char *path, struct stat64 *found), path, (path, found))
+ON_PATH(lstat, (const char *path, struct stat *found), path, (path, found))
+ON_PATH(lstat64, (const char *path, struct stat64 *found), path, (path, found))
 
 DIR *opendir(const char *path)
 {

@@ -20,7 +20,7 @@ from leangpt.system import c_library
 from leangpt.system.cache import cache_folder
 from leangpt.system.errors import UserError
 
-COUNT = 1600
+LEAST = 229  # cases of a scenario; more where it makes more calls: each fails once
 SOURCE = Path(__file__).with_suffix(".c")
 RUN = (*TINY, "--eval_interval=1", "--eval_iters=1")
 MODEL = ("llama", "wide", "data")
@@ -56,9 +56,8 @@ SCENARIOS = {  # what is written -> (command, what there is before, its output, 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 ERRORS = {  # kind of call -> what it may fail with; 0: half is written
     "write": (*FULL, 0),
-    "pwrite64": (*FULL, 0),
+    "pwrite": (*FULL, 0),
     "sendfile": (*FULL, 0),
-    "sendfile64": (*FULL, 0),
     "open-to-write": (errno.EACCES, errno.EMFILE, *FULL),
     "open": (errno.EACCES, errno.EMFILE, errno.EIO),
     "opendir": (errno.EACCES, errno.EMFILE),
@@ -67,6 +66,10 @@ ERRORS = {  # kind of call -> what it may fail with; 0: half is written
     "unlink": (errno.EACCES, errno.EROFS, errno.EIO),
     "flock": (errno.ENOLCK, errno.EIO, errno.EINTR),
     "read": (errno.EIO,),
+    "stat": (errno.EACCES, errno.EIO, errno.ESTALE),
+    "lstat": (errno.EACCES, errno.EIO, errno.ESTALE),
+    "fstat": (errno.EIO, errno.ESTALE),
+    "mmap": (errno.ENOMEM, errno.EACCES, errno.ENODEV),
 }
 
 
@@ -86,18 +89,36 @@ def arm(folder, nth, error, sticky=False):
 
 
 def count(world):
-    return COUNT
+    return len(places(world))
+
+
+def places(world):
+    """(scenario, number of the call that fails) of each case, in an order drawn once."""
+    return world.once("places", lambda: _places(world))
+
+
+def _places(world):
+    drawn = []
+    for kind in SCENARIOS:
+        calls, _ = undisturbed(kind, world)
+        cases = max(LEAST, len(calls))
+        drawn += [(kind, 1 + number * len(calls) // cases) for number in range(cases)]
+    random.Random("faults").shuffle(drawn)
+    return drawn
+
+
+def undisturbed(kind, world):
+    return world.once(("faults", kind), lambda: reference(kind, world))
 
 
 def case(number, world, real=False):
     """One case -> a row's cells."""
-    kind = list(SCENARIOS)[number % len(SCENARIOS)]
+    kind, nth = places(world)[number]
     choose = random.Random(f"faults {number}")
-    calls, want = world.once(("faults", kind), lambda: reference(kind, world))
-    turn = number // len(SCENARIOS) * len(calls) * len(SCENARIOS) // COUNT
-    nth = 1 + turn % len(calls)
+    calls, want = undisturbed(kind, world)
     call = calls[nth - 1]
-    error, sticky = choose.choice(ERRORS.get(call, (errno.EIO,))), choose.random() < 0.4
+    error = choose.choice(ERRORS.get(call.removesuffix("64"), (errno.EIO,)))
+    sticky = choose.random() < 0.4
     sticky = sticky and error != errno.EINTR  # which every caller answers by trying again
     command, needed, output, reader = SCENARIOS[kind]
     folder = world.case_folder(number, *needed)

@@ -3,15 +3,15 @@
 import contextlib
 import json
 import random
-import socket
 from pathlib import Path
 
+from experiments.reliability.processes import run_in
 from experiments.reliability.world import GREEDY, TINY, leftovers, run_result, said
 from experiments.reliability.zygote import Child, run
 from leangpt.optim import VARIANTS
 from leangpt.system.errors import UserError
 
-COUNT = 1000
+COUNT, EARLIER = 1200, 1000  # cases; of these kinds that were there from the beginning
 RUN = (*TINY, "--max_iters=6", "--eval_interval=1", "--eval_iters=1", "--dropout=0.1")
 KINDS = {  # of runs -> their flags
     "plain": (),
@@ -21,6 +21,11 @@ KINDS = {  # of runs -> their flags
     "low byte": ("--param_dtype=bfloat16", "--optimizer_options=fused_backward=True"),
     "two processes": ("--gradient_accumulation_steps=2", "--parallel=ddp"),
     "two sharded": ("--gradient_accumulation_steps=2", "--parallel=fsdp", "--n_embd=32"),
+}
+PIECES = ("--context_parallel=2", "--position=rope", "--dropout=0")
+LATER = {
+    "sequences in pieces": ("--parallel=ddp", *PIECES),
+    "pieces and shards": ("--parallel=fsdp", "--n_embd=32", *PIECES),
 }
 WRITERS = {  # what else writes -> (its command, what reads it, what it writes)
     "prepare": (
@@ -48,12 +53,16 @@ def count(world):
 def case(number, world, real):
     """One case -> a row's cells."""
     choose = random.Random(f"kills {number}")
-    if choose.random() < 0.1:
+    if number < EARLIER and choose.random() < 0.1:
         return writer_case(choose, world, number, real)
     variant = choose.choice(list(VARIANTS))
-    kind = choose.choice([k for k in KINDS if k != "low byte" or variant != "adam"])
-    flags = [*RUN, *KINDS[kind], f"--optimizer_variant={variant}", "--init_from=auto"]
-    processes = 2 if kind.startswith("two") else 1
+    if number < EARLIER:
+        kind = choose.choice([k for k in KINDS if k != "low byte" or variant != "adam"])
+    else:
+        kind = list(LATER)[number % len(LATER)]
+    own = (KINDS | LATER)[kind]
+    flags = [*RUN, *own, f"--optimizer_variant={variant}", "--init_from=auto"]
+    processes = 2 if kind.startswith("two") or kind in LATER else 1
     want, seconds = world.once(
         (kind, variant, real), lambda: reference(world, flags, processes, real)
     )
@@ -62,12 +71,12 @@ def case(number, world, real):
     outcome, detail, total = "same", "", 0.0
     for number_of_signal in signals:
         delay = choose.uniform(0, 1.1 * seconds)
-        ended = several(flags, folder, processes, real, delay, number_of_signal)
+        ended = run_in(processes, ["train.py", *flags], folder, real, delay, number_of_signal)
         total += ended.seconds
         bad = ended.verdict in ("traceback", "hang", "wordy") and number_of_signal != 2
         if bad and processes == 1:
             outcome, detail = ended.verdict, ended.words
-    ended = several(flags, folder, processes, real)
+    ended = run_in(processes, ["train.py", *flags], folder, real)
     if ended.verdict != "done":
         outcome, detail = "lost", f"{ended.verdict}: {ended.words}"
     elif outcome == "same":
@@ -93,44 +102,12 @@ def judged(folder, want):
 def reference(world, flags, processes, real):
     """(what a run that nobody kills comes to, seconds it takes)."""
     folder = world.case_folder("reference", "data")
-    ended = several(flags, folder, processes, real)
+    ended = run_in(processes, ["train.py", *flags], folder, real)
     if ended.status:
         raise RuntimeError(f"{flags}: {ended.err}")
     result = run_result(folder / "out")
     world.forget(folder)
     return result, ended.seconds
-
-
-def several(flags, folder, processes, real, delay=None, number=9):
-    """A run of one or more processes, all sent a signal after `delay` seconds: the first's end."""
-    if processes == 1:
-        child = Child(["train.py", *flags], folder, real=real)
-        return child.wait() if delay is None else child.end_in(delay, number)
-    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    children = []
-    for rank in range(processes):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        place = folder if rank == 0 else world_of_rank(folder, rank)
-        children.append(Child(["train.py", *flags], place, real=real, **shared, **ranks))
-    first, *others = children
-    ended = first.wait() if delay is None else first.end_in(delay, number)
-    for other in others:
-        other.wait() if delay is None else other.end_in(0, number)
-    return ended
-
-
-def world_of_rank(folder, rank):
-    """The same folder by another name, so that each process has output files of its own."""
-    link = folder.with_name(f"{folder.name}-rank{rank}")
-    if not link.is_symlink():
-        link.symlink_to(folder)
-    return link
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
 
 
 def writer_case(choose, world, number, real):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from experiments.reliability.more_files import make_more
 from experiments.reliability.zygote import run
 from leangpt.runs.checkpoint import load_checkpoint
 from leangpt.text.folder import write_dataset
@@ -114,6 +115,7 @@ def make(folder: Path):
         )
     )
     published(folder / "llama", gguf=folder / "llama.gguf")
+    make_more(folder, flags)
 
 
 def must(ended):

@@ -30,7 +30,7 @@ import compare
 import optimizers
 import sample
 import train
-from data import prepare_text
+from data import prepare_chat, prepare_text
 from data.openwebtext import prepare as prepare_documents
 from experiments.shared.common import ROOT
 from leangpt.system.errors import exit_cleanly
@@ -42,6 +42,7 @@ SCRIPTS = {
     "bench.py": lambda: exit_cleanly(bench.main),
     "compare.py": lambda: exit_cleanly(compare.main),
     "optimizers.py": lambda: exit_cleanly(lambda: print(optimizers.variant_table())),
+    "data/prepare_chat.py": lambda: exit_cleanly(prepare_chat.main),
     "data/prepare_text.py": lambda: exit_cleanly(prepare_text.main),
     "data/openwebtext/prepare.py": lambda: exit_cleanly(prepare_documents.main),
 }

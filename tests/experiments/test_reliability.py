@@ -11,7 +11,14 @@ from experiments.shared.common import read_csv
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "part, first, limit",
-    [("kills", 0, 6), ("faults", 0, 42), ("damage", 0, 69), ("lines", 100, 40)],
+    [
+        ("kills", 0, 6),
+        ("kills", 1000, 2),
+        ("faults", 0, 42),
+        ("damage", 0, 69),
+        ("damage", 3450, 21),
+        ("lines", 100, 40),
+    ],
 )
 def test_nothing_is_lost_and_nothing_wrong_is_loaded(tmp_path, part, first, limit):
     flags = [f"--part={part}", f"--first={first}", f"--limit={limit}"]
