@@ -24,6 +24,7 @@ from experiments.report import (  # noqa: F401  each registers its tables
     generation_tables,
     memory_tables,
     optimizer_tables,
+    plan_tables,
     reliability_tables,
     scale_tables,
     tree_tables,
@@ -34,7 +35,8 @@ from leangpt.system.errors import UserError, exit_cleanly
 from leangpt.system.whole_files import written_whole
 
 PAGES = ("README.md", "docs/ARCHITECTURE.md") + tuple(
-    f"docs/results/{name}.md" for name in ("attention", "optimizers", "generation", "reliability")
+    f"docs/results/{name}.md"
+    for name in ("attention", "optimizers", "generation", "plan", "reliability")
 )
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 FIGURE = re.compile(r"(<!-- figure: (\S+) -->).*?(<!-- end -->)", re.DOTALL)
