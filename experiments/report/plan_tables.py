@@ -6,10 +6,10 @@ TOLD = ("batch_size", "gradient_accumulation_steps", "block_size", "init_from") 
 
 
 def short(tokens):
-    """1,048,576 -> 1.05M, 42,496 -> 42k; a dash where nothing fits."""
+    """1,048,576 -> 1.0M, 42,496 -> 42k; a dash where nothing fits."""
     if not tokens:
         return "–"
-    return f"{tokens / 1e6:.2f}M" if tokens >= 1e6 else f"{tokens / 1e3:.0f}k"
+    return f"{tokens / 1e6:.1f}M" if tokens >= 1e6 else f"{tokens / 1e3:.0f}k"
 
 
 @table("plan_cards", "plan_cards.csv")
@@ -19,7 +19,7 @@ def plan_cards(rows):
     models = list(dict.fromkeys(row["model"] for row in rows))
     cells = {(row["model"], row["card_GB"]): short(row["longest"]) for row in rows}
     return markdown(
-        ["longest context on", *(f"{card} GB" for card in cards)],
+        ["model", *(f"{card} GB" for card in cards)],
         [[model, *(cells[model, card] for card in cards)] for model in models],
     )
 

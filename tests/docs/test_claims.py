@@ -14,6 +14,7 @@ import sample
 import train
 from experiments.report.front_tables import USABLE
 from leangpt.attention.tile_sizes import tile_sizes
+from leangpt.memory.search import CONTEXT, RESERVE
 from leangpt.optim import VARIANTS
 from model import GPTConfig
 
@@ -84,7 +85,10 @@ def test_optimizers_are_variants():
 
 
 def test_what_stays_free_of_a_card():
-    assert f"({1 - USABLE:.0%} of it stays free)" in README
+    page = (ROOT / "docs/results/plan.md").read_text()
+    assert f"({1 - USABLE:.0%} of it stays free)" in page
+    assert f"{RESERVE['cuda']:.0%} of a GPU, {RESERVE['cpu']:.0%} of a CPU's memory" in page
+    assert f"{CONTEXT // 10**6} MB of a GPU are counted as CUDA's own" in page
 
 
 def test_below_which_length_tiles_do_nothing():
