@@ -31,7 +31,7 @@ from leangpt.int4.stored import STORED_GROUP, take_stored_
 from leangpt.int4.tuning import quantize_and_tune_
 from leangpt.layers.int4_linear import GROUP_SIZES
 from leangpt.runs.checkpoint import checkpoint_to_resume, load_checkpoint, model_from_checkpoint
-from leangpt.system.errors import UserError, exit_cleanly
+from leangpt.system.errors import UserError, exit_cleanly, refused
 from leangpt.system.runtime import setup_runtime
 from leangpt.text.model_text import ModelText, files_to_export, text_of_data, text_of_files
 from leangpt.weights.chat_text import load_pretrained_text
@@ -170,7 +170,7 @@ def read_prompt(start):
     try:
         return Path(path).read_text(encoding="utf-8-sig")  # without a byte order mark
     except OSError as error:
-        raise UserError(f"cannot read the prompt {path}: {error.strerror}") from None
+        raise refused(f"cannot read the prompt {path}", error) from None
     except UnicodeDecodeError:
         raise UserError(f"the prompt {path} is not UTF-8 text") from None
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from leangpt.int4.quantize import empty_int4_, gather_, int4_layers
 from leangpt.layers.int4_linear import Int4Linear
-from leangpt.system.errors import UserError
+from leangpt.system.errors import UserError, refused
 from leangpt.system.reading import mapping, regular_file
 from leangpt.system.whole_files import written_whole
 from leangpt.text.model_text import check_data
@@ -73,7 +73,9 @@ def load_int4(GPT, path, device="cpu", dtype=torch.bfloat16, **overrides):
             names = list(file.keys())
             model = empty_int4_(shapes_of(GPT, config, len(names), path), group_size)
             tensors = {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
+        raise refused(f"cannot read {path}", error) from None
+    except SafetensorError as error:
         raise UserError(f"cannot read {path}: {error}; save it again with save_int4") from None
     check_tensors(tensors, wanted_tensors(model), path)
     if header.get("sha256", "none") not in ("none", checksum(tensors)):  # older files have none

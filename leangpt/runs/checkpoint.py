@@ -21,7 +21,7 @@ import torch
 
 from leangpt.parallel.shards import has_shards, remove_others, with_shards, write_shards
 from leangpt.runs.bounds import check_bounds, check_zip, is_zip
-from leangpt.system.errors import UserError, exit_cleanly
+from leangpt.system.errors import UserError, exit_cleanly, refused
 from leangpt.system.lock import FolderLock
 from leangpt.system.plain_numbers import foreign_object, numbers_allowed
 from leangpt.system.reading import parsing, regular_file
@@ -133,7 +133,7 @@ def load_checkpoint(path, device="cpu", mmap=False):
     try:
         return _read(Path(path), device, mmap)
     except UserError as error:
-        raise UserError(f"{error}{_other_one(Path(path))}") from None
+        raise type(error)(f"{error}{_other_one(Path(path))}") from None
 
 
 def _read(path, device, mmap):
@@ -146,7 +146,9 @@ def _read(path, device, mmap):
         raise UserError(
             f"no checkpoint at {path}; train first, or set out_dir to a folder that has one"
         ) from None
-    except MemoryError:
+    except OSError as error:
+        raise refused(f"cannot read {path}", error) from None
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # a damaged file may fail in any way there is
         if foreign := foreign_object(error):

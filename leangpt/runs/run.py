@@ -21,7 +21,7 @@ from leangpt.memory.meter import tensor_bytes
 from leangpt.optim.base import check_layout
 from leangpt.parallel.failures import launch
 from leangpt.runs.checkpoint import BEST, checkpoint_to_resume, load_checkpoint
-from leangpt.system.errors import UserError
+from leangpt.system.errors import UserError, refused
 from leangpt.system.timing import commit_id, describe_machine
 from leangpt.system.whole_files import written_whole
 
@@ -205,7 +205,9 @@ def read_metrics(path: str | Path) -> list[dict[str, float | None]]:
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise refused(f"cannot read {path}", error) from None
+    except UnicodeDecodeError as error:
         raise UserError(f"cannot read {path}: {error}") from None
     lines = text.split("\n")[:-1]  # what follows the last newline is still being written
     if not lines:
@@ -234,7 +236,9 @@ def _read_json(path, types):
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise refused(f"cannot read {path}", error) from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} is damaged: it holds no settings")

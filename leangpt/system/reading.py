@@ -7,7 +7,7 @@ import typing
 from dataclasses import fields
 from pathlib import Path
 
-from leangpt.system.errors import RunError, UserError
+from leangpt.system.errors import RunError, UserError, refused
 
 # in the text of torch's RuntimeError where the system refuses it a file
 SIGNS_OF_REFUSAL = ("unable to open file", "closing file", "unable to mmap", "unable to stat")
@@ -33,7 +33,9 @@ def read_json(path):
     """A JSON object (dict) from a file; UserError where it is not one."""
     try:
         content = json.loads(regular_file(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise refused(f"cannot read {path}", error) from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold a JSON object, not a {type(content).__name__}")

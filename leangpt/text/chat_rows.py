@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from leangpt.system.errors import UserError
+from leangpt.system.errors import UserError, refused
 from leangpt.text.integrity import NO_LOSS
 from leangpt.text.model_text import ModelText
 
@@ -58,7 +58,7 @@ def read_conversations(path):
                 if line.strip():
                     yield number, _messages(line, f"{path}, line {number}")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+        raise refused(f"cannot read {path}", error) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason})") from None
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from leangpt.system.cache import cache_folder
-from leangpt.system.errors import UserError
+from leangpt.system.errors import UserError, refused
 from leangpt.system.whole_files import write_whole
 
 TIMEOUT = 20  # seconds for the whole of a download: the fallback is better than a long wait
@@ -91,7 +91,7 @@ def read_text(path, reason):
         content = Path(path).read_bytes()
         text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise refused(f"cannot read {path}", error) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text (byte {error.start}): convert it") from error
     digest = hashlib.sha256(content).hexdigest()

@@ -11,7 +11,7 @@ checkpoint or a 4-bit file. What holds them needs no other folder, and they go w
 import json
 from pathlib import Path
 
-from leangpt.system.errors import UserError
+from leangpt.system.errors import UserError, refused
 from leangpt.system.reading import read_json, regular_file
 from leangpt.system.whole_files import write_whole
 from leangpt.text import sentencepiece
@@ -48,7 +48,9 @@ def read(path):
     """The text of a file. UserError where it is none."""
     try:
         return regular_file(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise refused(f"cannot read {path}", error) from None
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} cannot be read ({error})") from None
 
 

@@ -9,7 +9,7 @@ file of 93 bytes can announce an array of 2**60.
 import mmap
 import struct
 
-from leangpt.system.errors import UserError
+from leangpt.system.errors import UserError, refused
 from leangpt.system.reading import regular_file
 
 MAGIC = b"GGUF"
@@ -26,7 +26,9 @@ def check_header(path):
         with open(regular_file(path), "rb") as file:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 Header(data).walk()
-    except (OSError, ValueError, struct.error) as error:  # mmap: an empty file is a ValueError
+    except OSError as error:
+        raise refused(f"cannot read {path}", error) from None
+    except (ValueError, struct.error) as error:  # mmap: an empty file is a ValueError
         raise UserError(f"{path}: not a GGUF file, or a part of one ({error})") from None
 
 

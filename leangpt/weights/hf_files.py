@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from leangpt.system.errors import UserError
+from leangpt.system.errors import UserError, refused
 from leangpt.system.reading import mapping, read_json, regular_file
 from leangpt.weights.hf_names import config_from_hf, hf_pieces
 
@@ -49,7 +49,9 @@ class SafetensorsWeights:
         try:
             with mapping(file):
                 return safe_open(regular_file(file), framework="pt")
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
+            raise refused(f"cannot read {file}", error) from None
+        except SafetensorError as error:
             raise UserError(f"{file}: not a safetensors file, or a part of one ({error})") from None
 
     def names(self):

@@ -1,3 +1,4 @@
+import errno
 import os
 import pathlib
 import pickle
@@ -24,7 +25,7 @@ from leangpt.runs.checkpoint import (
     model_from_checkpoint,
     save_checkpoint,
 )
-from leangpt.system.errors import UserError
+from leangpt.system.errors import RunError, UserError
 from model import GPT, GPTConfig
 
 
@@ -180,8 +181,20 @@ def test_foreign_files(tmp_path, content):
 def test_missing_and_directory(tmp_path):
     with pytest.raises(UserError, match="no checkpoint at .*ckpt.pt; train first"):
         load_checkpoint(tmp_path / BEST)
-    with pytest.raises(UserError, match="not a checkpoint"):
+    with pytest.raises(UserError, match="is a folder, not a file"):
         load_checkpoint(tmp_path)
+
+
+def test_what_the_system_refuses_is_no_damage(tmp_path, monkeypatch):
+    """A broken disk happens to a run (status 1), and the file may be whole."""
+    save_checkpoint(tmp_path / LAST, checkpoint_of(tiny_model()))
+
+    def broken(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("leangpt.runs.bounds.is_zip", broken)
+    with pytest.raises(RunError, match="^cannot read .*ckpt_last.pt: Input/output error$"):
+        load_checkpoint(tmp_path / LAST)
 
 
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.999])

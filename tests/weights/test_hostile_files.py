@@ -119,7 +119,9 @@ BOMBS = {
     "long number": lambda: 10**5000,
     "one number, repeated": lambda: torch.zeros(1).expand(10**9, 10**5),
     "no numbers": lambda: torch.empty(10**9, 10**5, device="meta"),
-    "nothing but zeros": lambda: torch.sparse_coo_tensor(size=(10**15,)),
+    "nothing but zeros": lambda: torch.sparse_coo_tensor(
+        [[]], [], (10**15,), check_invariants=True
+    ),
 }
 PLACES = (
     ("best_val_loss",), ("train_seconds",), ("iter_num",), ("config",), ("config", "dataset"),
