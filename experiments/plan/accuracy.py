@@ -1,12 +1,15 @@
-"""Predicted against measured memory and time of training steps -> results/plan_accuracy.csv.
+"""Predicted against measured memory of training steps -> results/plan_accuracy.csv.
 
     python -m experiments.plan.accuracy --device=cpu --count=200      about 25 minutes on one core
     python -m experiments.plan.accuracy --device=cuda --count=240     on every GPU there is
 
 Runs are drawn by a seed (draws.py), made as train.py makes them, and stepped three times; the peak
 is what train.py itself reports: the third step's on a CPU, the allocator's from the start on CUDA.
-Rows of the other device are kept. A row whose run failed says
-how. Drawn models only exist here: their data are random tokens in a temporary folder.
+Rows of the other device are kept. A row whose run failed says how. Drawn models only exist here:
+their data are random tokens in a temporary folder.
+
+It goes on where it was stopped. What was measured stays, with the commit that measured it, and is
+predicted anew: after a change of the formulas alone the same command takes seconds.
 """
 
 import gc
@@ -14,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,72 +49,112 @@ class Options:
     device: str = "cpu"  # cpu | cuda
     count: int = 200  # runs
     seed: int = 1  # of the draws
-    first: int = 0  # number of the first run
-    every: int = 1  # run each so many-th
+    workers: int = 1  # processes on the CPU, each with a thread; on CUDA one for each GPU
+    again: bool = False  # measure anew what was measured before
     csv: str = str(CSV)  # where rows go
-    worker: bool = False  # one of several processes: print rows, merge nothing
+    folder: str = "out-plan-accuracy"  # where they wait until all are there
+    first: int = 0  # of a worker: its first run
+    every: int = 0  # of a worker: run each so many-th; 0: this is none
 
 
 def main():
     options, _ = parse_config(Options, config_files=False)
-    rows = measure_all(options) if options.worker or options.device == "cpu" else fan_out(options)
-    if options.worker:
-        write_csv(options.csv, rows)
+    if options.every:
+        work(options)
         return
+    drawn = draws(options.device, options.count, options.seed)
+    if options.again:
+        for file in waiting(options):
+            file.unlink()
+    known = {} if options.again else measured_before(options)
+    if any(run["number"] not in known for run in drawn):
+        fan_out(options)
+    known |= measured_before(options, from_csv=not options.again)
+    rows = [again(run, known[run["number"]]) for run in drawn if run["number"] in known]
     path = Path(options.csv)
     others = [r for r in read_csv(path) if r["device"] != options.device] if path.exists() else []
     write_csv(path, others + rows)
     report(rows)
 
 
+def waiting(options):
+    """Files of rows that were measured and are not in the CSV yet."""
+    return sorted(Path(options.folder).glob(f"{options.device}-{options.seed}-*.csv"))
+
+
+def measured_before(options, from_csv=True):
+    """number -> row, of those that these draws have already."""
+    files = [Path(options.csv)] * from_csv + waiting(options)
+    rows = [row for file in files if file.exists() for row in read_csv(file)]
+    mine = (options.device, options.seed)
+    return {row["number"]: row for row in rows if (row["device"], row["seed"]) == mine}
+
+
+def again(run, row):
+    """The row as today's formulas predict it: only what was measured stays."""
+    _, parts, moment = predict(run, row["device"], row["device"], row["threads"])
+    predicted = sum(parts.values())
+    row |= {"predicted": predicted, "moment": moment}
+    row |= {part: parts.get(part, 0) for part in PARTS}
+    return row | {"error": row["measured"] and round(predicted / row["measured"] - 1, 6)}
+
+
 def fan_out(options):
-    """The same in a process for each GPU -> all rows."""
-    count = torch.cuda.device_count()
-    with tempfile.TemporaryDirectory() as folder:
-        files = [str(Path(folder) / f"{i}.csv") for i in range(count)]
-        workers = [
-            subprocess.Popen(
-                [sys.executable, "-m", "experiments.plan.accuracy", "--worker"]
-                + [f"--device=cuda:{i}", f"--count={options.count}", f"--seed={options.seed}"]
-                + [f"--first={i}", f"--every={count}", f"--csv={files[i]}"]
-            )
-            for i in range(count)
-        ]
-        for worker in workers:
-            worker.wait()
-        rows = [row for file in files if Path(file).exists() for row in read_csv(file)]
-    return sorted(rows, key=lambda row: row["number"])
+    """Measure in several processes."""
+    count = torch.cuda.device_count() if options.device == "cuda" else options.workers
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "experiments.plan.accuracy", f"--first={i}", f"--every={count}"]
+            + [f"--{name}={getattr(options, name)}" for name in ("count", "seed", "csv", "folder")]
+            + [f"--again={options.again}"]
+            + [f"--device={options.device}" + (f":{i}" if options.device == "cuda" else "")]
+        )
+        for i in range(count)
+    ]
+    for worker in workers:
+        worker.wait()
 
 
-def measure_all(options):
-    """Rows of this process's share."""
-    kind = options.device.partition(":")[0]
+def work(options):
+    """This process's share: each row is written as soon as it is measured."""
+    device, kind = options.device, options.device.partition(":")[0]
+    options = replace(options, device=kind)
+    known = measured_before(options, from_csv=not options.again)
+    path = Path(options.folder) / f"{kind}-{options.seed}-{options.first}.csv"
+    path.parent.mkdir(exist_ok=True)
+    if kind == "cpu":
+        torch.set_num_threads(1)
     drawn = draws(kind, options.count, options.seed)[options.first :: options.every]
-    rows, began = [], time.perf_counter()
+    rows, began = read_csv(path) if path.exists() else [], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for run in drawn:
-            rows.append(measure(run, options.device, folder))
-            row, minutes = rows[-1], (time.perf_counter() - began) / 60
+            if run["number"] in known:
+                continue
+            row = measure(run, device, folder)
+            rows.append(row)
+            write_csv(path, rows)
+            minutes = (time.perf_counter() - began) / 60
             print(
                 f"{row['number']:4d} {row['status']:7} predicted {row['predicted']:>14,} "
                 f"measured {row['measured'] or 0:>14,} {row['error'] or 0:+.2%} {row['moment']} "
                 f"({minutes:.1f} min)",
                 flush=True,
             )
-    return rows
 
 
 def measure(run, device, folder):
     """One run -> its row."""
     kind = device.partition(":")[0]
-    planned, parts, moment = predict(run, kind, device)
+    threads = torch.get_num_threads()
+    _, parts, moment = predict(run, kind, device, threads)
     predicted = sum(parts.values())
     row = {"device": kind, "number": run["number"], "seed": run["seed"], "family": family(run)}
+    row |= {"threads": threads}
     row |= {name: run[name] for name in SHAPES}
     row |= {"status": "ok", "predicted": predicted, "measured": None, "error": None}
-    row |= {"moment": moment, **{part: parts.get(part, 0) for part in PARTS}, "step_s": None}
+    row |= {"moment": moment, **{part: parts.get(part, 0) for part in PARTS}}
     try:
-        row["measured"], row["step_s"] = peak_of(run, device, folder)
+        row["measured"] = peak_of(run, device, folder)
         row["error"] = round(predicted / row["measured"] - 1, 6)
     except (RuntimeError, MemoryError) as error:
         row["status"] = "oom" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
@@ -119,10 +162,11 @@ def measure(run, device, folder):
     return row | provenance(device)
 
 
-def predict(run, kind, device):
-    """(Run, parts, moment) of a drawn run."""
+def predict(run, kind, device, threads):
+    """(Run, parts, moment) of a drawn run on so many threads."""
     settings = settings_of(run, kind, "")
     trained = run_of(settings, config_of(run), settings_dtype(settings, device), kind)
+    trained = replace(trained, threads=threads)
     found = moments(trained)
     moment = max(found, key=lambda name: sum(found[name].values()))
     return trained, found[moment], moment
@@ -165,7 +209,7 @@ def settings_of(run, device, data_dir):
 
 
 def peak_of(run, device, folder):
-    """(bytes at the peak, seconds of the fastest step after the first) of three steps."""
+    """Bytes at the peak of three steps."""
     data = Path(folder) / str(run["vocab_size"])
     if not data.exists():
         ids = np.random.default_rng(0).integers(0, run["vocab_size"], 1 << 19).tolist()
@@ -178,14 +222,11 @@ def peak_of(run, device, folder):
     if runtime.device_type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(runtime.device)
-    trainer, seconds = train.Trainer(settings, {}, runtime), []
+    trainer = train.Trainer(settings, {}, runtime)
     for _ in range(STEPS):
-        began = time.perf_counter()
         trainer.losses.add(trainer.iteration, trainer.record.peak.of(trainer.step, trainer.norm))
-        runtime.synchronize()
-        seconds.append(time.perf_counter() - began)
         trainer.iteration += 1
-    return trainer.record.peak.bytes, round(min(seconds[1:]), 4)
+    return trainer.record.peak.bytes
 
 
 def family(run):
