@@ -158,7 +158,7 @@ def which_knob(attention, memory, speeds, generation):
             "weights and gradients",
             "`param_dtype` bfloat16 and `fused_backward`",
             stepped(xl(memory, "muonsn8"), xl(memory, "muonsn8", "bfloat16", "True")),
-            "(several steps: `gradient_bits=8` too, a byte more; one GPU)",
+            "(micro-batches summed in 8 bits: a byte more; one GPU)",
         ),
         (
             "K and V while sampling",

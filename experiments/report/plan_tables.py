@@ -15,7 +15,17 @@ def short(tokens):
 @table("plan_cards", "plan_cards.csv")
 def plan_cards(rows):
     """The longest context by model and card."""
-    cards = list(dict.fromkeys(row["card_GB"] for row in rows))
+    return by_card(rows, list(dict.fromkeys(row["card_GB"] for row in rows)))
+
+
+@table("front_cards", "plan_cards.csv")
+def front_cards(rows):
+    """The same for some cards: a table that a narrow screen holds."""
+    return by_card(rows, (8, 16, 24, 80))
+
+
+def by_card(rows, cards):
+    """A row a model, a column a card."""
     models = list(dict.fromkeys(row["model"] for row in rows))
     cells = {(row["model"], row["card_GB"]): short(row["longest"]) for row in rows}
     return markdown(
