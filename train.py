@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -39,7 +39,7 @@ from leangpt.system.runtime import (
     setup_runtime,
 )
 from leangpt.system.stopping import Agreement, StopSignal
-from leangpt.text.dataset import load_dataset
+from leangpt.text.dataset import Dataset, load_dataset
 from leangpt.text.one_pass import one_pass
 from leangpt.training.batches import iteration_batches, share_of
 from leangpt.training.evaluation import evaluate
@@ -160,38 +160,73 @@ def fit_context(model, block_size):
         model.config.block_size = replace(model.config, block_size=block_size).block_size
 
 
+def await_checksums(dataset, log, stop):
+    """At the end of a run, large token files have been held against their checksums: what was read
+    is what was prepared. Raises UserError where it is not."""
+    if dataset.checked():
+        return
+    log.say("reading the rest of the data, to hold it against its checksums")
+    while not dataset.checked(seconds=0.2):
+        if stop.received is not None:
+            log.say("note: the data is not held against its checksums to the end")
+            return
+
+
+@dataclass
+class Start:
+    """What a run starts with: settings that fit, their data, a model on the CPU."""
+
+    settings: Settings
+    fitted: Fitted
+    dataset: Dataset
+    model: GPT
+    text_files: dict  # of the model's text, for checkpoints
+    notices: list[str]
+
+
+def prepare(settings, given, flags, runtime, checkpoint=None) -> Start:
+    """Open the data and build the model. Raises UserError; writes nothing.
+
+    flags: names that the command line sets; None: start the run whether it fits or not.
+    """
+    check_offload(settings, runtime)
+    dataset = load_dataset(settings.dataset, settings.data_dir, is_first_of_machine())
+    fitted = Fitted(settings)
+    if flags is not None:
+        fitted = fit_run(settings, given, flags, dataset, runtime, checkpoint)
+    share_of(fitted.settings, runtime.data_rank, runtime.data_parallel)  # can it be shared out?
+    model = build_model(fitted.settings, given, dataset, checkpoint)
+    settings = adopt_model_args(fitted.settings, given, model)
+    files, notices, same_tokens = carried_text(settings.init_from, dataset, checkpoint)
+    check_dataset(dataset, model, settings.block_size, checkpoint, same_tokens)
+    return Start(settings, fitted, dataset, model, files, notices)
+
+
 class Trainer:
     """One run: what it needs, and its loop."""
 
     def __init__(
         self, settings, given, runtime, checkpoint=None, make_optimizer=own_optimizer, flags=None
     ):
-        """Build data set, model and optimizer. Raises UserError; writes nothing.
+        """Data, model and optimizer, wherever they belong. Raises UserError; writes nothing.
 
-        flags: names that the command line sets; None: start it whether it fits or not.
+        flags: as of `prepare`; a plan knows our own optimizers alone.
         """
-        self.runtime = runtime
-        check_offload(settings, runtime)
-        self.dataset = load_dataset(settings.dataset, settings.data_dir, is_first_of_machine())
-        self.fitted = Fitted(settings)
-        if flags is not None and make_optimizer is own_optimizer:
-            self.fitted = fit_run(settings, given, flags, self.dataset, runtime, checkpoint)
-            settings = self.fitted.settings
+        flags = flags if make_optimizer is own_optimizer else None
+        start = prepare(settings, given, flags, runtime, checkpoint)
+        self.runtime, self.settings, self.dataset = runtime, start.settings, start.dataset
+        self.raw_model, settings = start.model, start.settings
         self.share = share_of(settings, runtime.data_rank, runtime.data_parallel)
-        self.raw_model = build_model(settings, given, self.dataset, checkpoint)
-        self.settings = settings = adopt_model_args(settings, given, self.raw_model)
-        files, said, same_tokens = carried_text(settings.init_from, self.dataset, checkpoint)
-        check_dataset(self.dataset, self.raw_model, settings.block_size, checkpoint, same_tokens)
         self.one_pass = one_pass(settings, self.dataset)
         mode = parallel_mode(settings, self.raw_model, make_optimizer, runtime)
-        if mode == "fsdp":
-            self.fitted = Fitted(settings)  # of shares nothing is predicted
+        self.fitted = (
+            Fitted(settings) if mode == "fsdp" else start.fitted
+        )  # no shares are predicted
         self.parallel = Parallel(mode, runtime)
+        blocks = self.raw_model.transformer.h
         if settings.context_parallel > 1:
-            cut_sequences(self.raw_model, self.raw_model.transformer.h, settings.context_parallel)
-        self.parallel.shard(
-            self.raw_model, self.raw_model.transformer.h
-        )  # one by one to the device
+            cut_sequences(self.raw_model, blocks, settings.context_parallel)
+        self.parallel.shard(self.raw_model, blocks)  # one by one to the device
         self.raw_model.to(runtime.device).train()
         self.optimizer = make_optimizer(settings, self.raw_model, runtime)
         check_codes(self.optimizer)
@@ -200,9 +235,9 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(runtime.device_type, enabled=half)
         learned = (self.raw_model, self.optimizer, self.scaler)
         self.iteration = checkpoint["iter_num"] if checkpoint else 0
-        self.notices = said
+        self.notices = start.notices
         if checkpoint:
-            self.notices = said + continue_optimizer(settings, *learned, checkpoint)
+            self.notices = start.notices + continue_optimizer(settings, *learned, checkpoint)
         runtime.check_alike("the iteration to start from", self.iteration)
         on_gpu = runtime.device_type == "cuda"
         self.compiled = on_gpu if settings.compile is None else settings.compile
@@ -214,15 +249,9 @@ class Trainer:
         self.norm = None  # of the last gradients, before clipping
         self.stop = StopSignal()
         self.stopping = Agreement(runtime, self.stop)
+        files, saved = start.text_files, config_dict(settings)
         self.record = RunRecord(
-            settings,
-            config_dict(settings),
-            self.dataset,
-            files,
-            *learned,
-            runtime,
-            self.stop,
-            checkpoint,
+            settings, saved, self.dataset, files, *learned, runtime, self.stop, checkpoint
         )
 
     def run(self, folder):
@@ -233,18 +262,10 @@ class Trainer:
             if not settings.eval_only:
                 self.record.begin(folder)
             summary = startup_summary(
-                settings,
-                self.dataset,
-                self.raw_model,
-                self.optimizer,
-                self.rates,
-                self.runtime,
-                parallel=self.parallel,
-                fitted=self.fitted,
-                compiled=self.compiled,
-                iteration=self.iteration,
-                changes=describe_changes(settings),
-            )
+                settings, *(self.dataset, self.raw_model, self.optimizer, self.rates, self.runtime),
+                parallel=self.parallel, fitted=self.fitted, compiled=self.compiled,
+                iteration=self.iteration, changes=describe_changes(settings),
+            )  # fmt: skip
             self.record.log.say("\n".join([summary, *(f"note: {n}" for n in self.notices)]))
             if not (self.evaluate_only() if settings.eval_only else self.train()):
                 number = self.stop.received or signal.SIGTERM  # perhaps another process's
@@ -263,7 +284,7 @@ class Trainer:
                 if not self.evaluate():
                     return False
             if over:
-                self.await_checksums()
+                await_checksums(self.dataset, self.record.log, self.stop)
                 self.record.finish(self.iteration)
                 return True
             set_rates(self.optimizer, lr_factor(self.iteration, settings, self.rates.linear))
@@ -306,19 +327,8 @@ class Trainer:
         """One evaluation. False if a signal came first."""
         if not self.evaluate():
             return False
-        self.await_checksums()
+        await_checksums(self.dataset, self.record.log, self.stop)
         return True
-
-    def await_checksums(self):
-        """At the end of a run, large token files have been held against their checksums: what was
-        read is what was prepared. Raises UserError where it is not."""
-        if self.dataset.checked():
-            return
-        self.record.log.say("reading the rest of the data, to hold it against its checksums")
-        while not self.dataset.checked(seconds=0.2):
-            if self.stop.received is not None:
-                self.record.log.say("note: the data is not held against its checksums to the end")
-                return
 
     def evaluate(self):
         """Losses of both splits, reported; then a checkpoint. False if a signal came first."""

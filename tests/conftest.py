@@ -13,9 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # on a busy machine spinning costs minutes
 
-# a shell starts `pytest &` with Ctrl-C ignored, and what the tests start would ignore it too
+# a shell starts `pytest &` with Ctrl-C ignored, nohup one with SIGHUP ignored, and what the tests
+# start would ignore them too
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def let_the_interpreter_index():

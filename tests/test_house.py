@@ -153,6 +153,12 @@ def test_every_root_module_defines_something():
             assert len(defined) >= 2, f"{name}.py only hands on"
 
 
+def test_the_loop_is_on_one_screen():
+    trainer = next(n for n in ast.parse((ROOT / "train.py").read_text()).body
+                   if isinstance(n, ast.ClassDef) and n.name == "Trainer")  # fmt: skip
+    assert trainer.end_lineno - trainer.lineno < 150
+
+
 @pytest.mark.slow
 def test_public_names_say_what_they_are():
     """Classes and functions of the package and of the pages at the root, private ones aside."""

@@ -212,5 +212,8 @@ def test_a_terminal_that_goes_away_saves(tmp_path):
         said += os.read(ours, 1 << 16)
     os.close(ours)
     process.send_signal(signal.SIGHUP)
-    assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    try:
+        assert process.wait(timeout=60) == 128 + signal.SIGHUP
+    finally:
+        process.kill()
     assert load_checkpoint(tmp_path / "run" / LAST)["iter_num"] > 3
