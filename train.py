@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from attention_policies import POLICIES
 from configurator import config_dict, describe_changes, parse_config, read_words
 from leangpt.optim import GradientNotFinite, frees_gradients
 from leangpt.parallel.engine import Parallel, check_codes, clip_gradients
@@ -44,6 +43,7 @@ from leangpt.text.one_pass import one_pass
 from leangpt.training.batches import iteration_batches, share_of
 from leangpt.training.evaluation import evaluate
 from leangpt.training.losses import Losses, NotFinite
+from leangpt.training.out_of_memory import advise_oom
 from leangpt.training.planning import Fitted, fit, run_config
 from leangpt.training.record import RunRecord
 from leangpt.training.schedule import set_rates
@@ -56,7 +56,7 @@ from leangpt.training.start import (
     continue_optimizer,
     resumed_settings,
 )
-from leangpt.training.summary import advise_oom, startup_summary
+from leangpt.training.summary import startup_summary
 from model import GPT, GPTConfig
 from optimizers import lr_factor, parse_options, run_rates
 from optimizers import make_optimizer as own_optimizer
@@ -104,10 +104,12 @@ def main(argv=None, make_optimizer=own_optimizer):
                 sys.exit(1)
             if not is_out_of_memory(error):
                 raise
-            built = (trainer.raw_model, trainer.optimizer) if trainer else ()
-            policy = POLICIES[settings.attention_policy]
-            advice = advise_oom(settings, policy.leaner, runtime, *built)
-            print(f"error: {advice}", file=sys.stderr)
+            built = ()
+            if trainer:
+                settings = trainer.settings
+                options = parse_options(settings.optimizer_options)
+                built = (trainer.fitted, trainer.raw_model.config, flags, options)
+            print(f"error: {advise_oom(settings, runtime, *built)}", file=sys.stderr)
             sys.exit(1)
         finally:
             trainer = None

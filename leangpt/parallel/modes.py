@@ -2,9 +2,11 @@
 
 import torch
 
-from leangpt.memory.advice import RESERVE, predict_training_peak
 from leangpt.memory.meter import tensor_bytes
+from leangpt.memory.training_peak import predict_training_peak
 from leangpt.optim import planned_bytes
+
+RESERVE = 0.1  # of a card's memory, left free
 
 
 def parallel_mode(settings, model, make_optimizer, runtime) -> str:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from leangpt.attention.tile_sizes import tile_sizes
+from leangpt.memory.fewest import with_fewest_changes
 from leangpt.memory.goals import plans, refusal
 from leangpt.memory.run import Run
 from leangpt.memory.search import CONTEXT, Budget, Plan, Wish, fastest, fits, predict
@@ -170,14 +171,23 @@ def too_large(asked, wish, budget) -> str:
         f"this run takes {in_words(asked.peak)} at its fullest ({asked.moment}), of "
         f"{in_words(budget.memory)} at hand"
     )
+    return f"{line}{nearest(asked, wish, budget, ' (--memory=ignore starts it as it is)')}"
+
+
+def nearest(asked, wish, budget, after="") -> str:
+    """What fits a budget: the flags of the nearest plan, those that change something, and its peak;
+    or why none fits.
+
+    asked: the Plan of what was wished. Flags of the command line stay where that is possible.
+    """
     anything = replace(wish, fixed=wish.fixed & {*OF_THE_RATES, *OF_THE_OPTIMIZER})
-    for nearest in (fastest(wish, budget, 1), fastest(anything, budget, 1)):
-        if nearest:
-            return (
-                f"{line}; {nearest[0].flags} would take {in_words(nearest[0].peak)} "
-                "(--memory=ignore starts it as it is)"
-            )
-    return f"{line}, and {refusal(anything, budget)}"
+    for allowed in (wish, anything):
+        for fastest_one in fastest(allowed, budget, 1):
+            found = with_fewest_changes(fastest_one, wish, budget)
+            new = {k: v for k, v in found.settings.items() if asked.settings.get(k) != v}
+            flags = " ".join(f"--{name}={value}" for name, value in new.items())
+            return f"; {flags} would take {in_words(found.peak)}{after}"
+    return f", and {refusal(anything, budget)}"
 
 
 def budget_of(memory, runtime) -> Budget:
@@ -188,9 +198,8 @@ def budget_of(memory, runtime) -> Budget:
     neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes on this host
     host = (available_memory() or 0) // neighbours
     if runtime.device_type == "cuda":
-        free, total = torch.cuda.mem_get_info(runtime.device)
-        # what this process has taken already is its own: the allocator's, and CUDA's context
-        at_hand = free + torch.cuda.memory_reserved(runtime.device) + CONTEXT
+        total = torch.cuda.mem_get_info(runtime.device)[1]
+        at_hand = left_on_card(runtime.device)
     else:
         at_hand, total = host, total_memory()
     if memory in (None, IGNORE):
@@ -203,6 +212,11 @@ def budget_of(memory, runtime) -> Budget:
             "plans for others"
         )
     return Budget(wanted, host or None)
+
+
+def left_on_card(device) -> int:
+    """Bytes of a card that are free or this process's own: the allocator's, and CUDA's context."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) + CONTEXT
 
 
 def least_of_all(runtime, *numbers) -> list[int]:

@@ -1,9 +1,6 @@
-"""What a run says of itself before it starts, and where its memory does not suffice."""
-
-import torch
+"""What a run says of itself before it starts."""
 
 from leangpt.attention.tile_sizes import tile_sizes
-from leangpt.memory import advice as oom_advice
 from leangpt.memory.meter import tensor_bytes
 from leangpt.optim import frees_gradients, optimizer_table, planned_bytes, updates_inside_backward
 from leangpt.text.dataset import describe
@@ -119,68 +116,6 @@ def optimizer_bytes(optimizer):
         planned_bytes(optimizer, p, group)
         for group in optimizer.param_groups
         for p in group["params"]
-    )
-
-
-def advise_oom(settings, leaner=None, runtime=None, model=None, optimizer=None):
-    """One line: what did not fit, and what would.
-
-    By the planner's formulas where the GPU's free memory and the model are known, else the settings
-    that lower it and are not used yet. leaner: the attention policy that takes less than the
-    run's, if any. runtime, model and optimizer: as far as they exist.
-    """
-    if optimizer is not None and runtime.device_type == "cuda":
-        # what others left free, and what this process holds already, its allocator's cache included
-        room = (
-            torch.cuda.mem_get_info(runtime.device)[0]
-            + torch.cuda.memory_reserved(runtime.device)
-            - tensor_bytes(model)
-            - optimizer_bytes(optimizer)
-        )
-        if frees_gradients(optimizer):
-            room -= gradient_bytes(optimizer)
-        advice = oom_advice.advise_oom(
-            model.config,
-            settings.batch_size,
-            settings.block_size,
-            room,
-            4 if runtime.dtype == torch.float32 else 2,
-            "cuda",
-            gradient_size=next(model.parameters()).element_size(),
-            fused_backward=frees_gradients(optimizer),
-        )
-        return f"out of memory: {advice}{low_byte_advice(settings)}"
-    advice = []
-    if leaner:
-        advice.append(f"--attention_policy={leaner}")
-    if not settings.checkpoint_layers:
-        advice.append("--checkpoint_layers=True")
-    if settings.batch_size > 1:
-        advice.append(
-            f"--batch_size={settings.batch_size // 2} --gradient_accumulation_steps="
-            f"{settings.gradient_accumulation_steps * 2}"
-        )
-    if settings.optimizer_variant == "adam":
-        advice.append("--optimizer_variant=adamsn8")
-    return (
-        f"out of memory with attention_policy={settings.attention_policy!r} "
-        f"(q_chunk={settings.q_chunk}, k_chunk={settings.k_chunk}) and {settings.batch_size} x "
-        f"{settings.block_size} tokens a micro-batch; try "
-        f"{' or '.join(advice) or 'a smaller model or a smaller q_chunk'}"
-        + low_byte_advice(settings)
-    )
-
-
-def low_byte_advice(settings):
-    """What shrinks weights, gradients and state, where they are not small already."""
-    if settings.param_dtype != "float32" or settings.optimizer_options:
-        return ""
-    several = settings.gradient_accumulation_steps > 1
-    return (
-        "; weights, gradients and optimizer state shrink by --param_dtype=bfloat16 "
-        "--optimizer_variant=muonsn8"
-        + ", further by --optimizer_options="
-        + ("gradient_bits=8" if several else "fused_backward=True")
     )
 
 

@@ -1,12 +1,10 @@
-"""The formulas against measured peaks, and the advice against what really fits."""
+"""The formulas against measured peaks."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from leangpt.memory.advice import advise_oom, predict_training_peak
 from leangpt.memory.block_cell import (
     block_arguments,
     block_peak,
@@ -14,10 +12,9 @@ from leangpt.memory.block_cell import (
     forward,
     random_input,
 )
-from leangpt.memory.meter import measure_peak, tensor_bytes
+from leangpt.memory.meter import measure_peak
 from leangpt.memory.tiles import predict_block_peak, predict_forward_peak
-from leangpt.optim import build_optimizer
-from leangpt.training import summary
+from leangpt.memory.training_peak import predict_training_peak
 from model import GPT, Block, GPTConfig
 
 SMALL = GPTConfig(block_size=4096, vocab_size=96, n_layer=3, n_head=4, n_embd=64, position="none")
@@ -124,66 +121,6 @@ def test_gradients_count_by_their_dtype_and_not_where_each_is_freed(name, fused,
     assert 0.8 < predicted / peak < 1.35
     if name == "checkpointed":  # plain's peak comes before most of the gradients do
         assert (peak < 0.85 * standing) == (predicted < 0.85 * standing) == fused
-
-
-@pytest.mark.parametrize("dtype, fused", [(torch.float32, False), (torch.bfloat16, True)])
-def test_advice_on_a_gpu_counts_what_is_free_there(dtype, fused, monkeypatch):
-    """Others hold most of it; this process holds some, cache included; gradients by their dtype."""
-    model = GPT(SMALL).to(dtype)
-    optimizer = build_optimizer(model, "muonsn8", fused_backward=fused)
-    free, reserved = 30_000_000, 20_000_000
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80 * 10**9))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
-    runtime = SimpleNamespace(device_type="cuda", device=torch.device("cuda"), dtype=dtype)
-    settings = SimpleNamespace(
-        batch_size=1,
-        block_size=65536,
-        optimizer_options="x",
-        param_dtype=str(dtype).removeprefix("torch."),
-    )
-    room = free + reserved - tensor_bytes(model) - summary.optimizer_bytes(optimizer)
-    size = dtype.itemsize
-    wanted = advise_oom(
-        SMALL, 1, 65536, room, size, "cuda", gradient_size=size, fused_backward=fused
-    )
-    assert (
-        summary.advise_oom(settings, None, runtime, model, optimizer) == "out of memory: " + wanted
-    )
-    assert f"of {room / 1e6:.0f} MB at hand" in wanted
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("share, policy", [(0.5, "cache"), (0.25, "recompute")])
-def test_the_advice_fits_and_what_it_replaces_does_not(share, policy):
-    """What is advised is then run, and its peak measured."""
-    B, T = 1, 4096
-    available = share * predict_training_peak(SMALL, B, T)
-    advice = advise_oom(SMALL, B, T, available)
-    assert "under --attention_policy=cache need about" in advice
-    words = advice.split("; ")[1].split(" would need")[0].split()
-    named = dict(word.removeprefix("--").split("=") for word in words)
-    assert named["attention_policy"] == policy
-    chosen = replace(
-        SMALL,
-        attention_policy=policy,
-        q_chunk=int(named["q_chunk"]),
-        checkpoint_layers=named.get("checkpoint_layers") == "True",
-    )
-    assert measured(chosen, B, T)[1] <= available
-
-
-def test_cheap_advice_comes_first():
-    need = predict_training_peak(SMALL, 1, 4096)
-    assert "cache --q_chunk=512 would need" in advise_oom(SMALL, 1, 4096, need * 0.6)
-    assert "checkpoint_layers" not in advise_oom(SMALL, 1, 4096, need * 0.6)
-
-
-def test_advice_where_nothing_fits_names_the_longest_sequence_that_would():
-    advice = advise_oom(SMALL, 1, 2**20, 20e6)
-    assert "no policy fits. --attention_policy=recompute" in advice
-    assert "checkpoint_layers=True would fit 1 x" in advice
-    assert "offload" in advise_oom(SMALL, 1, 2**20, 90e6, device_type="cuda")
-    assert "the model itself is too large" in advise_oom(SMALL, 1, 2**20, 1000)
 
 
 def test_gpt2_at_long_context_needs_one_stream_a_layer():

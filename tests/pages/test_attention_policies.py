@@ -12,8 +12,10 @@ import attention_policies
 from attention_policies import POLICIES, Policy
 from leangpt.attention.kv_source import RecomputedRows
 from leangpt.kv_cache.cache import KeysValues, build_cache
-from leangpt.memory.advice import advise_oom, predict_training_peak
 from leangpt.memory.meter import measure_peak
+from leangpt.memory.run import Run
+from leangpt.memory.search import Wish, ways
+from leangpt.memory.training_peak import predict_training_peak
 from leangpt.system.errors import UserError
 from model import GPT, GPTConfig
 
@@ -49,7 +51,10 @@ def test_a_policy_is_one_entry_and_its_classes(monkeypatch):
     as_recompute = GPTConfig(**asdict(model.config) | {"attention_policy": "recompute"})
     peaks = [predict_training_peak(config, 1, 4096) for config in (model.config, as_recompute)]
     assert peaks[0] == peaks[1]
-    assert "--attention_policy=counted" in advise_oom(model.config, 1, 4096, 1e6)
+    plain = replace(model.config, attention_policy="cache", q_chunk=None, block_size=4096)
+    cache = replace(POLICIES["cache"], leaner="counted")
+    monkeypatch.setitem(attention_policies.POLICIES, "cache", cache)
+    assert any(way.config.attention_policy == "counted" for way in ways(Wish(Run(plain))))
 
 
 @pytest.mark.slow

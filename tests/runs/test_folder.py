@@ -205,6 +205,7 @@ def test_a_terminal_that_goes_away_saves(tmp_path):
         stdout=theirs,
         stderr=theirs,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # where we have nohup
     )
     os.close(theirs)
     said = b""

@@ -9,13 +9,16 @@ from leangpt.system.stopping import Agreement, StopSignal
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_remembered(number):
-    before = signal.getsignal(number)
-    with StopSignal() as stop:
-        assert stop.received is None
-        signal.raise_signal(number)
-        signal.raise_signal(number)  # at once, as torchrun passes it on
-        assert stop.received == number
-    assert signal.getsignal(number) == before
+    outside = signal.signal(number, signal.default_int_handler)  # under nohup one is ignored
+    try:
+        with StopSignal() as stop:
+            assert stop.received is None
+            signal.raise_signal(number)
+            signal.raise_signal(number)  # at once, as torchrun passes it on
+            assert stop.received == number
+        assert signal.getsignal(number) == signal.default_int_handler
+    finally:
+        signal.signal(number, outside)
 
 
 def test_a_later_signal_acts():
