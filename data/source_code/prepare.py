@@ -56,7 +56,8 @@ class Settings:
     @property
     def processes(self):
         """How many to use."""
-        return self.workers or len(os.sched_getaffinity(0))
+        own = getattr(os, "sched_getaffinity", None)  # Linux's alone
+        return self.workers or (len(own(0)) if own else os.cpu_count() or 1)
 
 
 def main(argv=None, packages=PACKAGES):

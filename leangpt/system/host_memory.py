@@ -1,8 +1,12 @@
 """How much memory of the host a process may still take, and how much there is in all."""
 
 import os
-import resource
 from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # Windows: a process has no limit of its own there
+    resource = None
 
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -45,6 +49,8 @@ def _reclaimable():
 
 
 def _left_of_limit():
+    if resource is None:
+        return None
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
     if most == resource.RLIM_INFINITY:
         return None
@@ -66,5 +72,5 @@ def _number(path):
 def _physical():
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError):
+    except (AttributeError, OSError, ValueError):  # the first of them on Windows
         return None

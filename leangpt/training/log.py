@@ -80,7 +80,7 @@ class TrainingLog:
             return
         self.unheard = error
         if isinstance(error, BrokenPipeError):
-            self.stop.ask(signal.SIGPIPE)
+            self.stop.ask(getattr(signal, "SIGPIPE", signal.SIGTERM))  # Windows lacks the first
             return
         with contextlib.suppress(OSError, ValueError):
             print(

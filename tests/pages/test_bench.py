@@ -170,32 +170,3 @@ def test_a_full_disk_is_named_before_anything_is_measured():
     done = run_bench("--seq=16", "--runs=1", "--csv=/dev/full", "--device=cpu")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: cannot write /dev/full: No space left on device\n"
-
-
-WITHOUT = """
-import builtins, sys
-original = builtins.__import__
-
-def refuse(name, *rest, **more):
-    if name in ("resource", "fcntl"):
-        raise ImportError(name)
-    return original(name, *rest, **more)
-
-import torch, psutil, matplotlib  # other people's may need them
-for name in ("resource", "fcntl"):
-    sys.modules.pop(name, None)
-builtins.__import__ = refuse
-import bench, compare, sample, train
-from leangpt.system.lock import FolderLock
-bench.limit_memory()
-FolderLock(sys.argv[1]).release()
-print("fine")
-"""
-
-
-@pytest.mark.slow
-def test_the_pages_start_where_windows_lacks_a_module(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, tmp_path], cwd=ROOT, text=True, capture_output=True
-    )
-    assert done.stdout == "fine\n", done.stderr

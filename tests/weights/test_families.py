@@ -11,6 +11,8 @@ from leangpt.weights.load import load_pretrained
 from model import GPT
 
 transformers = pytest.importorskip("transformers")
+# of float32 logits around 5, by either: 1.7e-5 on the lowest processor, and a wrong angle 1e-2
+ROUNDING = dict(atol=5e-5, rtol=1e-5)
 V, T = 67, 40
 SMALL = dict(
     vocab_size=V,
@@ -83,7 +85,7 @@ def test_logits(pair, options):
     ours = load_pretrained(GPT, folder, **options)
     with torch.no_grad():
         logits = ours(tokens())[0]
-    torch.testing.assert_close(logits, their_logits(model), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits, their_logits(model), **ROUNDING)
 
 
 @pytest.mark.parametrize("options", PATHS.values(), ids=PATHS)
@@ -128,7 +130,7 @@ def test_decoding_steps(pair, policy, kv_bits):
     cache = build_cache(ours.config, 2, T, kv_bits=kv_bits)
     found, expected = steps(ours, cache, tokens()), their_logits(model)[:, 30:]
     if kv_bits is None:
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(found, expected, **ROUNDING)
     else:
         assert 0 < (found - expected).norm() / expected.norm() < 0.02
 
@@ -140,7 +142,7 @@ def test_the_step_in_c_falls_back_or_is_right(pair):
     expected = their_logits(model)[:1, 30:]
     if step_cpu.supports(ours, cache):
         found = steps(ours, cache, tokens()[:1], native=True)
-        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(found, expected, **ROUNDING)
     else:
         assert step_cpu.library() is None or ours.config.head_dim % 16
 
@@ -165,9 +167,7 @@ def test_a_window_bounds_the_context(tmp_path):
     ours = load_pretrained(GPT, tmp_path)
     assert ours.config.block_size == 24
     with torch.no_grad():
-        torch.testing.assert_close(
-            ours(tokens(24))[0], model(tokens(24)).logits, atol=1e-5, rtol=1e-5
-        )
+        torch.testing.assert_close(ours(tokens(24))[0], model(tokens(24)).logits, **ROUNDING)
         with pytest.raises(UserError, match="25 tokens do not fit block_size=24"):
             ours(tokens(25))
     with pytest.raises(UserError, match="sliding window of 24 tokens is not supported"):
@@ -177,6 +177,4 @@ def test_a_window_bounds_the_context(tmp_path):
     with torch.no_grad():
         ours.prefill(tokens()[:, :20], cache)
         found = [ours.decode_one_token(tokens()[:, i : i + 1], cache) for i in range(20, T)]
-    torch.testing.assert_close(
-        torch.stack(found, 1), their_logits(model)[:, 20:], atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(torch.stack(found, 1), their_logits(model)[:, 20:], **ROUNDING)
