@@ -41,7 +41,7 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(tmp_path, room):
 
 def test_the_nearest_plan_is_named_and_fits(tmp_path, room):
     room(240_000)
-    with pytest.raises(UserError, match=r"of 240 KB at hand; --batch_size=.* would take") as error:
+    with pytest.raises(UserError, match=r"of 240 KB at hand; --.* would take") as error:
         train.main(arguments(tmp_path, "run", *SHORT))
     named = str(error.value).split("; ")[1].split(" would take")[0].split()
     assert parse_config(train.Settings, named)[1]
