@@ -12,6 +12,7 @@ from conftest import ROOT
 import bench
 import sample
 import train
+from configurator import parse_config
 from experiments.report.front_tables import USABLE
 from leangpt.attention.tile_sizes import tile_sizes
 from leangpt.memory.search import CONTEXT, RESERVE
@@ -36,8 +37,9 @@ def test_the_python_runs():
     model = torch.nn.Sequential(torch.nn.Embedding(50, 32), torch.nn.Linear(32, 32))
     hidden, targets = torch.randn(2, 5, 32, requires_grad=True), torch.randint(50, (2, 5))
     names = dict(
-        llama=llama, model=model, head=torch.nn.Linear(32, 50), hidden=hidden, targets=targets
-    )
+        llama=llama, model=model, head=torch.nn.Linear(32, 50), hidden=hidden, targets=targets,
+        config=GPTConfig(),
+    )  # fmt: skip
     (code,) = fenced("python")
     exec(code, names)
     assert isinstance(names["optimizer"], torch.optim.Optimizer)
@@ -47,6 +49,7 @@ def test_the_python_runs():
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
     assert llama(idx, labels=idx).loss.item() == pytest.approx(before.item(), rel=1e-5)
     assert names["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert parse_config(train.Settings, names["flags"].split())[1]
 
 
 def test_commands_name_files_that_exist():
