@@ -102,6 +102,14 @@ MOMENTS = {
             "V*C*(4 + w) + (V*C*4 if w < 4 and cpu else 0)",
         ),
     ],
+    "backward of the last norm": [
+        *KEPT,
+        *STANDING,
+        *SAVED_ALL[:-1],
+        ("saved", "what it kept", "2*n*C*4 if in_steps else n*C*e"),
+        ("gradients", "the head's", "(tied or not (fused or accumulates))*V*C*w"),
+        ("loss", "gradients between its steps", "4*n*C*4 if in_steps else 2*n*C*e"),
+    ],
     "the head's update": [
         *KEPT,
         *SAVED_ALL,
@@ -193,6 +201,8 @@ def sizes(run) -> dict:
     )  # fmt: skip
     # the normed rows before their gain; a narrow stream is kept in float32 instead, and they too
     names["norm_more"] = names["rms"] * n * c.n_embd * (e if e == 4 else 8 - e)
+    # torch has RMSNorm in one kernel for CUDA alone, and for weights of the stream's dtype
+    names["in_steps"] = names["rms"] and (cpu or (w > e and not run.compiled))
     names["last_norm_more"] = names["rms"] * n * c.n_embd * (e if e == 4 else 8)
     heads = [t for t in run.tensors if t.name.startswith("lm_head")]
     tables = [t for t in run.tensors if ".wte." in t.name]

@@ -142,15 +142,27 @@ def tiled_phases(run, names, tiles):
     share = heads / config.kv_heads
     wide = 4 / e  # float32 beside numbers of the stream
     stored = not config.policy.recomputes or share < 1
+    made = 1 + 2 / g + names["rope"] * (1 + 1 / g)  # q, k, v of a tile, and turned
+    if few(run):
+        made += (2 + 2 * wide) / g + 4 * k / q
+    else:  # the diagonal: out, dq, dk, dv; the rows below: these and the sums of dk and dv
+        below = min(k, max(0, T - q)) / q
+        made += max(2 + 2 / g, (2 + 2 * wide) / g + (3 - stored) * below)
     attention = share * (wide + stored) * T  # dq and the queries of some heads
-    attention += q + share * ((1 + (4 + 2 * wide) / g) * q + 4 * k)
-    weights = names["layer"] * (4 + copies) + qkv * share * found * (run.tokens > q * b)
+    attention += (1 + share * made + names["rope"] * config.head_dim * wide / config.n_embd) * q
+    summed = 4 * qkv * (few(run) or run.tokens > q * b)  # of tiles before
+    weights = after * (4 + copies) + qkv * copies + summed
     workspace = _workspace(config, q, k, e, run.device_type, run.threads, backward=True)
     phases.append((held + b * row * attention, weights, workspace))
+    if names["rope"]:  # turned back: a float32 copy, and four of halves
+        turning = 3 + 5 / g + 2 * wide / g + 3 * wide + (e < 4) * (1 + 2 / g)
+        turning = share * (wide + stored) * T + (1 + share * turning) * q
+        phases.append((held + b * row * turning, weights, 0))
     # the backward of the projection to q, k and v, and of the norm before it
     norm = (6 * wide if e < 4 else 4) if names["rms"] else 2
     projecting = share * ((wide + stored) * T + (2 + 4 / g + 2 * wide / g) * q)
     projecting += (share * names["rope"] * (1 + 1 / g) + norm) * q
+    weights += qkv * share * found * (run.tokens > q * b)
     phases.append((held + b * row * projecting, weights, 0))
     return phases
 
@@ -200,12 +212,16 @@ def _forward_scratch(config, T, q, k, device_type, training, unit=0, size=4):
 
 def _workspace(config, queries, keys, size, device_type, threads=None, backward=False):
     """Bytes that the fused CPU kernel works in, `queries` rows of numbers of `size` bytes over
-    `keys`: each thread's scores, in backward their gradients too, once more where they are narrow.
+    `keys`: each thread's scores, in backward their gradients too, once more where they are narrow;
+    and then what its products pack, fitted to measurements (the last term).
     """
     if device_type != "cpu":
         return 0
     rows = 256 if queries >= 768 else 64 if queries >= 192 else 32  # as the kernel splits them
-    scores = rows * min(512, keys)
+    keys_at_once = min(512, keys)
+    scores = rows * keys_at_once
     narrow = (2 + 2 * backward) * scores if size < 4 else 0
+    if narrow and backward:
+        narrow += 1.07 * scores + keys_at_once * (50 + 2 * config.head_dim)
     wide = 8 * scores if backward else 4 * (scores + rows * (2 + config.head_dim))
     return (threads or torch.get_num_threads()) * (wide + narrow)

@@ -194,8 +194,8 @@ def update_run(optimizer, items):
     )
     update, scale = yield from as_run(optimizer.direction(batch))
     if len(items) > 1:  # a stack is a copy; a single tensor was updated in place
-        for name, value in batch.state.items():
-            torch._foreach_copy_([i.state[name] for i in items], list(value.unbind(0)))
+        for name in first.state:  # no name for the copies: they would live on
+            torch._foreach_copy_([i.state[name] for i in items], list(batch.state[name].unbind(0)))
     if first.group["update_clip"] is not None:
         update, scale = update if scale is None else update * scale, None
         update = yield from clip_update(update, first.group["update_clip"], first.shards)
