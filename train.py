@@ -290,7 +290,10 @@ class Trainer:
                 self.record.finish(self.iteration)
                 return True
             set_rates(self.optimizer, lr_factor(self.iteration, settings, self.rates.linear))
-            self.losses.add(self.iteration, self.record.peak.of(self.step, self.norm))
+            loss = self.record.peak.of(self.step, self.norm)
+            if loss is None:
+                return False
+            self.losses.add(self.iteration, loss)
             self.record.compare_peak(self.fitted)
             if self.iteration % settings.log_interval == 0:
                 self.record.report(self.iteration, self.losses.read()[-1], self.norm)
@@ -299,7 +302,9 @@ class Trainer:
         return False
 
     def step(self, tick=lambda: None):
-        """One iteration: gradients of its whole batch, clipped, and an update -> its loss.
+        """One iteration: gradients of its whole batch, clipped, and an update -> its loss, or None
+        where a signal came before its last micro-batch: no weight has moved then, and a long
+        iteration does not outlast what patience a scheduler has.
 
         tick: called before each micro-batch.
         """
@@ -308,6 +313,10 @@ class Trainer:
         total = 0.0
         batches = iteration_batches(self.dataset, settings, runtime, self.iteration, self.one_pass)
         for index, (x, y, divisor) in enumerate(batches):
+            if index and self.stopping():
+                self.optimizer.zero_grad(set_to_none=True)
+                self.parallel.rest()
+                return None
             tick()
             self.parallel.begin_micro_batch(last=index == self.share.count - 1)
             with runtime.autocast():

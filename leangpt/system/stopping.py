@@ -48,9 +48,9 @@ class StopSignal:
 class Agreement:
     """`stopping()`: should the run end? Where there are several processes, all answer alike.
 
-    Every process has to ask equally often, at the same points. They talk to one another about every
-    `seconds` (one number each), whatever an iteration takes: a scheduler that sends SIGTERM waits
-    half a minute before it kills.
+    Every process has to ask equally often, at the same points: before each micro-batch. They talk
+    to one another about every `seconds` (one number each), or at each point where these are further
+    apart: a scheduler that sends SIGTERM waits half a minute before it kills.
     """
 
     def __init__(self, runtime, stop: StopSignal, seconds: float = 2.0):

@@ -103,7 +103,16 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, policy):
 
 
 @pytest.mark.slow
-def test_a_signal_stops_all_processes_together_and_the_run_continues(tmp_path):
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--parallel=fsdp", "--n_embd=32", "--gradient_accumulation_steps=100"),
+        ("--context_parallel=2", "--position=rope", "--dropout=0"),
+    ],
+    ids=["ddp", "long iterations of shards", "pieces"],
+)
+def test_a_signal_stops_all_processes_together_and_the_run_continues(tmp_path, more):
     """Within seconds, though they log next in a million iterations."""
     flags = [
         "--log_interval=1000000",
@@ -112,6 +121,7 @@ def test_a_signal_stops_all_processes_together_and_the_run_continues(tmp_path):
         "--eval_interval=100000",
         "--warmup_iters=0",
         "--decay_lr=False",
+        *more,
     ]
     command = [sys.executable, *torchrun(*arguments(tmp_path, "cut", *flags, "--max_iters=100000"))]
     process = subprocess.Popen(

@@ -10,6 +10,7 @@ import torch
 from tiny_run import ROOT, arguments, determined, run_script
 
 import train
+from leangpt.parallel.engine import Parallel
 from leangpt.runs.checkpoint import BEST, LAST, load_checkpoint
 from leangpt.training import evaluation
 
@@ -74,8 +75,36 @@ def test_after_a_signal(tmp_path, monkeypatch, capsys, variant, number, iteratio
         with pytest.raises(SystemExit) as stopped:
             train.main(arguments(tmp_path, "cut", *flags))
     assert stopped.value.code == 128 + number
-    assert f"stopped by {number.name} before iteration {iteration + 1};" in capsys.readouterr().out
-    assert load_checkpoint(tmp_path / "cut" / LAST)["iter_num"] == iteration + 1
+    reached = iteration + ("--gradient_accumulation_steps=1" in flags)  # else between micro-batches
+    assert f"stopped by {number.name} before iteration {reached};" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "cut" / LAST)["iter_num"] == reached
+    train.main(arguments(tmp_path, "cut", *flags, "--init_from=resume"))
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "variant", [("adam",), ("muonsn8",), (*LOW_BYTE[:3], "--optimizer_options=gradient_bits=8")]
+)
+def test_a_long_iteration_is_left_between_micro_batches(tmp_path, monkeypatch, variant):
+    """What it has of gradients is dropped, in 8 bits too, and the iteration done again."""
+    flags = [*SCHEDULE, f"--optimizer_variant={variant[0]}", *variant[1:]]
+    flags += ["--gradient_accumulation_steps=5"]
+    train.main(arguments(tmp_path, "whole", *flags))
+    begin, begun = Parallel.begin_micro_batch, []
+
+    def begin_and_signal(parallel, last):
+        begun.append(last)
+        if len(begun) == 4 * 5 + 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        begin(parallel, last)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parallel, "begin_micro_batch", begin_and_signal)
+        with pytest.raises(SystemExit):
+            train.main(arguments(tmp_path, "cut", *flags))
+    assert len(begun) == 4 * 5 + 2
+    assert load_checkpoint(tmp_path / "cut" / LAST)["iter_num"] == 4
     train.main(arguments(tmp_path, "cut", *flags, "--init_from=resume"))
     assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
@@ -134,7 +163,7 @@ def test_a_resumed_run_keeps_its_settings_and_takes_new_ones(tmp_path, monkeypat
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["optimizer_variant"], config["dropout"]) == ("adamsn", 0.1)
     assert (config["max_iters"], config["learning_rate"]) == (10, 1e-3)
-    assert "resuming   from iteration 5" in capsys.readouterr().out
+    assert "resuming   from iteration 4" in capsys.readouterr().out
     rows = determined(tmp_path / "run")
     assert rows[-1][0] == "10" and float(rows[-2][5]) < 1e-3  # lr: the new one's schedule
 
