@@ -63,8 +63,10 @@ class Conversation:
                 self.known.append(token)
 
     def _make_room(self, length):
-        """A cache and rows for `length` tokens; a larger one begins empty."""
-        if self.loop is not None and length <= self.loop.cache.max_length:
+        """A cache and rows for `length` tokens; a larger one begins empty, and one for weights that
+        lie elsewhere than at the last turn."""
+        loop = self.loop
+        if loop is not None and length <= loop.cache.max_length and loop.fits():
             return
         size = SMALLEST
         while size < length:

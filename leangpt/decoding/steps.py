@@ -99,6 +99,7 @@ class DecodeLoop:
 
     def __init__(self, model, cache, sampler, rows):
         self.model, self.cache, self.sampler, self.rows = model, cache, sampler, rows
+        self.addresses = addresses_of(model)  # which kernels and graphs keep
         self.captured = cache.fixed_shapes = rows.token.is_cuda
         self.decode = model.decode_one_token
         if self.captured and step_triton.supports(model, cache):
@@ -106,6 +107,10 @@ class DecodeLoop:
         elif not self.captured and step_cpu.supports(model, cache):
             self.decode = step_cpu.Step(model, cache)
         self.graph = self.span = None
+
+    def fits(self):
+        """Are the model's weights where they were when this loop was made?"""
+        return self.addresses == addresses_of(self.model)
 
     def prefill(self, idx, lengths=None):
         """Read idx (B, T) into the empty cache, and add the tokens that follow."""
@@ -185,3 +190,8 @@ class DecodeLoop:
             self.step()
         cache.length, rows.length = counts
         self.span = cache.span
+
+
+def addresses_of(model):
+    """Where the weights of a model lie, and of what type they are."""
+    return [(t.data_ptr(), t.dtype) for t in (*model.parameters(), *model.buffers())]

@@ -62,6 +62,25 @@ def test_a_text_that_turns_out_otherwise(kv_bits):
         assert list(talk.answer(text, 5)) == fresh(model, text, 5, kv_bits=kv_bits)
 
 
+def test_weights_that_were_moved_are_read_where_they_are():
+    """Another memory under the same parameters, as a trip through another device leaves; then
+    another type. The old memory is kept: a crash would tell no more than other tokens do."""
+    model, other = make(position="rope"), make(position="rope")
+    with torch.no_grad():
+        for p in other.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+    talk = Conversation(model, Sampler(0))
+    text = tokens(9, 1)
+    list(talk.answer(text, 5))
+    kept = [p.data for p in model.parameters()]
+    for p, new in zip(model.parameters(), other.parameters()):
+        p.data = new.data.clone()
+    assert list(talk.answer(text, 5)) == fresh(other, text, 5)
+    model.to(torch.bfloat16), other.to(torch.bfloat16)
+    assert list(talk.answer(text, 5)) == fresh(other, text, 5)
+    del kept
+
+
 def test_an_answer_may_be_left_at_any_token():
     model = make(position="rope")
     talk = Conversation(model, Sampler(0))
