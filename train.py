@@ -221,9 +221,7 @@ class Trainer:
         self.share = share_of(settings, runtime.data_rank, runtime.data_parallel)
         self.one_pass = one_pass(settings, self.dataset)
         mode = parallel_mode(settings, self.raw_model, make_optimizer, runtime)
-        self.fitted = (
-            Fitted(settings) if mode == "fsdp" else start.fitted
-        )  # no shares are predicted
+        self.fitted = Fitted(settings) if mode == "fsdp" else start.fitted  # predicts no shares
         self.parallel = Parallel(mode, runtime)
         blocks = self.raw_model.transformer.h
         if settings.context_parallel > 1:
@@ -269,11 +267,14 @@ class Trainer:
                 iteration=self.iteration, changes=describe_changes(settings),
             )  # fmt: skip
             self.record.log.say("\n".join([summary, *(f"note: {n}" for n in self.notices)]))
-            if not (self.evaluate_only() if settings.eval_only else self.train()):
+            if not (self.evaluate() if settings.eval_only else self.train()):
                 number = self.stop.received or signal.SIGTERM  # perhaps another process's
                 self.losses.read()
                 self.record.interrupt(self.iteration, signal.Signals(number).name)
                 sys.exit(128 + number)
+            await_checksums(self.dataset, self.record.log, self.stop)
+            if not settings.eval_only:
+                self.record.finish(self.iteration)
             self.record.log.raise_if_unheard()
 
     def train(self):
@@ -286,8 +287,6 @@ class Trainer:
                 if not self.evaluate():
                     return False
             if over:
-                await_checksums(self.dataset, self.record.log, self.stop)
-                self.record.finish(self.iteration)
                 return True
             set_rates(self.optimizer, lr_factor(self.iteration, settings, self.rates.linear))
             loss = self.record.peak.of(self.step, self.norm)
@@ -333,13 +332,6 @@ class Trainer:
         if freed:
             self.norm = self.optimizer.strategy.norm
         return total
-
-    def evaluate_only(self):
-        """One evaluation. False if a signal came first."""
-        if not self.evaluate():
-            return False
-        await_checksums(self.dataset, self.record.log, self.stop)
-        return True
 
     def evaluate(self):
         """Losses of both splits, reported; then a checkpoint. False if a signal came first."""

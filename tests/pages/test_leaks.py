@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 import psutil
 import pytest
@@ -13,6 +14,7 @@ from leangpt.decoding.generate import generate
 from leangpt.training.record import RunRecord
 from model import GPT, GPTConfig
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 ALLOWED = 2**20  # bytes: what an allocator may still find to map after its first hundreds of steps
 
 

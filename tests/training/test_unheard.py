@@ -1,7 +1,6 @@
 """Where nobody can read what a run says: what it has learned is kept, and its status tells."""
 
 import os
-import pty
 import signal
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from tiny_run import ROOT, arguments, determined
 
 from leangpt.runs.checkpoint import LAST
 
+pty = pytest.importorskip("pty")
 RUN = ("--max_iters=40", "--eval_interval=1000")
 
 
@@ -24,6 +24,7 @@ def iteration(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full disk to be had")
 @pytest.mark.parametrize("more", [(), ("--eval_only=True",)])
 def test_a_full_disk_under_the_log_ends_no_run_but_is_told(tmp_path, more):
     with open("/dev/full", "w") as full:
