@@ -76,10 +76,12 @@ def save_run(paths, model, optimizer, scaler, dataset, config, main=True, **prog
         for other in others:
             copy_checkpoint(first, other)
     if main:
-        _remove_unnamed_shards(first.parent)
+        remove_unnamed_shards(first.parent)
 
 
-def _remove_unnamed_shards(folder):
+def remove_unnamed_shards(folder: Path) -> None:
+    """Remove the folders of shards that neither checkpoint names: older ones, and what a killed
+    process had not finished."""
     try:
         named = {shards_named_in(folder / name) for name in (BEST, LAST)}
     except (UserError, OSError):  # of a damaged one the tensors may be whole

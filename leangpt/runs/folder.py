@@ -12,7 +12,13 @@ import re
 from pathlib import Path
 
 from leangpt.parallel.shards import remove_others
-from leangpt.runs.checkpoint import BEST, LAST, checkpoint_to_resume, load_checkpoint
+from leangpt.runs.checkpoint import (
+    BEST,
+    LAST,
+    checkpoint_to_resume,
+    load_checkpoint,
+    remove_unnamed_shards,
+)
 from leangpt.runs.metrics import has_rows
 from leangpt.runs.run import CONFIG, FACTS, METRICS
 from leangpt.system.errors import UserError
@@ -77,6 +83,7 @@ class RunFolder:
         for name in RUN_FILES:  # what a killed process left half written
             for leftover in self.path.glob(f"{name}.*tmp"):
                 leftover.unlink(missing_ok=True)
+        remove_unnamed_shards(self.path)
         return said
 
     def _holds_run(self):

@@ -86,6 +86,8 @@ def test_a_run_that_did_nothing_is_no_run(tmp_path):
     (folder / "metrics.csv").write_text("iter,tokens,loss\n")
     (folder / "config.json").write_text("{}")
     (folder / "ckpt_last.pt.123.tmp").write_text("half a checkpoint")
+    (folder / "shards-00000004").mkdir()
+    (folder / "shards-00000004" / "__0_0.distcp").write_text("a process's half of one")
     assert begin(folder) is None
     assert sorted(os.listdir(folder)) == ["config.json", "metrics.csv"]
     (folder / "metrics.csv").write_text("iter,tokens,loss\n0,0,1.5\n")  # checkpoints deleted
