@@ -123,7 +123,7 @@ def case(number, world, real=False):
     command, needed, output, reader = SCENARIOS[kind]
     folder = world.case_folder(number, *needed)
     ended = Child(command, folder, before=lambda: arm(folder, nth, error, sticky)).wait()
-    outcome, detail = judged(kind, ended, folder, world, want)
+    outcome, detail = judged(kind, ended, folder, world, want, sticky)
     named = errno.errorcode.get(error, "half")
     what = f"{call} {nth} of {len(calls)}: {named}{', and later' if sticky else ''}"
     world.forget(folder)
@@ -131,7 +131,7 @@ def case(number, world, real=False):
     return cells | {"status": ended.status, "seconds": round(ended.seconds, 2)}
 
 
-def judged(kind, ended, folder, world, want):
+def judged(kind, ended, folder, world, want, sticky):
     """(outcome, detail) of a command that met a fault: as it ended, what is left, what it does when
     it is given again."""
     if ended.verdict not in ("done", "refused", "stopped"):
@@ -162,7 +162,8 @@ def judged(kind, ended, folder, world, want):
     repeated = run(again, folder)
     if repeated.status or found(kind, folder / output) != want["written"]:
         return "lost", f"again: {repeated.words or 'other results'}"
-    left = [name for name in leftovers(folder) if name.endswith(".lock")]
+    # a lock's file that the system lets nobody remove holds nobody off
+    left = [name for name in leftovers(folder) if name.endswith(".lock") and not sticky]
     return ("litter", ", ".join(left)) if left else (ended.verdict, "")
 
 
