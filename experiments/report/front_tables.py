@@ -1,5 +1,6 @@
 """The front page: three numbers, what the commands print, what fits, which knob, six optimizers."""
 
+import re
 from statistics import median
 
 from experiments.report.memory_tables import timed_on
@@ -41,11 +42,16 @@ def two_commands(rows):
     """How long `make demo` takes on a fresh copy, and ten lines of what it prints."""
     row = row_with(rows, command="demo")
     shown = [line for line in row["shown"].splitlines() if not line.startswith(LEFT_OUT)]
-    shown = [line if len(line) <= WIDEST else line[: WIDEST - 1] + "…" for line in shown]
+    shown = [line if len(line) <= WIDEST else cut(line) for line in shown]
     return (
         f"`make demo` took {minutes(row['seconds'])} ({row['machine']}; commit {row['commit']}) "
         f"and printed, shortened:\n\n```\n" + "\n".join(shown) + "\n```"
     )
+
+
+def cut(line):
+    """A printed line up to the last of its items that a page has room for."""
+    return re.sub(r"([,;]) [^,;]*$", r"\1 …", line[: WIDEST - 1])
 
 
 # ---------------------------------------------------------------------- what fits, which knob
@@ -158,7 +164,7 @@ def which_knob(attention, memory, speeds, generation):
             "weights and gradients",
             "`param_dtype` bfloat16 and `fused_backward`",
             stepped(xl(memory, "muonsn8"), xl(memory, "muonsn8", "bfloat16", "True")),
-            "(micro-batches summed in 8 bits: a byte more; one GPU)",
+            "(several micro-batches: their sum takes a byte per parameter)",
         ),
         (
             "K and V while sampling",

@@ -37,6 +37,7 @@ def made_on(rows):
         list(dict.fromkeys(str(row[column]) for row in rows))
         for column in ("machine", "torch", "commit")
     )
+    machines = [name.replace(", 1 threads", ", 1 thread") for name in machines]
     return (
         f"\n\n{' and '.join(machines)}; torch {' and '.join(versions)}; "
         f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}."
