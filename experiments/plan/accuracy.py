@@ -210,6 +210,19 @@ def settings_of(run, device, data_dir):
 
 def peak_of(run, device, folder):
     """Bytes at the peak of three steps."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    trainer = trainer_of(run, device, folder)
+    for _ in range(STEPS):
+        trainer.losses.add(trainer.iteration, trainer.record.peak.of(trainer.step, trainer.norm))
+        trainer.iteration += 1
+    return trainer.record.peak.bytes
+
+
+def trainer_of(run, device, folder):
+    """train.py's Trainer of a drawn run, over random tokens under `folder`."""
     data = Path(folder) / str(run["vocab_size"])
     if not data.exists():
         ids = np.random.default_rng(0).integers(0, run["vocab_size"], 1 << 19).tolist()
@@ -217,16 +230,7 @@ def peak_of(run, device, folder):
         write_dataset(data, ids, ids[: 1 << 18], meta | {"sha256": None})
     settings = settings_of(run, device, folder)
     dtype = settings.dtype if settings.param_dtype == "float32" else settings.param_dtype
-    runtime = setup_runtime(device, dtype, settings.seed)
-    gc.collect()
-    if runtime.device_type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(runtime.device)
-    trainer = train.Trainer(settings, {}, runtime)
-    for _ in range(STEPS):
-        trainer.losses.add(trainer.iteration, trainer.record.peak.of(trainer.step, trainer.norm))
-        trainer.iteration += 1
-    return trainer.record.peak.bytes
+    return train.Trainer(settings, {}, setup_runtime(device, dtype, settings.seed))
 
 
 def family(run):

@@ -18,6 +18,7 @@ from configurator import parse_config
 from experiments.report.attention_plots import scaling_figure, training_peak_figure
 from experiments.report.memory_plots import memory_figure
 from experiments.report.optimizer_plots import optimizer_figure
+from experiments.report.plan_plots import accuracy_figure
 from experiments.shared.common import RESULTS, ROOT, read_csv
 from leangpt.system.errors import exit_cleanly
 from leangpt.system.whole_files import written_whole
@@ -26,6 +27,7 @@ PICTURES = {  # file -> (what draws it, the CSVs whose rows it takes)
     "memory.svg": (memory_figure, "optimizer_memory.csv", "attention_gpu.csv"),
     "optimizers.svg": (optimizer_figure, "optimizer_quality_summary.csv"),
     "training_peak.svg": (training_peak_figure, "attention_scaling.csv"),
+    "plan_accuracy.svg": (accuracy_figure, "plan_accuracy.csv"),
     "attention.svg": (lambda rows: scaling_figure(rows, "forward"), "attention_scaling.csv"),
 }
 

@@ -123,7 +123,7 @@ MOMENTS = {
         ("gradients", "the head's, where it is the table's too", "tied*V*C*w"),
         ("backward", "its activations' gradients", "working"),
         ("backward", "its weights' gradients", "working_weights"),
-        ("update", "for its weights", "(fused and not by_tiles)*update_layer"),
+        ("update", "for its weights", "working_update"),
         ("workspace", "of attention", "workspace"),
     ],
     "the update of the last block": [  # whose gradients tiles hand over together
@@ -148,7 +148,7 @@ MOMENTS = {
         ("gradients", "the head's", "(tied or not (fused or accumulates))*V*C*w"),
         ("backward", "its activations' gradients", "working"),
         ("backward", "its weights' gradients", "working_weights"),
-        ("update", "for its weights", "(fused and not by_tiles)*update_layer"),
+        ("update", "for its weights", "working_update"),
         ("workspace", "of attention", "workspace"),
     ],
     "the embeddings' gradient": [

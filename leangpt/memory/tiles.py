@@ -16,6 +16,7 @@ import torch
 from leangpt.attention.kv_source import MERGED_QUERIES
 from leangpt.attention.tile_sizes import heads_at_once, mlp_rows, tile_sizes
 from leangpt.layers.loss import chunk_rows
+from leangpt.memory.update import one_by_one
 
 
 def predict_forward_peak(config, B, T, element_size=4, device_type="cpu"):
@@ -74,14 +75,16 @@ def logit_rows(run):
 
 def working(run, names, tiles):
     """What a block's backward takes for a moment: `working` for activations, `working_weights`,
-    and the `workspace` of a kernel; bytes, of the worst of its phases."""
+    the `workspace` of a kernel, and `working_update` for weights that move meanwhile; bytes, of the
+    worst of its phases."""
     phases = plain_phases(run, names) if tiles is None else tiled_phases(run, names, tiles)
-    names = ("working", "working_weights", "workspace")
-    return dict(zip(names, max(phases, key=sum)))
+    names = ("working", "working_weights", "workspace", "working_update")
+    return dict(zip(names, (*max(phases, key=sum), 0)))
 
 
 def plain_phases(run, names):
-    """Phases of the plain block's backward: (activations, weights, workspace) beyond SAVED.
+    """Phases of the plain block's backward: (activations, weights, workspace, update where weights
+    move in it) beyond SAVED.
 
     First the MLP, where gradients inside it join all that was saved; then attention, when the
     MLP's activations are gone again.
@@ -100,7 +103,20 @@ def plain_phases(run, names):
     done = 0 if names["accumulates"] else (3 if swiglu else 2) * r * matrix * run.param_bytes
     T, size = run.length, 4 if names["wide"] else e
     workspace = _workspace(config, T, T, size, run.device_type, run.threads, backward=True)
-    return [(inside, r * matrix * made, 0), (attention, done + matrix * run.param_bytes, workspace)]
+    phases = [(inside, r * matrix * made, 0)]
+    phases.append((attention, done + matrix * run.param_bytes, workspace))
+    if run.fused:  # each weight moves as soon as its gradient is there: what was saved is less then
+        gone = (4 if swiglu else 2) * r * stream
+        alive = {
+            "mlp.c_proj": (1 + names["drop"] + r) * stream,
+            "mlp.c_fc": stream - gone,
+            "attn.c_proj": 2 * stream - mlp_saved,
+            "attn.c_attn": 2 * stream - mlp_saved,
+        }
+        for tensor in run.tensors:
+            if (of := tensor.name.rpartition(".h.0.")[2].removesuffix(".weight")) in alive:
+                phases.append((alive[of], tensor.bytes, 0, one_by_one(run, [tensor])))
+    return phases
 
 
 def tiled_phases(run, names, tiles):

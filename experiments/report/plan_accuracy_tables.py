@@ -1,0 +1,87 @@
+"""How true plans are: predicted against measured peaks of runs drawn at random."""
+
+from statistics import median
+
+from experiments.report.table_tools import figure, made_on, markdown, table
+from leangpt.memory.search import RESERVE
+
+
+def percent(share, signed=True):
+    """0.0123 -> +1.23%"""
+    return f"{share:+.2%}" if signed else f"{share:.2%}"
+
+
+def measured(rows, device):
+    """The runs that were measured there."""
+    return [row for row in rows if row["device"] == device and row["measured"]]
+
+
+def false_fits(rows):
+    """Runs that took more than a device of their predicted peak and the reserve has."""
+    return [r for r in rows if r["measured"] > r["predicted"] / (1 - RESERVE[r["device"]])]
+
+
+def refused(rows):
+    """(refused though they fit, fit): pairs of a run and a device with the memory that another
+    run of the draws took."""
+    wrong = fit = 0
+    for row in rows:
+        for other in rows:
+            memory = other["measured"]
+            if other is not row and row["measured"] <= memory:
+                fit += 1
+                wrong += row["predicted"] > memory * (1 - RESERVE[row["device"]])
+    return wrong, fit
+
+
+def line(name, rows):
+    """Cells of a table's line."""
+    errors = sorted(abs(row["error"]) for row in rows)
+    signed = [row["error"] for row in rows]
+    return [
+        name,
+        len(rows),
+        percent(median(errors), signed=False),
+        percent(errors[len(errors) * 9 // 10], signed=False),
+        f"{percent(min(signed))} to {percent(max(signed))}",
+        len(false_fits(rows)),
+    ]
+
+
+@table("plan_accuracy", "plan_accuracy.csv")
+def plan_accuracy(rows):
+    """Errors by device and family."""
+    lines = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        found = measured(rows, device)
+        for family in sorted({row["family"] for row in found}):
+            alike = [row for row in found if row["family"] == family]
+            lines.append(line(f"{device}: {family}", alike))
+        lines.append(line(f"{device}: all", found))
+    header = ["runs", "how many", "median error", "nine of ten within", "errors", "false fits"]
+    return markdown(header, lines) + made_on(rows)
+
+
+@figure("plan_runs", "plan_accuracy.csv")
+def plan_runs(rows):
+    """How many were measured on a CPU."""
+    return f"{len(measured(rows, 'cpu'))}"
+
+
+@figure("plan_median", "plan_accuracy.csv")
+def plan_median(rows):
+    """Median error of those."""
+    return percent(median(abs(row["error"]) for row in measured(rows, "cpu")), signed=False)
+
+
+@figure("plan_worst", "plan_accuracy.csv")
+def plan_worst(rows):
+    """Worst error of those."""
+    return percent(max(abs(row["error"]) for row in measured(rows, "cpu")), signed=False)
+
+
+@figure("plan_refused", "plan_accuracy.csv")
+def plan_refused(rows):
+    """Share of fitting runs that are refused."""
+    wrong, fit = refused(measured(rows, "cpu"))
+    return percent(wrong / fit, signed=False)
