@@ -10,6 +10,7 @@ from tiny_run import arguments
 import train
 from configurator import parse_config
 from leangpt.memory.search import Budget
+from leangpt.memory.units import parse_bytes
 from leangpt.system.errors import UserError
 from leangpt.system.host_memory import available_memory, total_memory
 from leangpt.training import planning
@@ -40,12 +41,16 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(tmp_path, room):
 
 
 def test_the_nearest_plan_is_named_and_fits(tmp_path, room):
-    room(240_000)
-    with pytest.raises(UserError, match=r"of 240 KB at hand; --.* would take") as error:
-        train.main(arguments(tmp_path, "run", *SHORT))
+    words = arguments(tmp_path, "run", *SHORT, "--n_embd=64", "--block_size=64")
+    room(1000)
+    with pytest.raises(UserError) as error:  # more, the more threads there are
+        train.main(words)
+    room(int(0.9 * parse_bytes(str(error.value).split("takes ")[1].split(" at ")[0])))
+    with pytest.raises(UserError, match=r" at hand; --.* would take") as error:
+        train.main(words)
     named = str(error.value).split("; ")[1].split(" would take")[0].split()
     assert parse_config(train.Settings, named)[1]
-    train.main(arguments(tmp_path, "run", *SHORT, *named))
+    train.main([*words, *named])
 
 
 def test_memory_ignore_starts_it(tmp_path, room):
