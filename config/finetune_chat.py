@@ -23,7 +23,7 @@ gradient_accumulation_steps = 3
 max_iters = 30
 warmup_iters = 5
 
-# a CPU is faster in float32; where memory is short, three bytes a parameter for weights and sums:
+# a CPU is faster in float32; where memory is short, three bytes per parameter for weights and sums:
 # param_dtype = "bfloat16" and optimizer_options = "gradient_bits=8"
 optimizer_variant = "adamsn8"
 learning_rate = 1e-4

@@ -16,7 +16,7 @@ batch_size = 1
 gradient_accumulation_steps = 1  # an update each sequence; more: optimizer_options below
 block_size = 8192
 
-# 2 bytes a weight and 0.56 a momentum; no gradient outlives its update
+# 2 bytes per weight and 0.56 per momentum; no gradient outlives its update
 param_dtype = "bfloat16"
 optimizer_variant = "muonsn4"
 optimizer_options = "fused_backward=True"  # several micro-batches: "gradient_bits=4", 0.56 more

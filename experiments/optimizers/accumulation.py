@@ -116,7 +116,7 @@ def validation_loss(model, tokens, T):
 
 
 def summary(rows):
-    """A line for each variant and way: bytes a parameter, loss, the difference to its reference."""
+    """A line for each variant and way: bytes per parameter, loss, difference to its reference."""
     lines = []
     for variant in dict.fromkeys(row["variant"] for row in rows):
         found = {}

@@ -208,7 +208,7 @@ def main():
             continue
         print(
             f"{label} peak {row['peak_bytes'] / 2**30:6.2f} GiB, weights + gradients + state "
-            f"{row['bytes_per_parameter']:6.3f} bytes a parameter, state {row['state_bytes']:,} "
+            f"{row['bytes_per_parameter']:6.3f} bytes per parameter, state {row['state_bytes']:,} "
             f"(allocator {row['allocator_state_bytes']}), loss {row['loss_first']:.3f} -> "
             f"{row['loss_last']:.3f}, {row['step_seconds']} s a step",
             flush=True,

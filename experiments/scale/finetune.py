@@ -26,7 +26,7 @@ from experiments.shared.paired import mean_interval
 from leangpt.system.errors import RunError, UserError, exit_cleanly
 
 LOW, FUSED = "--param_dtype=bfloat16", "--optimizer_options=fused_backward=True"
-SIDES = {  # name: (bytes a parameter of weights, gradients and state; flags)
+SIDES = {  # name: (bytes per parameter of weights, gradients and state; flags)
     "adamw_float32": (16, ("--optimizer_variant=adam",)),
     "adamsn8_5": (5.1, (LOW, "--optimizer_variant=adamsn8")),
     "adamsn8_3": (3.1, (LOW, "--optimizer_variant=adamsn8", FUSED)),

@@ -9,7 +9,7 @@ The stages differ between numbers of GPUs in that number only:
     124m     GPT-2 124M, T=1,024, 32 sequences a card, ddp and fsdp, adam and muonsn8
     8b       Llama-3-8B's shape, T=8,192, 8 sequences in all, fsdp, updates inside backward
     long     the same by sequences in pieces on all cards: --lengths
-    70b      Llama-3-70B's shape, 3 bytes a parameter over the cards: T=4,096, and --lengths
+    70b      Llama-3-70B's shape, 3 bytes per parameter over the cards: T=4,096, and --lengths
     step     8B: the optimizer's step alone, ours beside torch.optim.Muon under FSDP2
     context  a block of 8B's shape alone: ours beside torch's context_parallel
 

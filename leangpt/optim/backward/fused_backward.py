@@ -1,4 +1,4 @@
-"""Training in about three bytes a parameter: every weight updated, and its gradient freed, while
+"""Training in about three bytes per parameter: every weight updated, and its gradient freed, while
 the backward pass is still running.
 
 bfloat16 weights (2 bytes, rounded stochastically), an 8-bit momentum (1.06 bytes) and a second
