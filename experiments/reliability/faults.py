@@ -123,7 +123,8 @@ def case(number, world, real=False):
     command, needed, output, reader = SCENARIOS[kind]
     folder = world.case_folder(number, *needed)
     ended = Child(command, folder, before=lambda: arm(folder, nth, error, sticky)).wait()
-    outcome, detail = judged(kind, ended, folder, world, want, sticky)
+    keeps = sticky and call in ("unlink", "fstat", "fstat64")  # no lock's file can be removed
+    outcome, detail = judged(kind, ended, folder, world, want, keeps)
     named = errno.errorcode.get(error, "half")
     what = f"{call} {nth} of {len(calls)}: {named}{', and later' if sticky else ''}"
     world.forget(folder)
@@ -131,9 +132,9 @@ def case(number, world, real=False):
     return cells | {"status": ended.status, "seconds": round(ended.seconds, 2)}
 
 
-def judged(kind, ended, folder, world, want, sticky):
+def judged(kind, ended, folder, world, want, keeps):
     """(outcome, detail) of a command that met a fault: as it ended, what is left, what it does when
-    it is given again."""
+    it is given again. keeps: is no file removed, a lock's neither?"""
     if ended.verdict not in ("done", "refused", "stopped"):
         return ended.verdict, ended.words
     command, _, output, reader = SCENARIOS[kind]
@@ -163,7 +164,7 @@ def judged(kind, ended, folder, world, want, sticky):
     if repeated.status or found(kind, folder / output) != want["written"]:
         return "lost", f"again: {repeated.words or 'other results'}"
     # a lock's file that the system lets nobody remove holds nobody off
-    left = [name for name in leftovers(folder) if name.endswith(".lock") and not sticky]
+    left = [name for name in leftovers(folder) if name.endswith(".lock") and not keeps]
     return ("litter", ", ".join(left)) if left else (ended.verdict, "")
 
 
