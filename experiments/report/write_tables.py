@@ -20,6 +20,7 @@ from pathlib import Path
 from configurator import parse_config
 from experiments.report import (  # noqa: F401  each registers its tables
     attention_tables,
+    backtest_tables,
     front_tables,
     generation_tables,
     memory_tables,
