@@ -4,8 +4,7 @@ Plain PyTorch widens the tile, then lerps: 18 bytes a number. This kernel reads 
 (float32) and the tile (bfloat16), writes the sum, and updates the logsumexp beside: 10 bytes.
 """
 
-import triton
-import triton.language as tl
+from leangpt.system.triton import tl, triton
 
 
 @triton.jit

@@ -8,8 +8,8 @@ at once, so the second read finds most of them in the L2 cache.
 """
 
 import torch
-import triton
-import triton.language as tl
+
+from leangpt.system.triton import tl, triton
 
 EACH = 4  # neighbouring logits a lane takes at once
 LOG2_E = tl.constexpr(1.4426950408889634)  # exponentials are powers of two here
