@@ -69,3 +69,7 @@ check: $(TESTS)
 # two threads each, as the tests have them by themselves
 test: $(TESTS)
 	$(BIN)/python -m pytest -n 2
+
+# more optimizers, kills and processes of the same kinds, a quarter of an hour
+campaign: $(TESTS)
+	$(BIN)/python -m pytest -n 2 -m campaign

@@ -7,7 +7,10 @@ from experiments.shared.common import read_csv
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpus, stages", ((2, "124m,8b,long,70b,step"), (8, "8b,long")))
+@pytest.mark.parametrize(
+    "gpus, stages",
+    ((2, "124m,8b,long,70b,step"), pytest.param(8, "8b,long", marks=pytest.mark.campaign)),
+)
 def test_every_stage_makes_its_rows(tmp_path, gpus, stages):
     out = tmp_path / "many.csv"
     result = run_script(

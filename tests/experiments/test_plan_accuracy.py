@@ -47,6 +47,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_takes_what_was_predicted(name, tmp_path):
     row = measure(BASE | CASES[name], "cpu", tmp_path)
@@ -55,6 +56,7 @@ def test_a_step_takes_what_was_predicted(name, tmp_path):
     assert row["error"] <= 0.1
 
 
+@pytest.mark.slow
 def test_what_outlives_its_use_is_seen(tmp_path, monkeypatch):
     """As the test above would fail: one stream of each layer is kept for longer than it is used."""
     from attention_policies import run_block
@@ -75,8 +77,13 @@ def test_the_table_is_of_todays_formulas():
     """After a change of formulas `python -m experiments.plan.accuracy` predicts its rows anew."""
     rows = [row for row in read_csv(CSV) if row["device"] == "cpu"]
     drawn = {run["number"]: run for run in draws("cpu", 200, 1)}
-    for row in rows[::10]:
-        assert again(drawn[row["number"]], dict(row))["predicted"] == row["predicted"]
+    before = torch.get_num_threads()
+    try:
+        for row in rows[::10]:
+            torch.set_num_threads(row["threads"])
+            assert again(drawn[row["number"]], dict(row))["predicted"] == row["predicted"]
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_draws_hold_what_is_promised():

@@ -12,10 +12,11 @@ from experiments.shared.common import read_csv
 @pytest.mark.parametrize(
     "part, first, limit",
     [
-        ("kills", 0, 6),
+        pytest.param("kills", 0, 6, marks=pytest.mark.campaign),
         ("kills", 1000, 2),
-        ("faults", 0, 42),
-        ("damage", 0, 69),
+        pytest.param("faults", 0, 42, marks=pytest.mark.campaign),
+        ("faults", 42, 10),
+        pytest.param("damage", 0, 69, marks=pytest.mark.campaign),
         ("damage", 3450, 21),
         ("lines", 100, 40),
     ],

@@ -1,5 +1,6 @@
 """A machine's rates: measured once, kept, used by plans."""
 
+import pytest
 import torch
 
 import plan
@@ -8,6 +9,7 @@ from leangpt.memory.calibrate import calibrate, known_rates, rates_file
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_rates_are_kept_and_read_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("LEANGPT_CACHE", str(tmp_path))
     assert known_rates(CPU, torch.float32) is None

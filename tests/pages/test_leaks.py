@@ -26,6 +26,7 @@ def held():
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 def test_of_hundreds_of_texts_nothing_stays():
     torch.manual_seed(0)
     shape = dict(block_size=64, vocab_size=50, n_layer=2, n_head=4, n_embd=64, position="rope")
@@ -45,6 +46,7 @@ def test_of_hundreds_of_texts_nothing_stays():
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("variant", ["adam", "muonsn8"])
 def test_of_hundreds_of_iterations_and_saves_nothing_stays(tmp_path, monkeypatch, variant):
     found, report = {}, RunRecord.report

@@ -107,7 +107,10 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, policy):
     "more",
     [
         (),
-        ("--parallel=fsdp", "--n_embd=32", "--gradient_accumulation_steps=100"),
+        pytest.param(
+            ("--parallel=fsdp", "--n_embd=32", "--gradient_accumulation_steps=100"),
+            marks=pytest.mark.campaign,
+        ),
         ("--context_parallel=2", "--position=rope", "--dropout=0"),
     ],
     ids=["ddp", "long iterations of shards", "pieces"],

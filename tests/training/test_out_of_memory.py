@@ -38,6 +38,7 @@ def limited(room, *words, **environment):
     return done.stderr, done.returncode
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits addresses as Linux does")
 @pytest.mark.parametrize(
     "words, says",
@@ -124,6 +125,7 @@ def test_what_is_named_lowers_the_measured_peak_each_for_itself(
             assert measured(tmp_path, capsys, *flags, *rest) > 1.005 * peak, word
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_nothing_is_named_that_is_so_already(tmp_path, name):
     said = instead(wish_of(tmp_path, *RUNS[name]), None)

@@ -31,6 +31,7 @@ def room(monkeypatch):
     return limit
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_before_it_is_allocated(tmp_path, room):
     room(10**9)
     with pytest.raises(UserError) as error:
@@ -40,6 +41,7 @@ def test_what_does_not_fit_is_refused_before_it_is_allocated(tmp_path, room):
     assert error.value.status == 2 and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_nearest_plan_is_named_and_fits(tmp_path, room):
     words = arguments(tmp_path, "run", *SHORT, "--n_embd=64", "--block_size=64")
     room(1000)
@@ -65,6 +67,7 @@ def test_an_evaluation_alone_is_not_refused(tmp_path, room):
     train.main(arguments(tmp_path, "run", "--init_from=resume", "--eval_only"))
 
 
+@pytest.mark.slow
 def test_memory_makes_a_plan_and_runs_it(tmp_path, capsys):
     words = arguments(tmp_path, "run", *SHORT, "--memory=300KB")
     words = [w for w in words if "batch_size" not in w and "accumulation" not in w]
@@ -157,6 +160,7 @@ SAYS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words, said, tiled", SAYS)
 def test_the_start_says_what_really_runs(tmp_path, capsys, words, said, tiled):
     train.main(arguments(tmp_path, "run", *SHORT, *words))
