@@ -111,7 +111,9 @@ def test_two_processes_equal_one_with_the_doubled_batch(tmp_path, policy):
             ("--parallel=fsdp", "--n_embd=32", "--gradient_accumulation_steps=100"),
             marks=pytest.mark.campaign,
         ),
-        ("--context_parallel=2", "--position=rope", "--dropout=0"),
+        pytest.param(
+            ("--context_parallel=2", "--position=rope", "--dropout=0"), marks=pytest.mark.campaign
+        ),
     ],
     ids=["ddp", "long iterations of shards", "pieces"],
 )
