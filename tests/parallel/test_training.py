@@ -19,7 +19,7 @@ VARIANTS = (
     pytest.param("muonsn8", marks=CAMPAIGN),
     "muonsn4",
 )
-SHAPE = ["--n_embd=32", "--max_iters=20", "--eval_interval=20"]
+SHAPE = ["--n_embd=32", "--max_iters=20", "--eval_interval=10"]
 INSIDE = "--optimizer_options=fused_backward=True"
 
 
@@ -94,7 +94,7 @@ def test_whole_weights(tmp_path):
 def test_four_processes_share_weights_and_sequences(tmp_path, flags):
     """Two shares of the batch, each on two processes; tied heads, few key/value heads, layers that
     keep their inputs alone; an accumulation that the processes do not divide."""
-    few = ["--n_embd=32", "--max_iters=20", "--eval_interval=10", "--checkpoint_layers=True"]
+    few = ["--n_embd=32", "--max_iters=6", "--eval_interval=3", "--checkpoint_layers=True"]
     runs = [
         [*few, *flags, "--n_head=4", "--q_chunk=8", f"--optimizer_variant={variant}", *steps]
         for variant, steps in (
@@ -102,5 +102,4 @@ def test_four_processes_share_weights_and_sequences(tmp_path, flags):
             ("adamsn8", ["--gradient_accumulation_steps=1", INSIDE]),
         )
     ]
-    # sums in another order may turn a code of 8 bits: the norm of one gradient moved by 1.3e-3
-    compare(tmp_path, runs, 4, "--parallel=fsdp", "--context_parallel=2", within=3e-3)
+    compare(tmp_path, runs, 4, "--parallel=fsdp", "--context_parallel=2")
