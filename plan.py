@@ -29,7 +29,6 @@ from leangpt.memory.decoding import (
 )
 from leangpt.memory.goals import GOALS, LADDERS, plans
 from leangpt.memory.search import RESERVE, SHOWN, Budget, fits, predict
-from leangpt.memory.speed import TYPICAL
 from leangpt.memory.units import in_words, parse_bytes
 from leangpt.runs.checkpoint import checkpoint_to_resume, load_checkpoint
 from leangpt.system.errors import UserError, exit_cleanly
@@ -38,6 +37,7 @@ from leangpt.system.runtime import DTYPES
 from leangpt.text.folder import read_meta
 from leangpt.training.planning import largest_parts, run_config, wish_of
 from leangpt.training.settings import Settings as TrainSettings
+from leangpt.training.start import adopted_block_size, resumed_settings
 from model import GPTConfig
 from optimizers import parse_options
 
@@ -65,6 +65,17 @@ class Settings(TrainSettings):
     calibrate: bool = False  # measure this machine's rates first, in some seconds, and keep them
 
 
+NEEDS = {  # (setting, value) -> flags that say nothing without it
+    ("goal", "largest"): {"family"},
+    ("purpose", "sample"): {"kv_bits", "num_samples"},
+    ("purpose", "train"): {"tokens_per_iteration", "devices"},
+    ("init_from", "scratch"): {"vocab_size"},
+}
+BATCH = {"batch_size", "gradient_accumulation_steps", "tokens_per_iteration"}
+CHOOSES = {  # goal -> what it decides itself
+    "longest": {"block_size", *BATCH},
+    "largest": {"n_layer", "n_head", "n_embd", "n_kv_head", "init_from"},
+}
 OWN = (  # which train.py does not know
     "goal purpose host_memory devices tokens_per_iteration family vocab_size kv_bits num_samples "
     "calibrate memory"
@@ -75,8 +86,14 @@ def main(argv=None):
     """Parse, plan, print."""
     settings, given = parse_config(Settings, argv)
     words = list(read_words(Settings, argv))
-    check(settings)
-    device, dtype = where(settings, given)
+    named = {key for _, key, _ in words if key}
+    check(settings, named)
+    auto = settings.attention_policy == "auto"
+    if auto:
+        settings = replace(settings, attention_policy="cache")
+    settings, config = with_shape(settings, given)
+    settings = with_tokens(settings, named)
+    device, dtype = where(settings)
     here = device.type == "cpu" or torch.cuda.is_available()
     rates = known_rates(device, dtype) if here else None
     if settings.calibrate:
@@ -84,17 +101,15 @@ def main(argv=None):
             raise UserError("calibrate measures this machine, which has no GPU: use --device=cpu")
         rates = calibrate(device, dtype)
     budget = budget_of(settings, device, here)
-    if settings.attention_policy == "auto":
-        settings = replace(settings, attention_policy="cache")
-    settings = with_tokens(settings)
-    config, checkpoint_settings = shape_of(settings, given)
-    if checkpoint_settings:
-        settings = replace(settings, **checkpoint_settings)
-    flags = {key for _, key, _ in words if key and key not in OWN}
+    flags = named - set(OWN) - ({"attention_policy"} if auto else set())
     print(f"{'model':<10} {describe(config)}")
     print(f"{'memory':<10} {describe_budget(budget, device, settings)}")
     if settings.purpose == "sample":
-        return plan_decoding(settings, flags, config, device, dtype, budget, rates)
+        how = Decoding(
+            config, settings.num_samples, dtype.itemsize, settings.int4, 32, settings.kv_bits,
+            device.type,
+        )  # fmt: skip
+        return plan_decoding(settings, how, named, budget, rates)
     options = parse_options(settings.optimizer_options)
     wish = wish_of(settings, flags, config, options, dtype, device.type, settings.devices, rates)
     plan_training(settings, wish, budget, command(words, "train.py"))
@@ -103,8 +118,10 @@ def main(argv=None):
 # ---------------------------------------------------------------------- what there is
 
 
-def check(settings):
-    """Raise UserError for what is none of the choices."""
+def check(settings, named):
+    """Raise UserError for what is none of the choices, and for flags that a plan would not heed.
+
+    named: what the command line sets."""
     for name, known in (("purpose", PURPOSES), ("goal", ("", *GOALS)), ("family", LADDERS)):
         if (value := getattr(settings, name)) not in known:
             shown = "for" if name == "purpose" else name
@@ -119,9 +136,22 @@ def check(settings):
             "plans are made for single processes and for ddp: shares of weights (parallel=fsdp) "
             "and of sequences (context_parallel) are not predicted yet"
         )
+    for needs, names in NEEDS.items():
+        if named & names and not getattr(settings, needs[0]) == needs[1]:
+            flag = "for" if needs[0] == "purpose" else needs[0]
+            raise UserError(
+                f"{', '.join(sorted(named & names))}: for plans with --{flag}={needs[1]} alone"
+            )
+    for goal, names in CHOOSES.items():
+        if settings.goal == goal and named & names:
+            raise UserError(f"goal={goal} chooses {', '.join(sorted(named & names))}: leave it out")
+    if settings.purpose == "sample" and settings.goal == "largest":
+        raise UserError("for=sample plans the model it is given: leave out goal=largest")
+    if settings.goal == "largest" and settings.family != "gpt2" and "vocab_size" in named:
+        raise UserError(f"family={settings.family} has its own vocabularies: leave out vocab_size")
 
 
-def where(settings, given):
+def where(settings):
     """(device, dtype of products) of the plan: this machine's, or with memory=... a GPU's."""
     name = settings.device
     if name == "auto":
@@ -154,33 +184,48 @@ def budget_of(settings, device, here) -> Budget:
     return Budget(available_memory() or 0, host)
 
 
-def with_tokens(settings):
-    """`settings` with as many sequences an iteration as tokens_per_iteration asks for."""
+def with_tokens(settings, named):
+    """`settings` with as many sequences an iteration as tokens_per_iteration asks for, in
+    micro-batches of batch_size where the command line sets that."""
     if settings.tokens_per_iteration is None:
         return settings
-    sequences, left = divmod(settings.tokens_per_iteration, settings.block_size)
-    if left or sequences < 1:
+    each = settings.batch_size if "batch_size" in named else 1
+    count, left = divmod(settings.tokens_per_iteration, settings.block_size * each)
+    if left or count < 1:
         raise UserError(
             f"tokens_per_iteration={settings.tokens_per_iteration:,} is not a whole number of "
-            f"sequences of block_size={settings.block_size}"
+            f"{'micro-batches' if each > 1 else 'sequences'} of block_size={settings.block_size}"
+            f"{f' x batch_size={each}' if each > 1 else ''}"
         )
-    return replace(settings, batch_size=sequences, gradient_accumulation_steps=1)
+    if "gradient_accumulation_steps" in named:
+        raise UserError("tokens_per_iteration chooses gradient_accumulation_steps: leave it out")
+    if each > 1:
+        return replace(settings, gradient_accumulation_steps=count)
+    return replace(settings, batch_size=count, gradient_accumulation_steps=1)
 
 
-def shape_of(settings, given):
-    """(GPTConfig, settings that a checkpoint brings) of the model, from its description alone."""
+def with_shape(settings, given):
+    """(settings as the run would adopt them, GPTConfig), from the model's description alone."""
+    checkpoint = vocabulary = None
     if settings.init_from in ("resume", "auto"):
-        checkpoint = load_checkpoint(checkpoint_to_resume(Path(settings.out_dir)), mmap=True)
-        saved = checkpoint.get("config") or {}
-        names = {"batch_size", "gradient_accumulation_steps", "optimizer_variant"}
-        names |= {"optimizer_options", "param_dtype", "block_size"}
-        settings = replace(settings, init_from="resume")
-        config = run_config(GPTConfig, settings, given, None, checkpoint)
-        return config, {n: saved[n] for n in names - set(given) if n in saved}
-    vocabulary = settings.vocab_size
-    if vocabulary is None and settings.init_from == "scratch":
-        vocabulary = vocabulary_of(settings)
-    return run_config(GPTConfig, settings, given, vocabulary), {}
+        checkpoint = checkpoint_of(settings)
+        settings = replace(settings, init_from="resume" if checkpoint else "scratch")
+    if checkpoint:
+        settings = resumed_settings(settings, given, checkpoint)
+    elif settings.init_from == "scratch":
+        vocabulary = settings.vocab_size or vocabulary_of(settings)
+    config = run_config(GPTConfig, settings, given, vocabulary, checkpoint)
+    return replace(settings, block_size=adopted_block_size(settings, given, config)), config
+
+
+def checkpoint_of(settings):
+    """The checkpoint that a run in out_dir would go on from, on the disk; None for auto without."""
+    try:
+        return load_checkpoint(checkpoint_to_resume(Path(settings.out_dir)), mmap=True)
+    except UserError:
+        if settings.init_from == "auto" and not any(Path(settings.out_dir).glob("*.pt")):
+            return None
+        raise
 
 
 def vocabulary_of(settings) -> int:
@@ -236,15 +281,12 @@ def show_parts(plan):
     print(f"{'':<10} {parts}")
 
 
-def plan_decoding(settings, flags, config, device, dtype, budget, rates):
-    """The same for sample.py: ways to decode at this context, then the longest context of each."""
-    bits = settings.kv_bits
-    asked = Decoding(
-        config, settings.num_samples, dtype.itemsize, settings.int4, 32, bits, device.type
-    )
-    known = rates or TYPICAL[device.type, dtype.itemsize]
-    rows = []
-    for how in ways_to_decode(asked, flags | ({"kv_bits"} if bits else set())):
+def plan_decoding(settings, asked, named, budget, rates):
+    """The same for sample.py: ways to decode at this context, then the longest context of each.
+
+    asked: a Decoding."""
+    config, rows, commands = asked.config, [], []
+    for how in ways_to_decode(asked, named):
         longest = longest_context(how, budget)
         if settings.goal != "longest" and not fits_decoding(how, budget):
             continue
@@ -261,15 +303,19 @@ def plan_decoding(settings, flags, config, device, dtype, budget, rates):
         context = -longest if settings.goal == "longest" else config.block_size
         how = replace(how, config=replace(how.config, block_size=context))
         parts = how.parts()
-        speed = tokens_per_second(how, known)
-        at_most = f" {speed:,.0f} tokens/s at most;" if rates else ""
+        at_most = f" {tokens_per_second(how, rates):,.0f} tokens/s at most;" if rates else ""
         print(
             f"\n{f'plan {number}':<10} {context:,} tokens; {in_words(sum(parts.values()))};"
             f"{at_most} the longest context {-longest:,}"
         )
         print(f"{'':<10} {', '.join(f'{name} {in_words(size)}' for name, size in parts.items())}")
         print(f"{'gives up':<10} {'; '.join(how.gives_up) or 'nothing'}")
-        print(f"{'flags':<10} {' '.join(f'--{k}={v}' for k, v in how.flags.items())}")
+        commands.append(" ".join(f"--{name}={value}" for name, value in how.flags.items()))
+        print(f"{'flags':<10} {commands[-1]}")
+    model = f"--init_from={shlex.quote(settings.init_from)}"
+    if settings.init_from in ("resume", "scratch"):
+        model = f"--out_dir={shlex.quote(settings.out_dir)}"
+    print(f"\npython sample.py {model} {commands[0]}")
 
 
 # ---------------------------------------------------------------------- in words

@@ -50,6 +50,7 @@ from leangpt.training.schedule import set_rates
 from leangpt.training.settings import Settings
 from leangpt.training.start import (
     adopt_model_args,
+    adopted_block_size,
     carried_text,
     check_dataset,
     check_offload,
@@ -120,13 +121,13 @@ def fit_run(settings, given, flags, dataset, runtime, checkpoint):
     """Settings that fit the memory at hand -> Fitted. Raises UserError where these do not."""
     if settings.init_from == "scratch":
         dataset.check_block_size(settings.block_size)
-    asked = settings
-    if settings.attention_policy == "auto":
-        settings = replace(settings, attention_policy="cache")
-        flags = flags - {"attention_policy"}
+    auto = settings.attention_policy == "auto"
+    if auto:
+        settings, flags = replace(settings, attention_policy="cache"), flags - {"attention_policy"}
     config = run_config(GPTConfig, settings, given, dataset.vocab_size, checkpoint)
+    settings = replace(settings, block_size=adopted_block_size(settings, given, config))
     options = parse_options(settings.optimizer_options)
-    return fit(settings, flags, config, options, runtime, asked.attention_policy == "auto")
+    return fit(settings, flags, config, options, runtime, auto)
 
 
 def build_model(settings, given, dataset, checkpoint=None):

@@ -1,6 +1,6 @@
 """A tiny SentencePiece model, written byte by byte, and how SentencePiece encodes with it."""
 
-import struct
+from experiments.reliability.more_files import message
 
 SPACE = "\u2581"
 WORDS = "the cat sat on the mat then that hat then".split()
@@ -22,28 +22,6 @@ def toy_pieces(own=()):
     letters = sorted({SPACE, *"".join(WORDS)})
     pieces += [(piece, -float(i), 1) for i, piece in enumerate([*longer, *letters])]
     return pieces + [(piece, 0.0, 4) for piece in own]
-
-
-def varint(number):
-    out = bytearray()
-    while number > 127:
-        out.append(number & 127 | 128)
-        number >>= 7
-    return bytes([*out, number])
-
-
-def message(fields):
-    """[(number, value)]: ints as varints, floats as 32 bits, the rest with its length."""
-    out = b""
-    for number, value in fields:
-        if isinstance(value, float):
-            out += varint(number << 3 | 5) + struct.pack("<f", value)
-        elif isinstance(value, int):
-            out += varint(number << 3) + varint(value)
-        else:
-            value = value.encode() if isinstance(value, str) else value
-            out += varint(number << 3 | 2) + varint(len(value)) + value
-    return out
 
 
 def model_bytes(pieces, model_type=2, byte_fallback=1, dummy_prefix=1, remove_extra=0):

@@ -111,6 +111,7 @@ def fits_decoding(how: Decoding, budget: Budget, context: int | None = None) -> 
 def longest_context(how: Decoding, budget: Budget) -> int:
     """Tokens that each text may have, a multiple of STEP, or all of learned positions; 0: none."""
     most = how.config.block_size if how.config.position == "learned" else 1 << 27
+    most = min(most, how.config.sliding_window or most)
     if fits_decoding(how, budget, most):
         return most
     low, high = 0, most // STEP

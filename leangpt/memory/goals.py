@@ -20,6 +20,7 @@ from leangpt.memory.speed import Rates
 from leangpt.memory.units import in_words, parse_bytes
 from leangpt.system.errors import UserError
 
+STEP = 256  # tokens: the longest contexts are multiples of it
 GOALS = ("fastest", "longest", "largest")
 NUMBERS = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of one
 
@@ -94,16 +95,14 @@ def longest(wish: Wish, budget: Budget, most: int = SHOWN) -> list[Plan]:
     for way in reversed(list(ways(wish))):  # the leanest first: the others are soon out of the race
         key = way.variant, way.param_bytes, way.fused
         floor = best[key][0] if key in best else 0
-        length = longest_length(way, budget, floor)
+        length = longest_length(way, budget, floor, wish.most)
         if length > floor:
             best[key] = length, with_length(way, length)
-    ranked = sorted(best.values(), key=lambda p: (-p[0], changes(p[1], wish.asked)))
-    kept, seen = [], set()
-    for length, run in ranked:
-        if length not in seen and (run.variant, run.param_bytes) not in seen:
-            seen |= {length, (run.variant, run.param_bytes)}
-            kept.append(run)
-    return [predict(run, wish, budget) for run in kept[:most]]
+    kept = {}
+    for length, run in sorted(best.values(), key=lambda p: (-p[0], changes(p[1], wish.asked))):
+        if all(length != other.length for other in kept.values()):  # of equals the first
+            kept.setdefault((run.variant, run.param_bytes), run)
+    return [predict(run, wish, budget) for run in list(kept.values())[:most]]
 
 
 def with_length(run: Run, length: int) -> Run:
@@ -112,13 +111,17 @@ def with_length(run: Run, length: int) -> Run:
     return replace(run, config=config, block_size=length, batch_size=1, micro_batches=1)
 
 
-def longest_length(run: Run, budget: Budget, floor: int = 0, step: int = 256) -> int:
-    """The largest multiple of `step` tokens that fits, at least `floor`; else 0."""
-    low, high = floor // step, (1 << 27) // step
-    if not fits(with_length(run, (low + 1) * step), budget):
+def longest_length(run: Run, budget: Budget, floor: int = 0, most: int = 1 << 27) -> int:
+    """The largest multiple of STEP tokens that fits, more than `floor` and `most` at most, which
+    counts too where it fits; else 0."""
+    if fits(with_length(run, most), budget):
+        return most if most > floor else 0
+    step = STEP
+    low, high = floor // step, most // step
+    if low >= high or not fits(with_length(run, (low + 1) * step), budget):
         return 0
     low += 1
-    while high - low > 0 and high > low:
+    while low < high:
         middle = (low + high + 1) // 2
         if fits(with_length(run, middle * step), budget):
             low = middle

@@ -64,11 +64,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Wish:
-    """What is to be trained. asked: as the user wrote it; fixed: settings not to be changed."""
+    """What is to be trained. asked: as the user wrote it; fixed: settings not to be changed; most:
+    tokens that a sequence may have, of a model whose positions or window end."""
 
     asked: Run
     fixed: frozenset[str] = field(default_factory=frozenset)
     rates: Rates | None = None
+    most: int = 1 << 27
 
 
 def predict(run: Run, wish: Wish, budget: Budget) -> Plan:

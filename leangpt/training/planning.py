@@ -20,7 +20,8 @@ from leangpt.memory.units import in_words, parse_bytes
 from leangpt.system.errors import UserError
 from leangpt.system.host_memory import available_memory, total_memory
 from leangpt.text.folder import GPT2_VOCAB_SIZE
-from leangpt.weights.shape import pretrained_shape
+from leangpt.training.settings import MOST_TOKENS
+from leangpt.weights.shape import pretrained_shape, shaped
 
 IGNORE = "ignore"
 OF_THE_OPTIMIZER = ("optimizer_variant", "optimizer_options", "param_dtype")
@@ -42,25 +43,24 @@ def run_config(config_class, settings, given, vocab_size, checkpoint=None):
         if vocab_size == GPT2_VOCAB_SIZE:  # up to a multiple of 64, as nanoGPT: faster products
             vocab_size = 50304
         return config_class(**shape | {"vocab_size": vocab_size})
+    asked = {"block_size": settings.block_size} if "block_size" in given else {}
     if settings.init_from == "resume":
-        return config_class.from_dict({**checkpoint["model_args"], **free})
+        config = config_class.from_dict({**checkpoint["model_args"], **free})
+        if asked and config.position != "learned":  # reaches as far as it is asked to
+            asked["block_size"] = max(settings.block_size, config.block_size)
+        return replace(config, **asked)
     shape = pretrained_shape(settings.init_from)
-    if "block_size" in given:
-        if shape["position"] == "learned" and settings.block_size > shape["block_size"]:
-            raise UserError(
-                f"block_size={settings.block_size}: {settings.init_from} has learned positions for "
-                f"1 to {shape['block_size']} tokens"
-            )
-        shape["block_size"] = settings.block_size
-    return config_class(**{**shape, **free})
+    config, block_size = shaped(config_class, shape, settings.init_from, {**free, **asked})
+    return replace(config, block_size=block_size)
 
 
 def wish_of(settings, flags, config, options, dtype, device_type, processes=1, rates=None) -> Wish:
     """A Wish: the run that settings describe, and which of them are not to be changed.
 
-    flags: names that the command line itself sets; options: optimizer_options as a dict; dtype: of
-    products. Where a learning rate is given it was chosen for an optimizer, which then stays; a run
-    that is resumed keeps its optimizer and its batches.
+    settings: with the block_size that the run adopts (start.adopted_block_size). flags: names that
+    the command line itself sets; options: optimizer_options as a dict; dtype: of products. Where a
+    learning rate is given it was chosen for an optimizer, which then stays; a run that is
+    resumed keeps its optimizer and its batches, and a model that was trained its learned positions.
     """
     # what one process computes, as batches.share_of has it: whole micro-batches, or some rows
     each, left = divmod(settings.gradient_accumulation_steps, processes)
@@ -70,7 +70,7 @@ def wish_of(settings, flags, config, options, dtype, device_type, processes=1, r
     asked = Run(
         config,
         sequences,
-        min(settings.block_size, config.block_size),
+        settings.block_size,
         each,
         settings.optimizer_variant,
         options,
@@ -89,7 +89,12 @@ def wish_of(settings, flags, config, options, dtype, device_type, processes=1, r
         fixed |= {*OF_THE_OPTIMIZER, *OF_THE_BATCH}
     if left:  # rows of every micro-batch each: another number of them is another share
         fixed |= set(OF_THE_BATCH)
-    return Wish(asked, frozenset(fixed), rates)
+    reach = [MOST_TOKENS]
+    if config.sliding_window:
+        reach.append(config.sliding_window)
+    if config.position == "learned" and settings.init_from != "scratch":
+        reach.append(config.block_size)
+    return Wish(asked, frozenset(fixed), rates, min(reach))
 
 
 @dataclass(frozen=True)
@@ -202,14 +207,19 @@ def budget_of(memory, runtime) -> Budget:
         at_hand = left_on_card(runtime.device)
     else:
         at_hand, total = host, total_memory()
+    at_hand, host = least_of_all(runtime, at_hand, host)
     if memory in (None, IGNORE):
-        at_hand, host = least_of_all(runtime, at_hand, host)
         return Budget(at_hand, host or None)
     wanted = parse_bytes(memory)
     if total and wanted > total:
         raise UserError(
             f"memory={memory}: this machine's {runtime.device} has {in_words(total)}; plan.py "
             "plans for others"
+        )
+    if at_hand and wanted > at_hand:
+        raise UserError(
+            f"memory={memory}: of this machine's {runtime.device} {in_words(at_hand)} are free "
+            "now: give that at most, or end what takes the rest"
         )
     return Budget(wanted, host or None)
 

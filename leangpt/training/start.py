@@ -61,10 +61,7 @@ def adopt_model_args(settings, given, model):
     the weights do not have.
     """
     args = {name: value for name, value in asdict(model.config).items() if hasattr(settings, name)}
-    given_once = "block_size" in given or settings.init_from == "resume"
-    if model.config.position != "learned" and given_once:
-        if settings.block_size <= model.config.block_size:
-            args.pop("block_size")
+    args["block_size"] = adopted_block_size(settings, given, model.config)
     if settings.init_from != "scratch":
         for name in sorted(set(given) & set(args)):
             wanted = getattr(settings, name)
@@ -74,6 +71,15 @@ def adopt_model_args(settings, given, model):
                     f"{settings.init_from!r}, which have {name}={args[name]!r}; leave it out"
                 )
     return replace(settings, **args)
+
+
+def adopted_block_size(settings, given, config) -> int:
+    """Tokens of a run's sequences: the model's context, or less of relative positions where that
+    was given, now or by the run that is resumed."""
+    given_once = "block_size" in given or settings.init_from == "resume"
+    if config.position != "learned" and given_once:
+        return min(settings.block_size, config.block_size)
+    return config.block_size
 
 
 def check_dataset(dataset, model, block_size, checkpoint=None, same_tokens=False):

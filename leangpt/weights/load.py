@@ -11,6 +11,7 @@ import torch
 from leangpt.system.errors import UserError
 from leangpt.weights.empty_model import allocate, shapes_of
 from leangpt.weights.find import find_pretrained, open_weights
+from leangpt.weights.shape import shaped
 
 
 def load_pretrained(GPT, name_or_dir, device="cpu", dtype=torch.float32, **overrides):
@@ -24,7 +25,7 @@ def load_pretrained(GPT, name_or_dir, device="cpu", dtype=torch.float32, **overr
     both shapes are named), or belong to an architecture that GPT cannot express.
     """
     weights = open_weights(find_pretrained(name_or_dir))
-    config, block_size = _config(GPT.config_class, weights, overrides)
+    config, block_size = shaped(GPT.config_class, weights.settings, weights.path, overrides)
     model = shapes_of(GPT, config, len(weights.names()), weights.path)
     places = _places(model, weights)
     model = allocate(model, device, dtype)
@@ -32,24 +33,6 @@ def load_pretrained(GPT, name_or_dir, device="cpu", dtype=torch.float32, **overr
     if block_size < config.block_size:
         model.crop_block_size(block_size)
     return model.eval()
-
-
-def _config(config_class, weights, overrides):
-    """(config with the file's shapes and the user's overrides, block_size wanted in the end)."""
-    settings = dict(weights.settings)
-    for key in overrides:
-        if key not in (*config_class.FREE, "block_size"):
-            known = ", ".join((*config_class.FREE, "block_size"))
-            raise UserError(f"{key} is fixed by the pretrained weights; what can be set: {known}")
-    block_size = overrides.pop("block_size", None) or settings["block_size"]
-    if settings["position"] != "learned":
-        settings["block_size"] = block_size
-    elif not 0 < block_size <= settings["block_size"]:
-        raise UserError(
-            f"block_size={block_size}: {weights.path} has learned positions for 1 to "
-            f"{settings['block_size']} tokens"
-        )
-    return config_class(**{**settings, **overrides}), block_size
 
 
 def _places(model, weights):

@@ -15,6 +15,11 @@ from configurator import parse_config
 from leangpt.system.errors import UserError
 
 GPT2 = ["config/train_gpt2.py"]
+LLAMA = {
+    "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
+    "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "hidden_act": "silu",
+}  # fmt: skip
 
 
 def answer(capsys, *words):
@@ -40,10 +45,12 @@ def test_a_complete_config_is_told_whether_it_fits(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("goal", ("fastest", "longest", "largest"))
-@pytest.mark.parametrize("family", ("gpt2", "llama"))
+@pytest.mark.parametrize(
+    "goal, family", [("fastest", ""), ("longest", ""), ("largest", "gpt2"), ("largest", "llama")]
+)
 def test_flags_are_train_pys(capsys, goal, family):
-    said = answer(capsys, *GPT2, "--memory=12GB", f"--goal={goal}", f"--family={family}")
+    words = [f"--family={family}"] if goal == "largest" else []
+    said = answer(capsys, *GPT2, "--memory=12GB", f"--goal={goal}", *words)
     plans = flags_of(said)
     assert 1 <= len(plans) <= 5
     for flags in plans:
@@ -71,15 +78,18 @@ def test_tokens_an_iteration(capsys):
     said = answer(capsys, *GPT2, "--memory=24GB", "--tokens_per_iteration=65536")
     first = parse_config(train.Settings, flags_of(said)[0])[0]
     assert first.batch_size * first.gradient_accumulation_steps == 64
+    words = ["--tokens_per_iteration=65536", "--batch_size=4"]
+    first = parse_config(train.Settings, flags_of(answer(capsys, "--memory=24GB", *words))[0])[0]
+    assert (first.batch_size, first.gradient_accumulation_steps) == (4, 16)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("goal", ("", "--goal=longest", "--goal=largest"))
 def test_it_is_quick_and_takes_nothing(capsys, goal):
-    shape = ["--n_layer=80", "--n_head=64", "--n_embd=8192", "--memory=80GB", "--block_size=8192"]
+    shape = ["--n_layer=80", "--n_head=64", "--n_embd=8192", "--memory=80GB"]
     before, began = psutil.Process().memory_info().rss, time.process_time()
     if goal == "--goal=largest":
-        answer(capsys, *shape, goal)
+        answer(capsys, "--memory=80GB", "--block_size=8192", goal)
     else:
         with pytest.raises(UserError, match="the least that this model takes is [12][0-9]+ GB"):
             plan.main([*shape, *filter(None, [goal])])
@@ -102,7 +112,7 @@ def test_the_command_it_ends_with_runs_and_keeps_its_word(tmp_path, capsys):
 @pytest.mark.parametrize("goal", ("", "--goal=longest"))
 def test_plans_to_decode_are_sample_pys(capsys, goal):
     words = ["--for=sample", "--memory=8GB", "--n_layer=36", "--n_head=20", "--n_embd=1280"]
-    words += ["--position=rope", "--block_size=32768", *filter(None, [goal])]
+    words += ["--position=rope", goal or "--block_size=32768"]
     said = answer(capsys, *words)
     plans = flags_of(said)
     assert 1 <= len(plans) <= 5
@@ -136,7 +146,26 @@ BAD = [
     (["--memory=2GB", "--n_embd=8192", "--n_layer=64", "--n_head=64"], "that would fit is 124M"),
     (["--memory=24GB", "--n_head=7"], "does not divide"),
     (["--memory=1MB", "--for=sample"], "nothing fits 1 MB"),
-    (["--memory=24GB", "--kv_bits=3"], "kv_bits=3"),
+    (["--memory=24GB", "--for=sample", "--kv_bits=3"], "kv_bits=3"),
+    (["--memory=24GB", "--kv_bits=4"], "kv_bits: for plans with --for=sample alone"),
+    (["--memory=24GB", "--family=llama"], "family: for plans with --goal=largest alone"),
+    (["--memory=24GB", "--for=sample", "--devices=2"], "devices: for plans with --for=train"),
+    (["--memory=24GB", "--for=sample", "--goal=largest"], "plans the model it is given"),
+    (["--memory=24GB", "--goal=largest", "--n_layer=3"], "goal=largest chooses n_layer"),
+    (["--memory=24GB", "--goal=longest", "--block_size=99"], "goal=longest chooses block_size"),
+    (["--memory=24GB", "--goal=longest", "--batch_size=2"], "goal=longest chooses batch_size"),
+    (
+        ["--memory=24GB", "--goal=largest", "--family=llama", "--vocab_size=5"],
+        "has its own vocabularies",
+    ),
+    (
+        ["--memory=24GB", "--batch_size=7", "--tokens_per_iteration=65536"],
+        "whole number of micro-batches of block_size=1024 x batch_size=7",
+    ),
+    (
+        ["--memory=24GB", "--gradient_accumulation_steps=7", "--tokens_per_iteration=65536"],
+        "chooses gradient_accumulation_steps",
+    ),
 ]
 
 
@@ -150,11 +179,7 @@ def test_mistakes_are_one_line(words, message):
 
 @pytest.mark.parametrize("missing", ("hidden_size", "num_hidden_layers", "vocab_size"))
 def test_a_model_folder_that_lacks_a_key(tmp_path, missing):
-    config = {
-        "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 100,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
-        "rms_norm_eps": 1e-5, "max_position_embeddings": 512, "hidden_act": "silu",
-    }  # fmt: skip
+    config = dict(LLAMA)
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -163,3 +188,43 @@ def test_a_model_folder_that_lacks_a_key(tmp_path, missing):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=missing):
         plan.main([f"--init_from={folder}", "--memory=1GB"])
+
+
+def llama_folder(folder, **more):
+    """A folder of config.json alone."""
+    folder.mkdir()
+    config = LLAMA | more
+    (folder / "config.json").write_text(json.dumps(config))
+    return f"--init_from={folder}"
+
+
+def test_a_published_model_keeps_its_context(tmp_path, capsys):
+    """Its own length where none is given, as train.py takes it; no plan beyond its positions."""
+    words = [llama_folder(tmp_path / "llama"), "--memory=1GB", "--batch_size=1", "--device=cpu"]
+    said = answer(capsys, *words)
+    assert "block 512" in said
+    longer = answer(capsys, *words, "--block_size=2048")
+    peaks = [float(s.split("fits: ")[1].split(" MB")[0]) for s in (said, longer)]
+    assert 2 < peaks[1] / peaks[0] < 6
+    words = ["--memory=1GB", "--goal=longest"]
+    window = llama_folder(tmp_path / "window", model_type="mistral", sliding_window=1024)
+    assert "plan 1     1,024 tokens" in answer(capsys, window, *words)
+    gpt2 = tmp_path / "gpt2"
+    gpt2.mkdir()
+    shape = dict(n_layer=2, n_head=2, n_embd=32, n_positions=128, n_ctx=128, vocab_size=100)
+    (gpt2 / "config.json").write_text(json.dumps(dict(model_type="gpt2", **shape)))
+    assert "plan 1     128 tokens" in answer(capsys, f"--init_from={gpt2}", *words)
+
+
+def test_auto_is_scratch_where_there_is_no_run(tmp_path, capsys):
+    words = [f"--out_dir={tmp_path}", "--init_from=auto", "--memory=24GB"]
+    assert "124,373,760 parameters" in answer(capsys, *words)
+    with pytest.raises(UserError):
+        plan.main([f"--out_dir={tmp_path}", "--init_from=resume", "--memory=24GB"])
+
+
+def test_a_command_ends_a_plan_to_decode(capsys):
+    said = answer(capsys, "--for=sample", "--memory=8GB", "--out_dir=out-x")
+    command = shlex.split(said.splitlines()[-1])
+    assert command[:2] == ["python", "sample.py"] and "--out_dir=out-x" in command
+    parse_config(sample.Settings, command[2:])

@@ -15,6 +15,7 @@ from leangpt.system.errors import UserError
 from leangpt.system.host_memory import available_memory, total_memory
 from leangpt.training import planning
 from leangpt.training.planning import run_config
+from leangpt.weights.export import export_pretrained
 from model import GPT, GPTConfig
 
 SHORT = ["--max_iters=4", "--eval_interval=4"]
@@ -166,3 +167,24 @@ def test_the_start_says_what_really_runs(tmp_path, capsys, words, said, tiled):
     train.main(arguments(tmp_path, "run", *SHORT, *words))
     out = capsys.readouterr().out
     assert said in out and ("; plain blocks: " in out) == tiled
+
+
+@pytest.mark.slow
+def test_a_published_model_is_predicted_at_its_own_length(tmp_path, capsys):
+    """It trains on its whole context where no block_size is given."""
+    shape = dict(n_layer=2, n_head=4, n_embd=64, mlp="swiglu", norm="rmsnorm", position="rope")
+    model = GPT(GPTConfig(block_size=128, vocab_size=21, n_inner=96, n_kv_head=2, **shape))
+    export_pretrained(model, tmp_path / "model")
+    words = arguments(tmp_path, "run", "--max_iters=3", "--eval_interval=0", "--eval_iters=1")
+    words = [w for w in words if not w.startswith(("--n_", "--block_size"))]
+    train.main([*words, f"--init_from={tmp_path / 'model'}"])
+    out = capsys.readouterr().out
+    assert "sequences of 128" in out
+    line = next(line for line in out.splitlines() if line.startswith("memory: predicted"))
+    assert abs(float(line.split("(")[1].split("%")[0])) <= 10
+
+
+def test_more_than_is_free_is_refused(tmp_path, room):
+    room(10**8)
+    with pytest.raises(UserError, match="100 MB are free now"):
+        train.main(arguments(tmp_path, "run", *SHORT, "--memory=1GB"))
