@@ -19,6 +19,7 @@ import csv
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -196,7 +197,11 @@ def grid(settings):
 def cell_config(cell):
     """A cell (dict of its settings) -> the GPTConfig of its block."""
     shape = (cell[name] for name in ("d_model", "heads", "kv_heads", "q_chunk", "k_chunk"))
-    return GPTConfig(**block_arguments(cell["policy"], cell["seq"], *shape))
+    try:
+        return GPTConfig(**block_arguments(cell["policy"], cell["seq"], *shape))
+    except UserError as error:  # in the names of this page's settings
+        names = {"n_kv_head": "kv_heads", "n_head": "heads", "n_embd": "d_model"}
+        raise UserError(re.sub("|".join(names), lambda m: names[m[0]], str(error))) from None
 
 
 def run_in_process(cell, timeout):

@@ -18,6 +18,7 @@ from configurator import parse_config
 from leangpt.runs.curves import curves_figure
 from leangpt.runs.run import Run, differences, groups, read_run, same_data, settings_that_differ
 from leangpt.system.errors import UserError, exit_cleanly, refused
+from leangpt.system.whole_files import write_whole
 
 PICTURES = ("png", "svg", "pdf")
 SHOWN = {  # column on the screen -> its text for one run
@@ -148,9 +149,13 @@ def csv_text(runs: list[Run]) -> str:
 
 
 def write_file(flag, path, content):
-    """Write bytes to a file that the user named. Raises UserError where that fails."""
+    """Write bytes to a file that the user named, whole or not at all (a device, as it takes them).
+    Raises UserError where that fails."""
     try:
-        Path(path).write_bytes(content)
+        if Path(path).exists() and not Path(path).is_file():
+            Path(path).write_bytes(content)
+        else:
+            write_whole(path, content)
     except OSError as error:
         raise refused(f"--{flag}={path}", error) from None
 

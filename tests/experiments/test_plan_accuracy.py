@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from experiments.plan import cards
 from experiments.plan.accuracy import CSV, again, measure
 from experiments.plan.draws import draws
 from experiments.plan.times import spearman
@@ -98,3 +99,14 @@ def test_rank_correlation():
     assert spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
     assert spearman([1, 2, 3], [30, 20, 10]) == pytest.approx(-1)
     assert spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(0.75**0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card, model", [(8, "GPT-2 124M"), (24, "Llama 8B")])
+def test_the_cards_are_of_todays_formulas(card, model):
+    """After a change of formulas `python -m experiments.plan.cards` makes its rows anew."""
+    rows = read_csv(cards.RESULTS / "plan_cards.csv")
+    (kept,) = (row for row in rows if (row["card_GB"], row["model"]) == (card, model))
+    now = cards.row_of(card, model)
+    for name in ("flags", "peak", "longest", "longest_flags"):
+        assert now[name] == kept[name], name
