@@ -152,10 +152,10 @@ def write_file(flag, path, content):
     """Write bytes to a file that the user named, whole or not at all (a device, as it takes them).
     Raises UserError where that fails."""
     try:
-        if Path(path).exists() and not Path(path).is_file():
-            Path(path).write_bytes(content)
-        else:
+        if Path(path).is_file() or Path(path).parent.is_dir() and not Path(path).exists():
             write_whole(path, content)
+        else:  # a device, a folder, or in none
+            Path(path).write_bytes(content)
     except OSError as error:
         raise refused(f"--{flag}={path}", error) from None
 

@@ -110,8 +110,8 @@ def test_one_cell_without_flags_is_a_readable_table(monkeypatch, capsys):
     "arguments, message",
     [
         (["--policy=lain"], "unknown policy 'lain'"),
-        (["--heads=7"], "n_head=7 does not divide n_embd=256"),
-        (["--kv-heads=3"], "n_kv_head=3 does not divide"),
+        (["--heads=7"], "heads=7 does not divide d_model=256"),
+        (["--kv-heads=3"], "kv_heads=3 does not divide"),
         (["--seq=64,0"], "--seq must be positive, not 0"),
         (["--seq="], "--seq is empty"),
         (["--policy="], "--policy is empty"),
