@@ -35,7 +35,7 @@ from leangpt.system.errors import UserError, exit_cleanly
 from leangpt.system.host_memory import available_memory
 from leangpt.system.runtime import DTYPES
 from leangpt.text.folder import read_meta
-from leangpt.training.planning import largest_parts, run_config, wish_of
+from leangpt.training.planning import largest_parts, run_config, unpredicted, wish_of
 from leangpt.training.settings import Settings as TrainSettings
 from leangpt.training.start import adopted_block_size, resumed_settings
 from model import GPTConfig
@@ -111,6 +111,8 @@ def main(argv=None):
         )  # fmt: skip
         return plan_decoding(settings, how, named, budget, rates)
     options = parse_options(settings.optimizer_options)
+    if unknown := unpredicted(False, options, device.type):
+        raise UserError(f"a plan is not made for {unknown} yet")
     wish = wish_of(settings, flags, config, options, dtype, device.type, settings.devices, rates)
     plan_training(settings, wish, budget, command(words, "train.py"))
 

@@ -135,11 +135,11 @@ def fit(settings, flags, config, options, runtime, auto=False) -> Fitted:
     shards = shards or several and "fused_backward" in options  # which takes fsdp
     if settings.eval_only and not plans_it:
         return Fitted(settings)
-    if shards or runtime.device_type == "mps":
+    unknown = unpredicted(shards, options, runtime.device_type)
+    if unknown:
         if plans_it:
-            where = "shares of the weights or of sequences" if shards else "device=mps"
             raise UserError(
-                f"a plan (memory=..., attention_policy=auto) is not made for {where} yet: "
+                f"a plan (memory=..., attention_policy=auto) is not made for {unknown} yet: "
                 "give the settings themselves"
             )
         return Fitted(settings)
@@ -158,6 +158,17 @@ def fit(settings, flags, config, options, runtime, auto=False) -> Fitted:
             raise UserError(too_large(asked, wish, budget))
     plain = plain_peak(wish.asked, wish, budget)
     return Fitted(settings, asked, budget.memory or None, plain=plain)
+
+
+def unpredicted(shards, options, device_type) -> str:
+    """What of a run no formula knows, in words; "" where all is known.
+
+    shards: does each process hold a share alone? options: of the optimizer."""
+    if shards:
+        return "shares of the weights or of sequences"
+    if options.get("gradient_bits"):
+        return "gradients summed in few bits (gradient_bits)"
+    return "device=mps" if device_type == "mps" else ""
 
 
 def plain_peak(run, wish, budget) -> int | None:

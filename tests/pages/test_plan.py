@@ -141,6 +141,10 @@ BAD = [
     (["--memory=24GB", "--tokens_per_iteration=1000"], "not a whole number of sequences"),
     (["--memory=24GB", "--host_memory=lots"], "host_memory=lots: write bytes"),
     (["--memory=24GB", "--parallel=fsdp"], "not predicted yet"),
+    (
+        ["--memory=24GB", "--optimizer_variant=muonsn8", "--optimizer_options=gradient_bits=8"],
+        "not made for gradients summed",
+    ),
     (["--memory=24GB", "--init_from=no/such_folder/here"], "no such folder"),
     (["--memory=1MB"], "no plan fits 1 MB: the least that this model takes is"),
     (["--memory=2GB", "--n_embd=8192", "--n_layer=64", "--n_head=64"], "that would fit is 124M"),

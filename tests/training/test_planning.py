@@ -115,6 +115,17 @@ def test_memory_that_is_none_or_not_there(tmp_path, words):
     assert not (tmp_path / "run").exists()
 
 
+def test_gradients_summed_in_few_bits_are_neither_predicted_nor_refused(tmp_path, room, capsys):
+    """No formula has them: what accumulates in 8 bits must not be refused for its float32 sums."""
+    words = ["--optimizer_variant=adamsn8", "--optimizer_options=gradient_bits=8"]
+    words.append("--gradient_accumulation_steps=2")
+    room(1000)
+    train.main(arguments(tmp_path, "run", *SHORT, *words))
+    assert "predicted" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="a plan .* is not made for gradients summed"):
+        train.main(arguments(tmp_path, "run", *SHORT, *words, "--memory=10MB"))
+
+
 def test_a_plan_is_not_made_for_what_is_not_predicted(tmp_path):
     with pytest.raises(UserError, match="a plan .* is not made for"):
         train.main(arguments(tmp_path, "run", *SHORT, "--parallel=fsdp", "--memory=1GB"))
