@@ -6,13 +6,15 @@ from dataclasses import fields
 
 import bench
 import compare
+import plan
 import sample
 import train
 from data import prepare_text
 from experiments.reliability.world import GREEDY, TINY
 from experiments.reliability.zygote import run
 
-COUNT = 3000
+COUNT = 3500
+PLANS = 3000  # from this case on every line is plan.py's, which came later
 NEEDED = ("data", "out", "adam", "llama", "int4.safetensors", "book.txt")
 SCRIPTS = {  # script -> (weight, its settings, what a line begins with)
     "train.py": (50, train.Settings, (*TINY, "--max_iters=2")),
@@ -26,6 +28,8 @@ SCRIPTS = {  # script -> (weight, its settings, what a line begins with)
     ),
     "optimizers.py": (1, None, ()),
 }
+PLAN = ("plan.py", plan.Settings, (*TINY, "--device=cpu", "--memory=1GB"))
+WISHES = ("24GB", "1 GiB", "3cows", "fastest", "longest", "largest", "sample", "llama", "64", "99")
 STRANGE = (
     *("", " ", "0", "-1", "1", "2", "3", "7", "16", "0.5", "-0.0", "1e-320", "1e400", "-1e400"),
     *("nan", "inf", "None", "True", "no", "x", "1,2", "1, x", ",", "--", "=", "a=b", "..", "."),
@@ -45,10 +49,13 @@ def count(world):
 def case(number, world, real):
     """One case -> a row's cells."""
     choose = random.Random(f"lines {number}")
-    weights = [weight for weight, *_ in SCRIPTS.values()]
-    script = choose.choices(list(SCRIPTS), weights)[0]
-    _, settings, base = SCRIPTS[script]
-    words = draw(choose, settings, base)
+    if number >= PLANS:
+        (script, settings, base), values = PLAN, STRANGE + 6 * WISHES
+    else:
+        weights = [weight for weight, *_ in SCRIPTS.values()]
+        script = choose.choices(list(SCRIPTS), weights)[0]
+        (_, settings, base), values = SCRIPTS[script], STRANGE
+    words = draw(choose, settings, base, values)
     folder = world.case_folder(number, *NEEDED)
     ended = run([script, *words], folder, real=real)
     world.forget(folder)
@@ -57,14 +64,14 @@ def case(number, world, real):
     return cells | {"status": ended.status, "seconds": round(ended.seconds, 2)}
 
 
-def draw(choose, settings, base):
+def draw(choose, settings, base, values=STRANGE):
     """The words of a line: some of what makes it small, then a few settings at random."""
     words = list(base)
     if choose.random() < 0.02 and settings is not train.Settings:  # whose defaults take days
         words = words[: choose.randint(0, len(words))]
     names = [field.name for field in fields(settings)] if settings else ["out"]
     for _ in range(choose.randint(0, 4)):
-        name, value = choose.choice(names), choose.choice(STRANGE)
+        name, value = choose.choice(names), choose.choice(values)
         if choose.random() < 0.03:
             name = "".join(choose.choices(string.printable, k=choose.randint(0, 8)))
         dashes = choose.choice(["--"] * 8 + ["-", ""])
