@@ -28,6 +28,7 @@ import torch.distributed.fsdp  # noqa: F401
 import bench
 import compare
 import optimizers
+import plan
 import sample
 import train
 from data import prepare_chat, prepare_text
@@ -41,6 +42,7 @@ SCRIPTS = {
     "sample.py": lambda: exit_cleanly(sample.main),
     "bench.py": lambda: exit_cleanly(bench.main),
     "compare.py": lambda: exit_cleanly(compare.main),
+    "plan.py": lambda: exit_cleanly(plan.main),
     "optimizers.py": lambda: exit_cleanly(lambda: print(optimizers.variant_table())),
     "data/prepare_chat.py": lambda: exit_cleanly(prepare_chat.main),
     "data/prepare_text.py": lambda: exit_cleanly(prepare_text.main),
