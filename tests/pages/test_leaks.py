@@ -46,8 +46,7 @@ def test_of_hundreds_of_texts_nothing_stays():
 
 
 @pytest.mark.slow
-@pytest.mark.campaign
-@pytest.mark.parametrize("variant", ["adam", "muonsn8"])
+@pytest.mark.parametrize("variant", ["adam", pytest.param("muonsn8", marks=pytest.mark.campaign)])
 def test_of_hundreds_of_iterations_and_saves_nothing_stays(tmp_path, monkeypatch, variant):
     found, report = {}, RunRecord.report
 
