@@ -5,6 +5,8 @@
 
 Runs are drawn by a seed (draws.py), made as train.py makes them, and stepped three times; the peak
 is what train.py itself reports: the third step's on a CPU, the allocator's from the start on CUDA.
+On CUDA the allocator has no more than a device for which the plan says that it fits (`limit`): what
+runs out of that is a false fit, and measured again without a limit. Small runs share a GPU.
 Rows of the other device are kept. A row whose run failed says how. Drawn models only exist here:
 their data are random tokens in a temporary folder.
 
@@ -13,6 +15,8 @@ predicted anew: after a change of the formulas alone the same command takes seco
 """
 
 import gc
+import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,6 +33,7 @@ from experiments.plan.draws import Settings, draws
 from experiments.shared.common import RESULTS, provenance, read_csv, write_csv
 from leangpt.memory.formulas import PARTS, moments
 from leangpt.memory.run import Run
+from leangpt.memory.search import CONTEXT, RESERVE
 from leangpt.system.errors import exit_cleanly, is_out_of_memory
 from leangpt.system.runtime import setup_runtime
 from leangpt.text.folder import write_dataset
@@ -36,6 +41,7 @@ from optimizers import parse_options
 
 CSV = RESULTS / "plan_accuracy.csv"
 STEPS = 3
+SHARED = 24e9  # predicted bytes, at most, of runs that share a GPU
 SHAPES = (
     "n_layer n_head n_kv_head n_embd n_inner vocab_size block_size batch_size "
     "gradient_accumulation_steps position mlp norm bias tie_embeddings dropout attention_dropout "
@@ -49,12 +55,13 @@ class Options:
     device: str = "cpu"  # cpu | cuda
     count: int = 200  # runs
     seed: int = 1  # of the draws
-    workers: int = 1  # processes on the CPU, each with a thread; on CUDA one for each GPU
+    workers: int = 1  # processes on the CPU, each with a thread; on CUDA those that share a GPU
     again: bool = False  # measure anew what was measured before
     csv: str = str(CSV)  # where rows go
     folder: str = "out-plan-accuracy"  # where they wait until all are there
     first: int = 0  # of a worker: its first run
     every: int = 0  # of a worker: run each so many-th; 0: this is none
+    large: bool = False  # of a worker: runs that have a GPU to themselves, not the others
 
 
 def main():
@@ -94,40 +101,57 @@ def again(run, row):
     """The row as today's formulas predict it: only what was measured stays."""
     _, parts, moment = predict(run, row["device"], row["device"], row["threads"])
     predicted = sum(parts.values())
+    made = {name: row.get(name) for name in ("machine", "torch", "commit")}
+    row = {name: value for name, value in row.items() if name not in made}
     row |= {"predicted": predicted, "moment": moment}
     row |= {part: parts.get(part, 0) for part in PARTS}
-    return row | {"error": row["measured"] and round(predicted / row["measured"] - 1, 6)}
+    row |= {"error": row["measured"] and round(predicted / row["measured"] - 1, 6)}
+    tried = {name: row.get(name) for name in ("limit", "false_fit")}
+    return row | tried | made
 
 
 def fan_out(options):
     """Measure in several processes."""
-    count = torch.cuda.device_count() if options.device == "cuda" else options.workers
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-m", "experiments.plan.accuracy", f"--first={i}", f"--every={count}"]
-            + [f"--{name}={getattr(options, name)}" for name in ("count", "seed", "csv", "folder")]
-            + [f"--again={options.again}"]
-            + [f"--device={options.device}" + (f":{i}" if options.device == "cuda" else "")]
-        )
-        for i in range(count)
-    ]
-    for worker in workers:
-        worker.wait()
+    if options.device == "cpu":
+        wait_for([start_worker(options, i, options.workers) for i in range(options.workers)])
+        return
+    gpus = torch.cuda.device_count()
+    for each, large in ((options.workers, False), (1, True)):
+        count = gpus * each
+        wait_for([start_worker(options, i, count, large, gpu=i % gpus) for i in range(count)])
+
+
+def start_worker(options, first, every, large=False, gpu=None):
+    """A process that measures each `every`-th run, on a GPU of its own or shared."""
+    names = ("device", "count", "seed", "csv", "folder", "again")
+    command = [sys.executable, "-m", "experiments.plan.accuracy"]
+    command += [f"--{name}={getattr(options, name)}" for name in names]
+    command += [f"--first={first}", f"--every={every}", f"--large={large}"]
+    seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+    return subprocess.Popen(command, env=os.environ | seen)
+
+
+def wait_for(processes):
+    """Until all have ended."""
+    for process in processes:
+        process.wait()
 
 
 def work(options):
     """This process's share: each row is written as soon as it is measured."""
-    device, kind = options.device, options.device.partition(":")[0]
-    options = replace(options, device=kind)
+    device = options.device
     known = measured_before(options, from_csv=not options.again)
-    path = Path(options.folder) / f"{kind}-{options.seed}-{options.first}.csv"
+    part = f"{'large' if options.large else ''}{options.first}"
+    path = Path(options.folder) / f"{device}-{options.seed}-{part}.csv"
     path.parent.mkdir(exist_ok=True)
-    if kind == "cpu":
+    if device == "cpu":
         torch.set_num_threads(1)
-    drawn = draws(kind, options.count, options.seed)[options.first :: options.every]
+    drawn = draws(device, options.count, options.seed)
+    if device == "cuda":
+        drawn = [run for run in drawn if (predicted_bytes(run, device) > SHARED) == options.large]
     rows, began = read_csv(path) if path.exists() else [], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        for run in drawn:
+        for run in drawn[options.first :: options.every]:
             if run["number"] in known:
                 continue
             row = measure(run, device, folder)
@@ -144,22 +168,50 @@ def work(options):
 
 def measure(run, device, folder):
     """One run -> its row."""
-    kind = device.partition(":")[0]
     threads = torch.get_num_threads()
-    _, parts, moment = predict(run, kind, device, threads)
+    _, parts, moment = predict(run, device, device, threads)
     predicted = sum(parts.values())
-    row = {"device": kind, "number": run["number"], "seed": run["seed"], "family": family(run)}
+    row = {"device": device, "number": run["number"], "seed": run["seed"], "family": family(run)}
     row |= {"threads": threads}
     row |= {name: run[name] for name in SHAPES}
     row |= {"status": "ok", "predicted": predicted, "measured": None, "error": None}
     row |= {"moment": moment, **{part: parts.get(part, 0) for part in PARTS}}
-    try:
-        row["measured"] = peak_of(run, device, folder)
+    row["limit"] = limit = limit_of(predicted, device)
+    for most in dict.fromkeys((limit, None)):
+        row["status"], row["measured"] = outcome(run, device, folder, most)
+        if row["status"] != "oom":
+            break
+    row["false_fit"] = limit is not None and most is None
+    if row["measured"]:
         row["error"] = round(predicted / row["measured"] - 1, 6)
-    except (RuntimeError, MemoryError) as error:
-        row["status"] = "oom" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
-        row["status"] = row["status"].splitlines()[0][:120]
     return row | provenance(device)
+
+
+def limit_of(predicted, device):
+    """Bytes the allocator has on the smallest GPU that the plan calls large enough, or None: on a
+    CPU, and where that is more than this GPU has."""
+    if device == "cpu":
+        return None
+    limit = math.ceil((predicted + CONTEXT) / (1 - RESERVE["cuda"])) - CONTEXT
+    return limit if limit < torch.cuda.get_device_properties(device).total_memory else None
+
+
+def outcome(run, device, folder, limit):
+    """(status, bytes at the peak or None) of a run that may allocate `limit` bytes."""
+    if device == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(limit / total if limit else 1.0)
+    try:
+        return "ok", peak_of(run, device, folder)
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            return "oom", None
+        return f"{type(error).__name__}: {error}".splitlines()[0][:120], None
+
+
+def predicted_bytes(run, device):
+    """Bytes of a drawn run by formula."""
+    return sum(predict(run, device, device, 1)[1].values())
 
 
 def predict(run, kind, device, threads):
@@ -211,7 +263,8 @@ def settings_of(run, device, data_dir):
 def peak_of(run, device, folder):
     """Bytes at the peak of three steps."""
     gc.collect()
-    if device.startswith("cuda"):
+    if device == "cuda":
+        torch.compiler.reset()  # or the ninth model of a process is not compiled any more
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     trainer = trainer_of(run, device, folder)

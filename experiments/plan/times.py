@@ -4,12 +4,14 @@
     python -m experiments.plan.times --device=cuda
 
 Models are drawn as accuracy.py draws them. Of each some of the ways that plan.py would try (blocks,
-optimizers, micro-batches; drawn too) are made as train.py makes them, and stepped in turns, so
-that what slows the machine for a while slows all of them. Predictions are from this machine's
-rates, measured first (calibrate.py). What matters is whether plans of one model come in the same
+optimizers, micro-batches; drawn too) are made as train.py makes them, and stepped: on a CPU in
+turns, so that what slows the machine for a while slows all of them; on a GPU one after the other,
+since they do not stand there together. Predictions are from this machine's rates, measured first
+(calibrate.py). What matters is whether plans of one model come in the same
 order: `correlation` in the CSV is Spearman's over a model's plans.
 """
 
+import gc
 import random
 import tempfile
 from dataclasses import dataclass, replace
@@ -38,6 +40,7 @@ class Options:
     models: int = 10  # drawn
     plans: int = 10  # of each
     rounds: int = 3  # of steps; the median counts
+    compile: bool = False  # as train.py compiles on a GPU
     seed: int = 1  # of the draws
     csv: str = str(CSV)  # where rows go
 
@@ -61,16 +64,14 @@ def times_of(drawn, options, folder):
     """Rows of one model's plans."""
     # without dropout, which tiles of attention cannot replay; each plan has these sequences
     drawn = drawn | {"batch_size": SEQUENCES, "gradient_accumulation_steps": 1, "dropout": 0.0}
-    drawn |= {"attention_dropout": None, "optimizer_options": "", "compile": False}
+    drawn |= {"attention_dropout": None, "optimizer_options": "", "compile": options.compile}
     settings = settings_of(drawn, options.device, folder)
     dtype = settings_dtype(settings, options.device)
     asked = run_of(settings, config_of(drawn), dtype, options.device)
     rates = calibrate(torch.device(options.device), dtype)
     runs = plans_of(asked, options.plans, random.Random(f"{options.seed} {drawn['number']}"))
-    trainers = [trainer_of(as_drawn(drawn, run), options.device, folder) for run in runs]
-    steps = [lambda t=t: timed(t.step, t.runtime.device) for t in trainers]
-    interleaved(steps, 1)  # what a first step alone does
-    measured = [median(found) for found in interleaved(steps, options.rounds)]
+    measure = one_by_one if options.device == "cuda" else in_turns
+    measured = measure([as_drawn(drawn, run) for run in runs], options, folder)
     predicted = [seconds(run, rates) for run in runs]
     agree = round(spearman(predicted, measured), 4)
     return [
@@ -79,6 +80,29 @@ def times_of(drawn, options, folder):
         | {"correlation": agree, **provenance(options.device)}
         for run, p, m in zip(runs, predicted, measured)
     ]
+
+
+def in_turns(runs, options, folder):
+    """Median seconds of a step of each run."""
+    trainers = [trainer_of(run, options.device, folder) for run in runs]
+    steps = [lambda t=t: timed(t.step, t.runtime.device) for t in trainers]
+    interleaved(steps, 1)  # what a first step alone does
+    return [median(found) for found in interleaved(steps, options.rounds)]
+
+
+def one_by_one(runs, options, folder):
+    """The same where each run has the GPU to itself."""
+    found = []
+    for run in runs:
+        torch.compiler.reset()
+        with torch.device(options.device):  # any weights will do
+            trainer = trainer_of(run, options.device, folder)
+        times = [timed(trainer.step, trainer.runtime.device) for _ in range(2 + options.rounds)]
+        found.append(median(times[2:]))
+        del trainer
+        gc.collect()
+        torch.cuda.empty_cache()
+    return found
 
 
 def plans_of(asked, count, rng):

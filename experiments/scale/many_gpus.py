@@ -67,7 +67,10 @@ class Settings:
     device: str = "cuda"  # cuda | cpu
     stages: str = ",".join(STAGES)  # which, in that order
     lengths: tuple[int, ...] = (524288, 1048576)  # tokens a sequence, of long and 70b
-    steps: int = 8  # that are timed, after two; of large shapes 3
+    steps: int = 8  # that are timed
+    large_steps: int = 3  # the same of 8b, long and 70b
+    warmup: int = 2  # steps before those
+    layers: int = 0  # of long and 70b: so many, where a whole step would take too long; 0: all
     out: str = str(RESULTS / "many_gpus.csv")
 
 
@@ -84,6 +87,7 @@ class Case:
     pieces: int = 1  # processes that share a sequence
     inside: bool = False  # updates inside backward, bfloat16 weights
     offload: bool = False
+    layers: int = 0  # of the model, if not all
 
 
 def cases(settings):
@@ -101,7 +105,8 @@ def cases(settings):
         yield Case("8b", "8b", sharded, variant, T, sequences, inside=True)
     for stage, model, tokens in (("long", "8b", lengths), ("70b", "70b", (4096, *lengths))):
         for T in tokens[-1:] if tiny else tokens:
-            yield Case(stage, model, sharded, "adamsn8", T, 1, N, inside=True, offload=on_card)
+            fewer = settings.layers * (stage in ("long", "70b"))
+            yield Case(stage, model, sharded, "adamsn8", T, 1, N, True, on_card, fewer)
 
 
 # ---------------------------------------------------------------------- one process
@@ -134,6 +139,7 @@ def build(case, settings, runtime):
     """(model, what to call for a loss, Parallel, optimizer) of a case, on this process's device."""
     shape = SHAPES[settings.size][case.model]
     shape = shape | dict(block_size=case.T, offload=case.offload)
+    shape |= {"n_layer": case.layers} if case.layers else {}
     runtime.context_parallel = case.pieces
     device, large = runtime.device, case.model != "124m"
     parallel = Parallel(case.mode, runtime)
@@ -212,11 +218,11 @@ def measure(case, settings, runtime, model, shared, parallel, optimizer):
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
-    for _ in range(2):  # kernels, compilation, the optimizer's state
+    for _ in range(settings.warmup):  # kernels, compilation, the optimizer's state
         loss = step()
     if on_card:
         torch.cuda.reset_peak_memory_stats()
-    for _ in range(settings.steps if case.model == "124m" else 3):
+    for _ in range(settings.steps if case.model == "124m" else settings.large_steps):
         synchronize(runtime.device)
         began = time.perf_counter()
         loss = step()
