@@ -41,7 +41,7 @@ from optimizers import parse_options
 
 CSV = RESULTS / "plan_accuracy.csv"
 STEPS = 3
-SHARED = 24e9  # predicted bytes, at most, of runs that share a GPU
+SHARED = 20e9  # predicted bytes, at most, of runs that share a GPU
 SHAPES = (
     "n_layer n_head n_kv_head n_embd n_inner vocab_size block_size batch_size "
     "gradient_accumulation_steps position mlp norm bias tie_embeddings dropout attention_dropout "
