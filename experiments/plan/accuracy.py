@@ -128,7 +128,8 @@ def start_worker(options, first, every, large=False, gpu=None):
     command += [f"--{name}={getattr(options, name)}" for name in names]
     command += [f"--first={first}", f"--every={every}", f"--large={large}"]
     seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
-    return subprocess.Popen(command, env=os.environ | seen)
+    threads = max(1, (os.cpu_count() or 1) // every)  # weights are drawn on the CPU
+    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)} | seen)
 
 
 def wait_for(processes):

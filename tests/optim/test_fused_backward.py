@@ -1,5 +1,6 @@
 """Updates inside backward: the same weights, one gradient at a time; what is refused."""
 
+import gc
 import weakref
 
 import pytest
@@ -180,3 +181,25 @@ def test_a_late_answer_is_read_before_a_checkpoint():
     with pytest.raises(GradientNotFinite, match="2.bias"):
         check_gradients(optimizer)
     check_gradients(optimizer)  # said once
+
+
+@pytest.mark.parametrize("options", [{"fused_backward": True}, {"gradient_bits": 8}])
+def test_a_model_and_its_state_are_freed_when_nobody_holds_them(options):
+    """Hooks on parameters hold nothing: a notebook's second model finds the first one's memory."""
+    net = small_net()
+    optimizer = build_optimizer(net, "adamsn8", 1e-3, **options)
+    net(torch.randn(8, 16)).square().mean().backward()
+    optimizer.step()
+    alive = weakref.ref(net[0].weight), weakref.ref(optimizer)
+    del net, optimizer
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
+
+
+def test_gradients_stay_where_the_optimizer_is_gone():
+    """And another optimizer may follow on the same model."""
+    net = small_net()
+    build_optimizer(net, "adamsn8", 1e-3, fused_backward=True)
+    gc.collect()
+    net(torch.randn(8, 16)).square().mean().backward()
+    assert all(p.grad is not None for p in net.parameters())

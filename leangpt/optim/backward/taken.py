@@ -1,5 +1,7 @@
 """What both ways to free gradients in backward share: a hook on each parameter, what is refused."""
 
+import weakref
+
 import torch
 
 from leangpt.optim.sharded.rows import is_sharded
@@ -47,17 +49,26 @@ class TakenGradients:
                 self.handles.append(p.register_post_accumulate_grad_hook(hook))
 
     def make_hook(self, optimizer, index):
-        """The hook of a parameter of the index-th group (load_state_dict replaces the groups)."""
+        """The hook of a parameter of the index-th group (load_state_dict replaces the groups).
+
+        It does not keep the optimizer alive: a parameter owns its hooks where Python's collector
+        of cycles does not look, and model and state would never be freed. Without the optimizer
+        gradients stay, as on any model.
+        """
+        owner = weakref.ref(optimizer)
 
         @torch.no_grad()
         def hook(p):
+            optimizer = owner()
+            if optimizer is None:
+                return
             if p.grad is None:
                 raise UserError(
                     "another optimizer takes this parameter's gradients: its hooks stay on the "
                     "model, so give a new optimizer a new model"
                 )
             optimizer.refuse_sparse(p)
-            self.take(optimizer, p, optimizer.param_groups[index])
+            optimizer.strategy.take(optimizer, p, optimizer.param_groups[index])
             p.grad = None
 
         return hook
