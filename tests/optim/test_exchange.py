@@ -15,8 +15,9 @@ from leangpt.optim.sharded import exchange
 from leangpt.optim.sharded.exchange import in_portions, owners, waves
 
 
-def item(*shape, ranks=4):
-    return SimpleNamespace(shards=SimpleNamespace(shape=torch.Size(shape), ranks=ranks))
+def item(*shape, ranks=4, blocks=None):
+    shards = SimpleNamespace(shape=torch.Size(shape), ranks=ranks)
+    return SimpleNamespace(shards=shards, group={"row_blocks": blocks})
 
 
 def test_owners_have_equally_much_to_do():
@@ -30,6 +31,16 @@ def test_owners_have_equally_much_to_do():
     for single in items[:3]:  # one matrix after the other, as in backward: not all to one rank
         owners([single], loads)
     assert max(loads) <= 1.3 * min(loads)
+
+
+def test_matrices_stacked_in_one_weight_have_owners_of_their_own():
+    """Gate and up of a Llama's layer: with them as one the other ranks would wait for its owner."""
+    layer = [item(256, 32, blocks=(128, 128)), item(32, 128), item(96, 32, blocks=(32, 32, 32))]
+    loads = [0.0] * 4
+    chosen = owners(layer, loads)
+    assert chosen[0][0] != chosen[0][1] and len({*chosen[0], *chosen[1]}) == 3
+    assert max(loads) <= 1.34 * min(loads)
+    assert [len(each) for _, each in waves(layer, chosen, 4)[0]] == [2, 1, 3]
 
 
 def test_waves_have_about_one_large_matrix_a_rank(monkeypatch):
@@ -54,8 +65,13 @@ def make_net(shard):
     return net
 
 
-def train(net, cls, steps=3, inside=False, **options):
-    optimizer = cls(net.parameters(), lr=1e-2, **options)
+def train(net, cls, steps=3, inside=False, blocks=None, **options):
+    parameters = net.parameters()
+    if blocks:  # of the layer of 96 rows
+        own = net[2].weight
+        others = [p for p in net.parameters() if p is not own]
+        parameters = [{"params": [own], "row_blocks": blocks}, {"params": others}]
+    optimizer = cls(parameters, lr=1e-2, **options)
     if inside:
         fuse_into_backward(optimizer, 0.05, units=sharded_units(net))
     for i in range(steps):
@@ -82,26 +98,29 @@ def work(rank, failures):
         computed.append(len(matrices))
         return compute(matrices, group)
 
-    for bits in (8, 4):
+    for bits, blocks in ((8, None), (4, None), (8, (56, 40)), (4, (32,) * 3), (32, (56, 40))):
         for inside in (False, True):
             plain, net = make_net(False), make_net(True)
-            expected = train(plain, MuonSN, momentum_bits=bits, weight_decay=0.1)
+            options = dict(momentum_bits=bits, weight_decay=0.1, blocks=blocks)
+            expected = train(plain, MuonSN, **options)
             if inside:  # clipped by the norm of the step before; not so here
                 expected = None
             muonsn.orthogonalize_blocks, kept = counted, muonsn.orthogonalize_blocks
-            optimizer = train(net, MuonSN, momentum_bits=bits, weight_decay=0.1, inside=inside)
+            optimizer = train(net, MuonSN, inside=inside, **options)
             muonsn.orthogonalize_blocks = kept
             total = torch.tensor(sum(computed))
             computed.clear()
             dist.all_reduce(total)
-            if total != 3 * 3:
-                failures.append(f"{total} matrices were orthogonalised, not 9")
+            each = 2 + len(blocks or (96,))
+            if total != 3 * each:
+                failures.append(f"{total} matrices were orthogonalised, not {3 * each}")
             if expected is None:
                 continue
             for p, q in zip(net.parameters(), plain.parameters()):
-                if not torch.allclose(p.full_tensor(), q, atol=2e-3):
-                    failures.append(f"{bits} bits: weights {tuple(q.shape)} differ, rank {rank}")
-                if q.ndim > 1:
+                off = (p.full_tensor() - q).abs()  # a code that was rounded otherwise moves a few
+                if (off > (2e-3 if bits < 16 else 1e-5)).float().mean() > (bits < 16) * 0.005:
+                    failures.append(f"{bits} bits, {blocks}: weights off {off.max()}, rank {rank}")
+                if q.ndim > 1 and bits < 16:
                     ours, same = (
                         numbers_of(s, q.shape) for s in (optimizer.state[p], expected.state[q])
                     )

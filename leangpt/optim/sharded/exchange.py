@@ -9,16 +9,18 @@ yields what it needs, and is sent the answer:
 Whoever drives such generators (`runs`) drives many of them together. Where all rows are here,
 `run_alone` answers at once.
 
-A matrix is computed on one rank, its owner: owners are chosen so that all have equally much to do.
-Rows travel to the owner and back (all-to-all, 2 n m / R numbers a rank and way for a matrix (n, m)
-on R ranks), wave after wave of about one matrix a rank: while one wave is computed, the next is on
-its way there and the one before on its way back.
+A matrix is computed on one rank, its owner; of a weight that stacks several (q, k, v; gate, up: its
+row_blocks) each has its own. Owners are chosen so that all have equally much to do. Rows travel to
+the owner and back (all-to-all, 2 n m / R numbers a rank and way for a matrix (n, m) on R ranks),
+wave after wave of about one matrix a rank: while one wave is computed, the next is on its way there
+and the one before on its way back.
 """
 
 import functools
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -29,7 +31,8 @@ TOGETHER = 1 << 26  # numbers of this rank's rows whose generators run together
 
 @dataclass(slots=True)
 class Whole:
-    """A request: rows (1, n_here, m) of a matrix; compute(matrices (N, n, m), group) -> same."""
+    """A request: rows (1, n_here, m) of a weight; compute(matrices (N, n, m), group) -> same, for
+    the matrices that are stacked in it."""
 
     rows: torch.Tensor
     compute: Callable
@@ -107,62 +110,115 @@ def _finish(runs, exchange, shards):
     run_sums(runs, shards, exchange.rows())
 
 
-def cost(item):
-    """Of orthogonalising, in the same unit for all: the short side times the numbers."""
+def blocks_of(item):
+    """(start, stop) of the rows of each matrix in an item's weight, in order."""
+    rows, sizes = item.shards.shape[0], item.group["row_blocks"]
+    if not sizes or sum(sizes) != rows:
+        sizes = (rows,)
+    return [(stop - size, stop) for size, stop in zip(sizes, accumulate(sizes))]
+
+
+def columns_of(item):
+    """Of an item's weight as a matrix."""
     shape = item.shards.shape
-    numbers = shape.numel()
-    return numbers * min(shape[0], numbers // max(1, shape[0]))
+    return shape.numel() // max(1, shape[0])
+
+
+def cost(rows, columns):
+    """Of orthogonalising, in the same unit for all: the short side times the numbers."""
+    return rows * columns * min(rows, columns)
 
 
 def owners(items, loads):
-    """Which rank computes each item: the dearest first, each for the rank with least to do."""
-    chosen = [0] * len(items)
-    for index in sorted(range(len(items)), key=lambda i: -cost(items[i])):
-        chosen[index] = loads.index(min(loads))
-        loads[chosen[index]] += cost(items[index])
+    """For each item which rank computes each of its blocks: the dearest first, each for the rank
+    with least to do."""
+    chosen = [[0] * len(blocks_of(item)) for item in items]
+    dear = [
+        (cost(stop - start, columns_of(item)), i, j)
+        for i, item in enumerate(items)
+        for j, (start, stop) in enumerate(blocks_of(item))
+    ]
+    for price, i, j in sorted(dear, key=lambda each: -each[0]):
+        chosen[i][j] = loads.index(min(loads))
+        loads[chosen[i][j]] += price
     return chosen
 
 
 def waves(items, chosen, ranks):
-    """Lists of (item, owner): in each an owner has matrices of together WAVE numbers, or one."""
-    queues = [deque() for _ in range(ranks)]
-    for index in sorted(range(len(items)), key=lambda i: -cost(items[i])):
-        queues[chosen[index]].append(items[index])
-    while any(queues):
-        wave = []
-        for owner, queue in enumerate(queues):
-            numbers = 0
-            while queue and (not numbers or numbers + queue[0].shards.shape.numel() <= WAVE):
-                numbers += queue[0].shards.shape.numel()
-                wave.append((queue.popleft(), owner))
-        yield wave
+    """Lists of (item, owners of its blocks): in each an owner has matrices of together WAVE
+    numbers, or those of one item. The dearest items come first."""
+    made = []  # [numbers of each owner], wave
+    dearest = [max(cost(b - a, columns_of(item)) for a, b in blocks_of(item)) for item in items]
+    for index in sorted(range(len(items)), key=lambda i: -dearest[i]):
+        item, added = items[index], [0] * ranks
+        for (start, stop), owner in zip(blocks_of(item), chosen[index]):
+            added[owner] += (stop - start) * columns_of(item)
+        room = [
+            (numbers, wave)
+            for numbers, wave in made
+            if all(not m or not n or n + m <= WAVE for n, m in zip(numbers, added))
+        ]
+        if not room:
+            room = [([0] * ranks, [])]
+            made += room
+        numbers, wave = room[0]
+        numbers[:] = map(sum, zip(numbers, added))
+        wave.append((item, chosen[index]))
+    return [wave for _, wave in made]
+
+
+@dataclass(slots=True)
+class Block:
+    """Rows [start, stop) of the weight of a wave's index-th request: one matrix."""
+
+    index: int
+    start: int
+    stop: int
+    shards: object  # the weight's RowShards
+    columns: int
+
+    def rows_of(self, rank):
+        """(start, stop) of its rows that a rank has, counted from its own first; perhaps none."""
+        start, stop = self.shards.rows_of(rank)
+        start = min(max(start, self.start), self.stop)
+        return start - self.start, min(max(stop, start), self.stop) - self.start
+
+    def size(self, rank):
+        """How many of its numbers are that rank's."""
+        start, stop = self.rows_of(rank)
+        return (stop - start) * self.columns
+
+    def cut(self, rows, rank):
+        """Of that rank's rows (1, n_here, m) of the weight those of this block, flat."""
+        first = self.shards.rows_of(rank)[0]
+        start, stop = (self.start + row - first for row in self.rows_of(rank))
+        return rows[0, max(start, 0) : max(stop, 0)].flatten()
 
 
 class Exchange:
     """The matrices of one wave, on their way to their owners and back."""
 
     def __init__(self, requests, wave):
-        """Send this rank's rows, and let go of them. requests: a Whole for each (item, owner)."""
-        self.requests, self.layouts = requests, [item.shards for item, _ in wave]
-        self.shards = shards = self.layouts[0]
-        ranks = range(shards.ranks)
-        self.owned = [[i for i, (_, owner) in enumerate(wave) if owner == r] for r in ranks]
+        """Send this rank's rows, and let go of them. requests: a Whole for each (item, owners)."""
+        self.requests, self.shards = requests, wave[0][0].shards
+        ranks = range(self.shards.ranks)
+        self.owned = [[] for _ in ranks]  # of each rank its Blocks
+        for index, (item, owners_) in enumerate(wave):
+            for (start, stop), owner in zip(blocks_of(item), owners_):
+                block = Block(index, start, stop, item.shards, columns_of(item))
+                self.owned[owner].append(block)
         self.shapes = [request.rows.shape for request in requests]
         first = requests[0].rows
         self.dtype = first.dtype
         # on CUDA the products are bfloat16, whatever comes
         self.travelling = torch.bfloat16 if first.is_cuda else first.dtype
-        flat = torch.cat([requests[i].rows.flatten() for owned in self.owned for i in owned])
+        me = self.shards.rank
+        flat = torch.cat([b.cut(requests[b.index].rows, me) for owned in self.owned for b in owned])
         for request in requests:
             request.rows = None
-        self.there = [sum(self._size(i, shards.rank) for i in owned) for owned in self.owned]
-        self.here = [sum(self._size(i, r) for i in self.owned[shards.rank]) for r in ranks]
+        self.there = [sum(block.size(me) for block in owned) for owned in self.owned]
+        self.here = [sum(block.size(rank) for block in self.owned[me]) for rank in ranks]
         self._send(flat, self.there, self.here)
-
-    def _size(self, i, rank):
-        """How many numbers of matrix i are that rank's."""
-        start, stop = self.layouts[i].rows_of(rank)
-        return (stop - start) * self.shapes[i][2]
 
     def _send(self, flat, there, here):
         self.sent = flat.to(self.travelling)  # held until it has arrived
@@ -184,34 +240,40 @@ class Exchange:
     def compute(self):
         """The owner's work; then its results travel back."""
         mine, ranks = self.owned[self.shards.rank], range(self.shards.ranks)
-        sizes = [self._size(i, rank) for rank in ranks for i in mine]
-        parts = self._arrived().split(sizes)  # by rank, then by matrix
-        alike = {}
-        for n, i in enumerate(mine):
-            matrix = torch.cat(parts[n :: len(mine)]).view(-1, self.shapes[i][2])
-            request = self.requests[i]
+        parts = self._arrived().split([block.size(rank) for rank in ranks for block in mine])
+        alike = {}  # parts: by rank, then by block
+        for n, block in enumerate(mine):
+            matrix = torch.cat(parts[n :: len(mine)]).view(-1, block.columns)
+            request = self.requests[block.index]
             key = (matrix.shape, id(request.group), request.compute)
-            alike.setdefault(key, []).append((i, matrix))
+            alike.setdefault(key, []).append((n, matrix, request))
         del parts
         results = {}
         for same in alike.values():
-            numbers, matrices = zip(*same)
-            request = self.requests[numbers[0]]
-            results |= zip(numbers, request.compute(torch.stack(matrices), request.group))
+            numbers, matrices, requests = zip(*same)
+            found = requests[0].compute(torch.stack(matrices), requests[0].group)
+            results |= zip(numbers, found)
         pieces = [
-            results[i][slice(*self.layouts[i].rows_of(rank))].flatten()
+            results[n][slice(*block.rows_of(rank))].flatten()
             for rank in ranks
-            for i in mine
+            for n, block in enumerate(mine)
         ]
         flat = torch.cat(pieces) if pieces else self.sent.new_empty(0)
         self._send(flat, self.here, self.there)
 
     def rows(self):
         """This rank's rows of every result, in the order of the requests."""
-        order = [i for owned in self.owned for i in owned]
-        parts = self._arrived().split([self._size(i, self.shards.rank) for i in order])
-        found = {i: part.view(self.shapes[i]).to(self.dtype) for i, part in zip(order, parts)}
-        return [found[i] for i in range(len(self.requests))]
+        order = [block for owned in self.owned for block in owned]
+        parts = self._arrived().split([block.size(self.shards.rank) for block in order])
+        found = [[] for _ in self.requests]
+        for block, part in zip(order, parts):
+            found[block.index].append((block.start, part))
+        return [
+            torch.cat([part for _, part in sorted(blocks, key=lambda pair: pair[0])])
+            .view(shape)
+            .to(self.dtype)
+            for blocks, shape in zip(found, self.shapes)
+        ]
 
 
 @functools.cache
