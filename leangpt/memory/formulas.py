@@ -10,6 +10,7 @@ a part that plans show. Formulas are written once, here. What they are made of (
     R         rows whose logits exist at once           layer         numbers in a layer's weights
     yes/no    swiglu rms rope learned tied drop scores (attention dropout) tiled checkpoint offload
               whole (a tile holds whole sequences) fused accumulates several cpu
+              cached (autocast keeps its copies of weights: nothing is compiled)
     and       weights state gradients: bytes of all; update, update_layer, update_head,
               update_table: of update.py; tile_scratch, workspace: of tiles.py
 """
@@ -40,7 +41,7 @@ SAVED = {
         ("... in float32, where the kernel wants it", "wide*(2 + 2/g)*n*C*4"),
         ("attention's weights, dropped and not", "scores*(3*B*H*T*T*4 + 3*n*C*4)"),
         ("attention's logsumexp", "0 if scores else 4*n*H"),
-        ("attention's output", "n*C*e + (rope*cpu*n*C*e if not (wide or scores) else 0)"),
+        ("attention's output", "n*C*e + (rope*n*C*e if not (wide or scores) else 0)"),
         ("x after attention", "n*C*e"),
         ("norm of it, its statistics", "n*C*e + 8*n + norm_more"),
         ("inside the MLP", "(4 if swiglu else 2)*r*n*C*e"),
@@ -79,7 +80,7 @@ MOMENTS = {
         (
             "saved",
             "weights as the tiles' products read them",
-            "by_tiles*cast*e*L*(layer - (1 + 2/g)*C*C)",
+            "by_tiles*cast*cached*e*L*(layer - (1 + 2/g)*C*C)",
         ),
         ("loss", "norm of the stream, and its gradient", "2*n*C*e"),
         ("loss", "targets as they count", "8*n"),
@@ -189,7 +190,7 @@ def sizes(run) -> dict:
         scores=int(attention_dropout > 0 and cpu), mask=e if cpu else 1,
         wide=int(cpu and e < 4 and not attention_dropout), half_cpu=cpu and e < 4,
         by_tiles=int(tiled is not None), checkpoint=int(c.checkpoint_layers),
-        offload=int(c.offload),
+        offload=int(c.offload), cached=int(not run.compiled),
         whole=int(tiled is not None and tiled.whole), fused=int(run.fused),
         accumulates=int(run.micro_batches > 1), several=int(run.processes > 1), cpu=int(cpu),
         R=tiles.logit_rows(run), logit=(4 + 4 if e == 4 else 10) if cpu else e, layer=layer,
@@ -204,6 +205,10 @@ def sizes(run) -> dict:
     # torch has RMSNorm in one kernel for CUDA alone, and for weights of the stream's dtype
     names["in_steps"] = names["rms"] and (cpu or (w > e and not run.compiled))
     names["last_norm_more"] = names["rms"] * n * c.n_embd * (e if e == 4 else 8)
+    # CUDA's autocast has LayerNorm read and write float32; compiled blocks keep what they read
+    in_float32 = (not cpu and e < 4 and c.norm == "layernorm") * n * c.n_embd * 4
+    names["norm_more"] += in_float32 / 2 * (not run.compiled)
+    names["last_norm_more"] += in_float32
     heads = [t for t in run.tensors if t.name.startswith("lm_head")]
     tables = [t for t in run.tensors if ".wte." in t.name]
     names |= dict(
