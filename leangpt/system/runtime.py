@@ -151,6 +151,9 @@ def leave(status=0):
     os._exit(status)
 
 
+ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # what a user may have set
+
+
 def setup_runtime(device="auto", dtype="auto", seed=1337, backend="auto", context_parallel=1):
     """Choose device and dtype, seed torch, join torchrun's process group -> Runtime.
 
@@ -173,6 +176,8 @@ def setup_runtime(device="auto", dtype="auto", seed=1337, backend="auto", contex
     if backend not in BACKENDS:
         raise UserError(f"unknown backend {backend!r}; choose one of: {', '.join(BACKENDS)}")
     if chosen.type == "cuda":
+        if not ALLOCATOR & os.environ.keys():  # tensors of many sizes leave holes otherwise
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 where float32 is asked for
     if distributed:
