@@ -25,6 +25,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dropout: float = 0
     q (B, H, T, D); k, v (B, G, T, D) with G dividing H; dropout: a probability, of attention's
     weights. -> (B, H, T, D) in q's dtype.
     """
+    if q.is_cuda and q.dtype == torch.float32 and q.size(1) != k.size(1):
+        # the one fused kernel for float32 does not share heads: T x T scores would be stored
+        k, v = (part.repeat_interleave(q.size(1) // k.size(1), dim=1) for part in (k, v))
     causal = partial(
         F.scaled_dot_product_attention,
         dropout_p=dropout,
