@@ -15,7 +15,6 @@ predicted anew: after a change of the formulas alone the same command takes seco
 """
 
 import gc
-import math
 import os
 import subprocess
 import sys
@@ -33,7 +32,7 @@ from experiments.plan.draws import Settings, draws
 from experiments.shared.common import RESULTS, provenance, read_csv, write_csv
 from leangpt.memory.formulas import PARTS, moments
 from leangpt.memory.run import Run
-from leangpt.memory.search import CONTEXT, RESERVE
+from leangpt.memory.search import CONTEXT, memory_for
 from leangpt.system.errors import exit_cleanly, is_out_of_memory
 from leangpt.system.runtime import setup_runtime
 from leangpt.text.folder import write_dataset
@@ -107,6 +106,8 @@ def again(run, row):
     row |= {part: parts.get(part, 0) for part in PARTS}
     row |= {"error": row["measured"] and round(predicted / row["measured"] - 1, 6)}
     tried = {name: row.get(name) for name in ("limit", "false_fit")}
+    if tried["limit"] and tried["limit"] < memory_for(predicted + CONTEXT, "cuda") - CONTEXT:
+        tried["false_fit"] = None  # it would have more now
     return row | tried | made
 
 
@@ -193,7 +194,7 @@ def limit_of(predicted, device):
     CPU, and where that is more than this GPU has."""
     if device == "cpu":
         return None
-    limit = math.ceil((predicted + CONTEXT) / (1 - RESERVE["cuda"])) - CONTEXT
+    limit = memory_for(predicted + CONTEXT, device) - CONTEXT
     return limit if limit < torch.cuda.get_device_properties(device).total_memory else None
 
 

@@ -3,7 +3,7 @@
 from statistics import median
 
 from experiments.report.table_tools import figure, made_on, markdown, table
-from leangpt.memory.search import RESERVE
+from leangpt.memory.search import CONTEXT, Budget, memory_for
 
 
 def percent(share, signed=True):
@@ -17,8 +17,23 @@ def measured(rows, device):
 
 
 def false_fits(rows):
-    """Runs that took more than a device of their predicted peak and the reserve has."""
-    return [r for r in rows if r["measured"] > r["predicted"] / (1 - RESERVE[r["device"]])]
+    """Runs that took more than a device of their predicted peak and the reserve has, or ran out of
+    what such a device has."""
+    return [
+        row
+        for row in rows
+        if row.get("false_fit") == "True" or row["measured"] + context(row) > device_of(row)
+    ]
+
+
+def device_of(row):
+    """Memory of the least device that the run is planned for."""
+    return memory_for(row["predicted"] + context(row), row["device"])
+
+
+def context(row):
+    """Bytes that CUDA takes and no allocator counts."""
+    return CONTEXT * (row["device"] == "cuda")
 
 
 def refused(rows):
@@ -30,7 +45,8 @@ def refused(rows):
             memory = other["measured"]
             if other is not row and row["measured"] <= memory:
                 fit += 1
-                wrong += row["predicted"] > memory * (1 - RESERVE[row["device"]])
+                budget = Budget(memory + context(row))
+                wrong += row["predicted"] + context(row) > budget.usable(row["device"])
     return wrong, fit
 
 

@@ -21,8 +21,13 @@ WORTH = 1.05  # times faster that a plan must be for each change of what is lear
 ALIKE = 1.03  # of two times the larger over the smaller, that nobody would choose by
 WORTH_OF_A_TRADE = 1.1  # likewise for each way to compute more: smaller micro-batches come first
 RESERVE = {"cpu": 0.02, "cuda": 0.05}  # of the memory, left free: see Plan.left
+LEAST_RESERVE = {
+    "cpu": 0,
+    "cuda": 256 * 10**6,
+}  # bytes; what an allocator rounds up to hardly grows
 CONTEXT = 600 * 10**6  # bytes that CUDA takes for itself and no allocator counts: an allowance
 SHOWN = 5
+CHECKPOINTS = ("checkpoint_layers", "checkpoint_first", "offload")
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,14 @@ class Budget:
 
     def usable(self, device_type: str) -> int:
         """Bytes that a plan may fill."""
-        return int(self.memory * (1 - RESERVE["cuda" if device_type == "cuda" else "cpu"]))
+        kind = "cuda" if device_type == "cuda" else "cpu"
+        return int(min(self.memory * (1 - RESERVE[kind]), self.memory - LEAST_RESERVE[kind]))
+
+
+def memory_for(size: float, device_type: str) -> int:
+    """The least memory of a device that a plan of `size` bytes may be made for."""
+    kind = "cuda" if device_type == "cuda" else "cpu"
+    return math.ceil(max(size / (1 - RESERVE[kind]), size + LEAST_RESERVE[kind]))
 
 
 @dataclass(frozen=True)
@@ -117,6 +129,7 @@ def fastest(wish: Wish, budget: Budget, most: int = SHOWN) -> list[Plan]:
         found = largest_micro_batch(way, wish, budget)
         if found is None:
             continue
+        found = fewest_checkpoints(found, wish, budget)
         key = found.variant, found.param_bytes
         cost = seconds(found, wish.rates) * WORTH ** changes(found, wish.asked)
         cost *= WORTH_OF_A_TRADE ** trades(found.config)
@@ -175,11 +188,12 @@ def ways_to_keep(wish: Wish):
 
 def ways_to_compute(run: Run, fixed) -> list:
     """Configurations: as asked, then each slower and smaller than the one before."""
-    config, settings = run.config, ("attention_policy", "q_chunk", "checkpoint_layers", "offload")
+    config, settings = run.config, ("attention_policy", "q_chunk", *CHECKPOINTS)
     dropout = config.dropout if config.attention_dropout is None else config.attention_dropout
     if set(settings) & fixed or dropout > 0:  # which tiles cannot replay
         return [config]
-    whole = replace(config, checkpoint_layers=False, offload=False, k_chunk=None)
+    off = dict(checkpoint_layers=False, checkpoint_first=None, offload=False)
+    whole = replace(config, k_chunk=None, **off)
     tile = default_chunk(config, run.device_type)
     rows = [n for n in (tile, 4096, 1024, 512) if n <= tile]
     found = [config, replace(whole, q_chunk=None), replace(whole, q_chunk=tile)]
@@ -219,6 +233,22 @@ def largest_micro_batch(run: Run, wish: Wish, budget: Budget) -> Run | None:
     return replace(run, batch_size=size, micro_batches=sequences // size)
 
 
+def fewest_checkpoints(run: Run, wish: Wish, budget: Budget) -> Run:
+    """A run that fits and checkpoints all its layers: with as few checkpointed as still fit."""
+    L = run.config.n_layer
+    if not run.config.checkpoint_layers or set(CHECKPOINTS) & wish.fixed:
+        return run
+    low, high = 1, L  # `high` layers fit
+    while low < high:
+        middle = (low + high) // 2
+        config = replace(run.config, checkpoint_first=middle)
+        if fits(replace(run, config=config), budget):
+            high = middle
+        else:
+            low = middle + 1
+    return run if high == L else replace(run, config=replace(run.config, checkpoint_first=high))
+
+
 def flags_of(run: Run, asked: Run) -> dict:
     """train.py's settings that differ from those asked for, micro-batches always among them."""
     c, before = run.config, asked.config
@@ -231,7 +261,7 @@ def flags_of(run: Run, asked: Run) -> dict:
     for name in ("n_layer", "n_head", "n_embd"):
         if getattr(c, name) != getattr(before, name):
             flags[name] = getattr(c, name)
-    for name in ("attention_policy", "q_chunk", "k_chunk", "checkpoint_layers", "offload"):
+    for name in ("attention_policy", "q_chunk", "k_chunk", *CHECKPOINTS):
         if getattr(c, name) != getattr(before, name):
             flags[name] = getattr(c, name)
     if before.policy.grouped and c.attention_policy != before.attention_policy:

@@ -16,6 +16,7 @@ BASE = dict(
     block_size=256, batch_size=4, gradient_accumulation_steps=1, position="rope", mlp="gelu",
     norm="layernorm", bias=False, tie_embeddings=True, dropout=0.0, attention_dropout=None,
     attention_policy="cache", q_chunk=None, k_chunk=None, checkpoint_layers=False, offload=False,
+    checkpoint_first=None,
     optimizer_variant="adamsn", optimizer_options="", param_dtype="float32", dtype="float32",
     compile=False,
 )  # fmt: skip
@@ -43,6 +44,11 @@ CASES = {
     "checkpoint, long": LONG | {"checkpoint_layers": True, "attention_policy": "recompute"},
     "checkpoint, narrow, llama": LLAMA | NARROW | {"checkpoint_layers": True},
     "checkpoint, inside backward": LLAMA | INSIDE | {"checkpoint_layers": True},
+    "some checkpointed": {"checkpoint_layers": True, "checkpoint_first": 1, "n_layer": 4},
+    "most checkpointed, inside backward": LLAMA
+    | INSIDE
+    | NARROW
+    | {"checkpoint_layers": True, "checkpoint_first": 3, "n_layer": 4},
     "the step": {"batch_size": 1, "block_size": 64, "n_embd": 128, "optimizer_variant": "muonsn"},
     "the step, narrow": NARROW | {"batch_size": 1, "block_size": 64, "n_embd": 128},
 }
