@@ -18,7 +18,7 @@ and otherwise where q_chunk is given or checkpoint_layers asks for them. The thr
 are the three ways through a block: all rows, a prompt that also fills a cache, one new token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -93,6 +93,29 @@ def apply_rules(config) -> None:
             f"k_chunk={config.k_chunk} does nothing under attention_policy={policy.name!r} "
             "without q_chunk; set q_chunk too"
         )
+    first = config.checkpoint_first
+    if first is not None and not 0 < first <= config.n_layer:
+        raise UserError(f"checkpoint_first={first} must be 1 to n_layer={config.n_layer}")
+    for name in ("checkpoint_first", "offload"):
+        if getattr(config, name) and not config.checkpoint_layers:
+            raise UserError(
+                f"{name}={getattr(config, name)} is about checkpointed layers: set "
+                "checkpoint_layers=True too"
+            )
+
+
+def layer_configs(config) -> list:
+    """What each layer runs by: the GPTConfig itself, or copies where checkpoint_first is set.
+
+    The last layers are those that keep their activations: they are the first to be done with them,
+    before any other is computed again.
+    """
+    first = config.checkpoint_first
+    if first is None:
+        return [config] * config.n_layer
+    early = replace(config, checkpoint_first=None)
+    late = replace(early, checkpoint_layers=False, offload=False)
+    return [early] * first + [late] * (config.n_layer - first)
 
 
 def run_block(block, x: torch.Tensor, inplace: bool = False) -> torch.Tensor:

@@ -17,7 +17,15 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from attention_policies import POLICIES, Policy, apply_rules, decode_block, prefill_block, run_block
+from attention_policies import (
+    POLICIES,
+    Policy,
+    apply_rules,
+    decode_block,
+    layer_configs,
+    prefill_block,
+    run_block,
+)
 from leangpt.attention.kv_source import attend, row_positions
 from leangpt.attention.offload import HostStack
 from leangpt.attention.protocol import RowParts
@@ -48,6 +56,7 @@ class GPTConfig:
         "q_chunk",
         "k_chunk",
         "checkpoint_layers",
+        "checkpoint_first",
         "offload",
     )
 
@@ -76,6 +85,7 @@ class GPTConfig:
     sliding_window: int | None = None  # tokens that attention sees: no text may be longer
     tie_embeddings: bool = True  # lm_head shares wte
     checkpoint_layers: bool = False  # training saves each layer's input only
+    checkpoint_first: int | None = None  # ... of so many layers, the first ones; None: of all
     offload: bool = False  # ... and keeps those inputs in pinned host memory (CUDA)
 
     def __post_init__(self):
@@ -85,14 +95,9 @@ class GPTConfig:
         for name in ("n_kv_head", "n_head_dim", "q_chunk", "k_chunk", "n_inner", "sliding_window"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise UserError(f"{name} must be positive, not {getattr(self, name)}")
-        for name, known in (
-            ("attention_policy", POLICIES),
-            ("position", POSITIONS),
-            ("norm", NORMS),
-            ("mlp", MLPS),
-        ):
-            value = getattr(self, name)
-            if value not in known:
+        choices = dict(attention_policy=POLICIES, position=POSITIONS, norm=NORMS, mlp=MLPS)
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
                 raise UserError(f"unknown {name} {value!r}; choose one of: {', '.join(known)}")
         if not self.n_head_dim and self.n_embd % self.n_head:
             raise UserError(f"n_head={self.n_head} does not divide n_embd={self.n_embd}")
@@ -107,10 +112,6 @@ class GPTConfig:
         for name in ("dropout", "attention_dropout"):
             if not 0.0 <= (getattr(self, name) or 0.0) < 1.0:
                 raise UserError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
-        if self.offload and not self.checkpoint_layers:
-            raise UserError(
-                "offload=True moves checkpointed layers: set checkpoint_layers=True too"
-            )
 
     @classmethod
     def from_dict(cls, model_args):
@@ -228,6 +229,8 @@ class MLP(nn.Module):
         self.kind = config.mlp
         wide = 2 if config.mlp == "swiglu" else 1  # rows: gate, up
         self.c_fc = nn.Linear(config.n_embd, wide * config.inner, bias=config.bias)
+        if config.mlp == "swiglu":  # two matrices, for optimizers that care (optim/roles.py)
+            self.c_fc.row_blocks = (config.inner, config.inner)
         self.c_proj = nn.Linear(config.inner, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -311,7 +314,7 @@ class GPT(nn.Module):
             modules["wpe"] = nn.Embedding(config.block_size, config.n_embd)
         modules["drop"] = nn.Dropout(config.dropout)
         offload = HostStack() if config.offload else None
-        modules["h"] = nn.ModuleList(Block(config, offload) for _ in range(config.n_layer))
+        modules["h"] = nn.ModuleList(Block(layer, offload) for layer in layer_configs(config))
         modules["ln_f"] = Norm(config)
         self.transformer = nn.ModuleDict(modules)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)

@@ -7,7 +7,9 @@ from leangpt.memory.run import Run
 from leangpt.memory.search import Budget, Plan, Wish, fits, predict
 from leangpt.system.errors import UserError
 
-OF_THE_CONFIG = ("offload", "checkpoint_layers", "k_chunk", "q_chunk", "attention_policy")
+OF_THE_CONFIG = (
+    "offload checkpoint_first checkpoint_layers k_chunk q_chunk attention_policy".split()
+)
 
 
 def with_fewest_changes(found: Plan, wish: Wish, budget: Budget) -> Plan:

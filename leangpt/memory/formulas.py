@@ -7,13 +7,17 @@ a part that plans show. Formulas are written once, here. What they are made of (
     g r       H/G; width inside the MLP over C          I             that width
     w e       bytes of a weight or gradient; of a number of the residual stream (autocast's)
     cast      1 where the products' weights are copies of e bytes: w > e
+    K         the layers that are checkpointed, the first ones, where not all are; else L
     R         rows whose logits exist at once           layer         numbers in a layer's weights
     yes/no    swiglu rms rope learned tied drop scores (attention dropout) tiled checkpoint offload
               whole (a tile holds whole sequences) fused accumulates several cpu
               cached (autocast keeps its copies of weights: nothing is compiled)
+              spread (a kernel for float32 that does not share heads)
     and       weights state gradients: bytes of all; update, update_layer, update_head,
               update_table: of update.py; tile_scratch, workspace: of tiles.py
 """
+
+from dataclasses import replace
 
 from leangpt.memory import tiles
 from leangpt.memory.update import one_by_one, update_bytes
@@ -39,6 +43,7 @@ SAVED = {
         ("q, k, v", "0 if wide or scores else (1 + 2/g)*n*C*e"),
         ("... turned by rope", "rope*(1 + 1/g)*n*C*e if not (wide or scores) else 0"),
         ("... in float32, where the kernel wants it", "wide*(2 + 2/g)*n*C*4"),
+        ("k and v for each head, where the kernel wants it", "spread*2*n*C*e"),
         ("attention's weights, dropped and not", "scores*(3*B*H*T*T*4 + 3*n*C*4)"),
         ("attention's logsumexp", "0 if scores else 4*n*H"),
         ("attention's output", "n*C*e + (rope*n*C*e if not (wide or scores) else 0)"),
@@ -62,7 +67,8 @@ KEPT = [
     ("workspace", "of cuBLAS, of two handles", "0 if cpu else 2*32*2**20"),
 ]
 SAVED_ALL = [
-    ("saved", "every layer's", "L*saved"),
+    ("saved", "the first K layers'", "K*saved"),
+    ("saved", "the others'", "(L - K)*last_saved"),
     ("saved", "embeddings' dropout", "drop*n*C*mask"),
     ("saved", "on its way to the host and back", "offload*n*C*e"),
     ("saved", "the last stream, statistics of its norm", "n*C*e + 8*n + last_norm_more"),
@@ -72,6 +78,7 @@ STANDING = [
     ("gradients", "buckets of several processes", "several*gradients"),
 ]
 
+LAST_CHECKPOINTED = "backward of the last checkpointed block"  # where it is not the last of all
 MOMENTS = {
     "the loss": [
         *KEPT,
@@ -80,7 +87,7 @@ MOMENTS = {
         (
             "saved",
             "weights as the tiles' products read them",
-            "by_tiles*cast*cached*e*L*(layer - (1 + 2/g)*C*C)",
+            "(K*by_tiles + (L - K)*last_by_tiles)*cast*cached*e*(layer - (1 + 2/g)*C*C)",
         ),
         ("loss", "norm of the stream, and its gradient", "2*n*C*e"),
         ("loss", "targets as they count", "8*n"),
@@ -122,6 +129,23 @@ MOMENTS = {
         *STANDING,
         *SAVED_ALL[:-1],
         ("gradients", "the head's, where it is the table's too", "tied*V*C*w"),
+        ("backward", "its activations' gradients", "last_working"),
+        ("backward", "its weights' gradients", "last_working_weights"),
+        ("update", "for its weights", "last_working_update"),
+        ("workspace", "of attention", "last_workspace"),
+    ],
+    LAST_CHECKPOINTED: [
+        *KEPT,
+        *STANDING,
+        ("saved", "the first K layers'", "K*saved"),
+        ("saved", "embeddings' dropout", "drop*n*C*mask"),
+        ("saved", "on its way to the host and back", "offload*n*C*e"),
+        (
+            "gradients",
+            "of the blocks after it",
+            "(0 if fused or accumulates else (L - K)*gradients_layer)",
+        ),
+        ("gradients", "the head's", "(tied or not (fused or accumulates))*V*C*w"),
         ("backward", "its activations' gradients", "working"),
         ("backward", "its weights' gradients", "working_weights"),
         ("update", "for its weights", "working_update"),
@@ -129,7 +153,7 @@ MOMENTS = {
     ],
     "the update of the last block": [  # whose gradients tiles hand over together
         *KEPT,
-        ("saved", "the other layers'", "(L - 1)*saved"),
+        ("saved", "the other layers'", "(K - 1)*saved"),
         ("saved", "embeddings' dropout", "drop*n*C*mask"),
         ("gradients", "the head's, where it is the table's too", "tied*V*C*w"),
         ("gradients", "the block's", "(fused and by_tiles)*gradients_layer"),
@@ -172,6 +196,9 @@ MOMENTS = {
 }
 
 
+OF_THE_LAST = "saved by_tiles working working_weights working_update workspace".split()
+
+
 def sizes(run) -> dict:
     """The names that formulas are made of, for a Run."""
     c, n, e, w = run.config, run.tokens, run.stream_bytes, run.param_bytes
@@ -190,7 +217,8 @@ def sizes(run) -> dict:
         scores=int(attention_dropout > 0 and cpu), mask=e if cpu else 1,
         wide=int(cpu and e < 4 and not attention_dropout), half_cpu=cpu and e < 4,
         by_tiles=int(tiled is not None), checkpoint=int(c.checkpoint_layers),
-        offload=int(c.offload), cached=int(not run.compiled),
+        offload=int(c.offload), cached=int(not run.compiled), K=checkpointed(c),
+        spread=int(not cpu and e == 4 and c.kv_heads < c.n_head),
         whole=int(tiled is not None and tiled.whole), fused=int(run.fused),
         accumulates=int(run.micro_batches > 1), several=int(run.processes > 1), cpu=int(cpu),
         R=tiles.logit_rows(run), logit=(4 + 4 if e == 4 else 10) if cpu else e, layer=layer,
@@ -219,7 +247,11 @@ def sizes(run) -> dict:
     kept = {how: sum(value(f, names) for _, f in lines) for how, lines in SAVED.items()}
     names |= kept | {"saved": kept["plain" if tiled is None else "tiled"]}
     names |= tiles.working(run, names, tiled)
-    return names
+    last = names
+    if c.n_layer != names["K"]:
+        whole = replace(c, checkpoint_layers=False, checkpoint_first=None, offload=False)
+        last = sizes(replace(run, config=whole))
+    return names | {f"last_{name}": last[name] for name in OF_THE_LAST}
 
 
 def value(formula: str, names: dict) -> float:
@@ -240,6 +272,8 @@ def moments(run) -> dict[str, dict[str, int]]:
     """Of each moment of a step the bytes of its parts, those that are not 0."""
     names, found = sizes(run), {}
     for moment, lines in MOMENTS.items():
+        if moment == LAST_CHECKPOINTED and names["K"] == names["L"]:
+            continue
         parts = found[moment] = {}
         for part, _, formula in lines:
             if size := int(value(formula, names)):
@@ -254,8 +288,12 @@ def peak(run) -> tuple[str, dict[str, int]]:
     return name, found[name]
 
 
+def checkpointed(config) -> int:
+    """How many layers keep their input alone, where any do: the first ones."""
+    return getattr(config, "checkpoint_first", None) or config.n_layer
+
+
 def host_bytes(run) -> int:
     """Pinned host memory that offloaded layers' inputs take."""
-    return (
-        run.config.offload * run.config.n_layer * run.tokens * run.config.n_embd * run.stream_bytes
-    )
+    c = run.config
+    return c.offload * checkpointed(c) * run.tokens * c.n_embd * run.stream_bytes

@@ -169,6 +169,8 @@ def one_layer(config) -> nn.Module:
         attention.update({"q_norm": norm(D), "k_norm": norm(D)})
     attention.row_blocks = (q, kv, kv)  # as model.CausalSelfAttention says it
     mlp = nn.ModuleDict({"c_fc": linear(C, wide * config.inner), "c_proj": linear(config.inner, C)})
+    if config.mlp == "swiglu":  # likewise model.MLP
+        mlp["c_fc"].row_blocks = (config.inner, config.inner)
     block = nn.ModuleDict({"ln_1": norm(), "attn": attention, "ln_2": norm(), "mlp": mlp})
     parts = {"wte": _Embedding(config.vocab_size, C, device="meta")}
     if config.position == "learned":

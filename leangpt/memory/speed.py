@@ -14,6 +14,7 @@ plans with each other, and for nothing else.
 
 from dataclasses import dataclass
 
+from leangpt.memory.formulas import checkpointed
 from leangpt.memory.run import Run
 from leangpt.memory.tiles import of_run
 from leangpt.memory.update import is_matrix
@@ -52,8 +53,9 @@ def seconds(run: Run, rates: Rates | None = None) -> float:
     n, T, C, L = run.tokens, run.length, c.n_embd, c.n_layer
     layer = sum(t.numbers for t in run.tensors if t.in_layer and len(t.shape) > 1)
     again = tiled is not None
-    products = n * (6 * (L * layer + c.vocab_size * C) + 2 * again * L * layer)
-    attention = L * n * T * C * (7 + 2 * c.checkpoint_layers)
+    K = checkpointed(c)  # layers that are computed again
+    products = n * (6 * (L * layer + c.vocab_size * C) + 2 * again * K * layer)
+    attention = n * T * C * (7 * L + 2 * K * c.checkpoint_layers)
     if again and c.policy.recomputes:  # K and V for each tile of queries, in both directions
         per_tile = 2 * 2 * (c.kv_heads / c.n_head) * C * C
         products += 2 * L * n * per_tile * max(0, T / tiled.q - 1) / 2

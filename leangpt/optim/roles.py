@@ -19,6 +19,8 @@ lies and whether it is one: a Placement says so. A model of one's own that stack
 it by an attribute of the layer, or of the module that holds it, as the attention of model.py does:
 
     row_blocks = (rows of q, rows of k, rows of v)        in the order of the layer's outputs
+
+and its MLP by one of the layer, for gate and up.
 """
 
 from dataclasses import dataclass

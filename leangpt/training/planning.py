@@ -177,6 +177,7 @@ def plain_peak(run, wish, budget) -> int | None:
         return None
     policy = "grouped" if run.config.policy.grouped else "cache"
     whole = dict(q_chunk=None, k_chunk=None, checkpoint_layers=False, offload=False)
+    whole |= dict(checkpoint_first=None)
     config = replace(run.config, attention_policy=policy, **whole)
     return predict(replace(run, config=config), wish, budget).peak
 

@@ -54,6 +54,7 @@ class Settings:
     q_chunk: int | None = None  # rows per tile; None: chosen by the policy
     k_chunk: int | None = None  # key/value rows per tile; None: chosen by the policy
     checkpoint_layers: bool = False  # keep each layer's input only, compute the rest again
+    checkpoint_first: int | None = None  # of so many layers only, the first ones; None: of all
     offload: bool = False  # keep those inputs in pinned host memory (CUDA)
     memory: str | None = None  # plan the run for so much, as 24GB; ignore: start it, fit or not
     int4: bool = False  # for sample.py; training refuses it

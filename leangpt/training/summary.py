@@ -73,11 +73,10 @@ def describe_blocks(config, T, device_type):
     rows, keys = (min(size, T) for size in sizes)
     words = f"{policy}: tiles of {rows:,} rows, keys {keys:,} at a time"
     if config.checkpoint_layers:
-        return (
-            words
-            + "; each layer's input alone is kept"
-            + (", on the host" if config.offload else "")
-        )
+        first = config.checkpoint_first
+        some = f" in the first {first} of {config.n_layer} layers" if first else ""
+        where = ", on the host" if config.offload else ""
+        return f"{words}; each layer's input alone is kept{where}{some}"
     return words + "; a layer's input and attention's output are kept"
 
 

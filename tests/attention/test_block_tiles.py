@@ -9,7 +9,7 @@ from leangpt.attention.block_backward import same_product
 from leangpt.attention.protocol import RowParts
 from leangpt.memory.meter import measure_peak
 from leangpt.system.errors import UserError
-from model import Block, GPTConfig
+from model import GPT, Block, GPTConfig
 
 
 def block_pair(dtype, T, seed=0, **config):
@@ -311,3 +311,21 @@ def test_checkpointed_whole_sequences(monkeypatch, compiled):
     expected = torch.autograd.grad(plain_block(twin, x), [x, *twin.parameters()], grad)
     found = torch.autograd.grad(block(x), [x, *block.parameters()], grad)
     assert max(relative_error(a, b) for a, b in zip(found, expected)) < 1e-10
+
+
+@pytest.mark.parametrize("first", (1, 2, 3))
+def test_some_layers_checkpointed_are_the_same_model(first):
+    """checkpoint_first: gradients of all layers checkpointed, whatever the number."""
+    grads = []
+    for checkpoint_first in (None, first):
+        torch.manual_seed(0)
+        shape = dict(n_layer=3, n_head=2, n_embd=32, block_size=48, vocab_size=64)
+        shape |= dict(checkpoint_layers=True, q_chunk=16, checkpoint_first=checkpoint_first)
+        model = GPT(GPTConfig(**shape)).double()
+        idx = torch.randint(64, (2, 49), generator=torch.Generator().manual_seed(1))
+        model(idx[:, :-1], idx[:, 1:].contiguous())[1].backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    kept = [block.config.checkpoint_layers for block in model.transformer.h]
+    assert kept == [True] * first + [False] * (3 - first)
