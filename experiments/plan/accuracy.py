@@ -220,8 +220,10 @@ def predict(run, kind, device, threads):
     """(Run, parts, moment) of a drawn run on so many threads."""
     settings = settings_of(run, kind, "")
     trained = run_of(settings, config_of(run), settings_dtype(settings, device), kind)
-    trained = replace(trained, threads=threads)
+    trained, here = replace(trained, threads=threads), torch.get_num_threads()
+    torch.set_num_threads(threads)  # how many heads a tile takes at once depends on them
     found = moments(trained)
+    torch.set_num_threads(here)
     moment = max(found, key=lambda name: sum(found[name].values()))
     return trained, found[moment], moment
 

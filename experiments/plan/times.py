@@ -25,13 +25,14 @@ from experiments.plan.accuracy import config_of, run_of, settings_dtype, setting
 from experiments.plan.draws import draws
 from experiments.shared.common import RESULTS, interleaved, provenance, read_csv, write_csv
 from leangpt.memory.calibrate import calibrate
-from leangpt.memory.search import Wish, ways
+from leangpt.memory.search import Wish, peak_of, ways
 from leangpt.memory.speed import seconds
 from leangpt.system.errors import exit_cleanly
 from leangpt.system.timing import timed
 
 CSV = RESULTS / "plan_times.csv"
 SEQUENCES = 4  # an iteration
+MOST = {"cpu": 12e9, "cuda": 60e9}  # bytes that a plan may take
 
 
 @dataclass
@@ -107,7 +108,7 @@ def one_by_one(runs, options, folder):
 
 def plans_of(asked, count, rng):
     """Ways of a Run, some of them in micro-batches."""
-    found = list(ways(Wish(asked)))
+    found = [run for run in ways(Wish(asked)) if peak_of(run) < MOST[run.device_type]]
     found = rng.sample(found, min(count, len(found)))
     return [run if run.fused else in_pieces(run, rng.choice((1, 1, 2, 4))) for run in found]
 

@@ -71,6 +71,7 @@ class Settings:
     large_steps: int = 3  # the same of 8b, long and 70b
     warmup: int = 2  # steps before those
     layers: int = 0  # of long and 70b: so many, where a whole step would take too long; 0: all
+    checkpoint_first: int = 0  # of 8b: so many layers are checkpointed; 0: all
     out: str = str(RESULTS / "many_gpus.csv")
 
 
@@ -88,6 +89,7 @@ class Case:
     inside: bool = False  # updates inside backward, bfloat16 weights
     offload: bool = False
     layers: int = 0  # of the model, if not all
+    checkpoint_first: int = 0  # layers that are checkpointed, if not all
 
 
 def cases(settings):
@@ -102,7 +104,8 @@ def cases(settings):
             yield Case("124m", "124m", mode, variant, T, each * N)
     for variant in ("adamsn8", "muonsn8"):
         T, sequences = (32, N) if tiny else (8192, max(8, N))
-        yield Case("8b", "8b", sharded, variant, T, sequences, inside=True)
+        first = settings.checkpoint_first
+        yield Case("8b", "8b", sharded, variant, T, sequences, 1, True, checkpoint_first=first)
     for stage, model, tokens in (("long", "8b", lengths), ("70b", "70b", (4096, *lengths))):
         for T in tokens[-1:] if tiny else tokens:
             fewer = settings.layers * (stage in ("long", "70b"))
@@ -140,6 +143,7 @@ def build(case, settings, runtime):
     shape = SHAPES[settings.size][case.model]
     shape = shape | dict(block_size=case.T, offload=case.offload)
     shape |= {"n_layer": case.layers} if case.layers else {}
+    shape |= {"checkpoint_first": case.checkpoint_first or None}
     runtime.context_parallel = case.pieces
     device, large = runtime.device, case.model != "124m"
     parallel = Parallel(case.mode, runtime)

@@ -129,10 +129,11 @@ def fastest(wish: Wish, budget: Budget, most: int = SHOWN) -> list[Plan]:
         found = largest_micro_batch(way, wish, budget)
         if found is None:
             continue
-        found = fewest_checkpoints(found, wish, budget)
         key = found.variant, found.param_bytes
-        cost = seconds(found, wish.rates) * WORTH ** changes(found, wish.asked)
-        cost *= WORTH_OF_A_TRADE ** trades(found.config)
+        if key in best and cost_of(with_checkpoints(found, 1), wish) >= best[key][0]:
+            continue  # at its best
+        found = fewest_checkpoints(found, wish, budget)
+        cost = cost_of(found, wish)
         if key not in best or cost < best[key][0]:
             best[key] = cost, found
 
@@ -143,6 +144,12 @@ def fastest(wish: Wish, budget: Budget, most: int = SHOWN) -> list[Plan]:
 
     ranked = sorted(best.values(), key=rank)[:most]
     return [predict(run, wish, budget) for _, run in ranked]
+
+
+def cost_of(run: Run, wish: Wish) -> float:
+    """Seconds of a step, and what each change and each trade has to be worth."""
+    cost = seconds(run, wish.rates) * WORTH ** changes(run, wish.asked)
+    return cost * WORTH_OF_A_TRADE ** trades(run.config)
 
 
 def changes(run: Run, asked: Run) -> int:
@@ -241,12 +248,18 @@ def fewest_checkpoints(run: Run, wish: Wish, budget: Budget) -> Run:
     low, high = 1, L  # `high` layers fit
     while low < high:
         middle = (low + high) // 2
-        config = replace(run.config, checkpoint_first=middle)
-        if fits(replace(run, config=config), budget):
+        if fits(with_checkpoints(run, middle), budget):
             high = middle
         else:
             low = middle + 1
-    return run if high == L else replace(run, config=replace(run.config, checkpoint_first=high))
+    return with_checkpoints(run, high)
+
+
+def with_checkpoints(run: Run, layers: int) -> Run:
+    """The run with its first `layers` layers checkpointed, where it checkpoints any."""
+    if not run.config.checkpoint_layers or layers == run.config.n_layer:
+        return run
+    return replace(run, config=replace(run.config, checkpoint_first=layers))
 
 
 def flags_of(run: Run, asked: Run) -> dict:
