@@ -34,17 +34,9 @@ def make_optimizer(settings, model, runtime) -> torch.optim.Optimizer:
     """
     options = parse_options(settings.optimizer_options)
     check_option_types(settings.optimizer_variant, options)
-    freeing = [name for name in ("fused_backward", "gradient_bits") if options.get(name)]
-    if freeing:  # gradients are gone before anything else could use them
+    check_freeing(settings, options, runtime.dtype, getattr(runtime, "data_parallel", 1))
+    if frees(options):  # gradients are gone before anything else could use them
         options["grad_clip"] = settings.grad_clip
-        if runtime.dtype == torch.float16:
-            raise UserError(f"{freeing[0]} cannot unscale float16 gradients: use bfloat16")
-    each = share_of(settings, world_size=getattr(runtime, "data_parallel", 1)).count
-    if options.get("fused_backward") and each > 1:
-        raise UserError(
-            "fused_backward=True needs gradient_accumulation_steps=1, not "
-            f"{each} for each process: gradient_bits=8 instead adds gradients up"
-        )
     betas = None
     if settings.beta1 is not None or settings.beta2 is not None:
         own = (0.9, 0.95)
@@ -60,6 +52,26 @@ def make_optimizer(settings, model, runtime) -> torch.optim.Optimizer:
         settings.embedding_lr,
         **options,
     )
+
+
+def frees(options) -> list[str]:
+    """Which of the two options that free gradients in backward are set."""
+    return [name for name in ("fused_backward", "gradient_bits") if options.get(name)]
+
+
+def check_freeing(settings, options, dtype, world_size):
+    """Raise UserError where a run's gradients cannot be freed in backward as `options` have it.
+
+    dtype: of products; world_size: processes that share the batch."""
+    freeing = frees(options)
+    if freeing and dtype == torch.float16:
+        raise UserError(f"{freeing[0]} cannot unscale float16 gradients: use bfloat16")
+    each = share_of(settings, world_size=world_size).count
+    if options.get("fused_backward") and each > 1:
+        raise UserError(
+            "fused_backward=True needs gradient_accumulation_steps=1, not "
+            f"{each} for each process: gradient_bits=8 instead adds gradients up"
+        )
 
 
 def run_rates(settings, model) -> Rates:

@@ -39,7 +39,7 @@ from leangpt.training.planning import largest_parts, run_config, unpredicted, wi
 from leangpt.training.settings import Settings as TrainSettings
 from leangpt.training.start import adopted_block_size, resumed_settings
 from model import GPTConfig
-from optimizers import parse_options
+from optimizers import check_freeing, frees, parse_options
 
 PURPOSES = ("train", "sample")
 
@@ -111,10 +111,19 @@ def main(argv=None):
         )  # fmt: skip
         return plan_decoding(settings, how, named, budget, rates)
     options = parse_options(settings.optimizer_options)
-    if unknown := unpredicted(False, options, device.type):
+    impossible = ""
+    try:
+        check_freeing(settings, options, dtype, settings.devices)
+    except UserError as error:  # of several micro-batches, which a plan joins where it may
+        if dtype == torch.float16 or BATCH & named:
+            raise
+        impossible = str(error)
+    if settings.devices > 1 and (freeing := frees(options)):
+        raise UserError(f"{freeing[0]} runs on one process: plans of several are ddp's")
+    if unknown := unpredicted(False, device.type):
         raise UserError(f"a plan is not made for {unknown} yet")
     wish = wish_of(settings, flags, config, options, dtype, device.type, settings.devices, rates)
-    plan_training(settings, wish, budget, command(words, "train.py"))
+    plan_training(settings, wish, budget, command(words, "train.py"), impossible)
 
 
 # ---------------------------------------------------------------------- what there is
@@ -243,10 +252,14 @@ def vocabulary_of(settings) -> int:
 # ---------------------------------------------------------------------- what fits
 
 
-def plan_training(settings, wish, budget, start):
-    """Print whether the run fits, where no goal is set; then plans. Raises UserError for none."""
+def plan_training(settings, wish, budget, start, impossible=""):
+    """Print whether the run fits, where no goal is set; then plans. Raises UserError for none.
+
+    start: of the command line; impossible: why train.py would not take the run as asked."""
     asked = wish.asked
-    if not settings.goal:
+    if not settings.goal and impossible:
+        print(f"{'as asked':<10} {impossible}")
+    elif not settings.goal:
         found = predict(asked, wish, budget)
         fit = "fits" if fits(asked, budget) else "does not fit"
         print(f"{'as asked':<10} {fit}: {in_words(found.peak)} at its fullest, {found.moment}")

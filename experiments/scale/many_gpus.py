@@ -31,8 +31,8 @@ import torch.multiprocessing as mp
 
 from configurator import parse_config
 from experiments.shared.common import RESULTS, provenance, read_csv, write_csv
+from leangpt.memory.formulas import predict_training_peak
 from leangpt.memory.meter import PeakMeter
-from leangpt.memory.training_peak import predict_training_peak
 from leangpt.optim import build_optimizer, state_bytes
 from leangpt.parallel.engine import Parallel, clip_gradients
 from leangpt.parallel.pieces import cut_sequences

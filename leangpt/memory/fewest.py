@@ -11,6 +11,8 @@ OF_THE_CONFIG = (
     "offload checkpoint_first checkpoint_layers k_chunk q_chunk attention_policy".split()
 )
 
+FREEING = ("fused_backward", "gradient_bits")  # what becomes of gradients
+
 
 def with_fewest_changes(found: Plan, wish: Wish, budget: Budget) -> Plan:
     """The plan, as asked wherever it fits without a change; each that is left lowers its peak.
@@ -33,16 +35,16 @@ def _as_asked(run: Run, asked: Run, name: str) -> Run:
     if name == "param_dtype":
         return replace(run, param_bytes=asked.param_bytes)
     if name == "optimizer_options":
-        kept = {k: v for k, v in run.options.items() if k != "fused_backward"}
-        return replace(run, options=kept | _fused(asked))
+        kept = {k: v for k, v in run.options.items() if k not in FREEING}
+        return replace(run, options=kept | _freeing(asked))
     if name == "optimizer_variant":
-        if asked.variant == "adam" and (run.fused or run.param_bytes == 2):
+        if asked.variant == "adam" and (_freeing(run) or run.param_bytes == 2):
             return run  # which adam is not made for
-        return replace(run, variant=asked.variant, options=dict(asked.options) | _fused(run))
+        return replace(run, variant=asked.variant, options=dict(asked.options) | _freeing(run))
     heads = {"n_kv_head": asked.config.n_kv_head} if name == "attention_policy" else {}
     config = replace(run.config, **{name: getattr(asked.config, name)}, **heads)
     return replace(run, config=config)
 
 
-def _fused(run):
-    return {"fused_backward": True} if run.fused else {}
+def _freeing(run):
+    return {name: run.options[name] for name in FREEING if run.options.get(name)}

@@ -11,16 +11,20 @@ a part that plans show. Formulas are written once, here. What they are made of (
     R         rows whose logits exist at once           layer         numbers in a layer's weights
     yes/no    swiglu rms rope learned tied drop scores (attention dropout) tiled checkpoint offload
               whole (a tile holds whole sequences) fused accumulates several cpu
+              freed (gradients, as soon as they are there: fused, or summed in few bits)
               cached (autocast keeps its copies of weights: nothing is compiled)
               spread (a kernel for float32 that does not share heads)
-    and       weights state gradients: bytes of all; update, update_layer, update_head,
-              update_table: of update.py; tile_scratch, workspace: of tiles.py
+    and       weights state gradients: bytes of all; gradients_layer, untied_stands: of a layer's,
+              of a head's own; new_layer: of a layer's before they are summed in few bits; at_step,
+              update: of the optimizer's step; update_layer, update_head, update_table: of update.py
+              or sums.py; tile_scratch, workspace: of tiles.py
 """
 
 from dataclasses import replace
 
 from leangpt.memory import tiles
-from leangpt.memory.update import one_by_one, update_bytes
+from leangpt.memory.run import Run
+from leangpt.memory.sums import at_step, standing, taking
 
 PARTS = {
     "weights": "weights",
@@ -33,6 +37,8 @@ PARTS = {
     "workspace": "workspace of kernels",
     "context": "CUDA's own",
 }
+
+NOT_COUNTED = ("weights", "state", "update")  # of predict_training_peak: its caller's
 
 # What one layer keeps for backward.
 SAVED = {
@@ -115,14 +121,15 @@ MOMENTS = {
         *STANDING,
         *SAVED_ALL[:-1],
         ("saved", "what it kept", "2*n*C*4 if in_steps else n*C*e"),
-        ("gradients", "the head's", "(tied or not (fused or accumulates))*V*C*w"),
+        ("gradients", "the head's", "V*C*w if tied else untied_stands"),
         ("loss", "gradients between its steps", "4*n*C*4 if in_steps else 2*n*C*e"),
     ],
     "the head's update": [
         *KEPT,
+        *STANDING,
         *SAVED_ALL,
-        ("gradients", "the head's", "(fused and not tied)*V*C*w"),
-        ("update", "for the head", "(fused and not tied)*update_head"),
+        ("gradients", "the head's", "(freed and not tied)*V*C*w"),
+        ("update", "for the head", "(freed and not tied)*update_head"),
     ],
     "backward of the last block": [
         *KEPT,
@@ -153,12 +160,13 @@ MOMENTS = {
     ],
     "the update of the last block": [  # whose gradients tiles hand over together
         *KEPT,
+        *STANDING,
         ("saved", "the other layers'", "(K - 1)*saved"),
         ("saved", "embeddings' dropout", "drop*n*C*mask"),
         ("gradients", "the head's, where it is the table's too", "tied*V*C*w"),
-        ("gradients", "the block's", "(fused and by_tiles)*gradients_layer"),
+        ("gradients", "the block's", "(freed and by_tiles)*new_layer"),
         ("backward", "the gradient of its input", "n*C*e"),
-        ("update", "for its weights", "(fused and by_tiles)*update_layer"),
+        ("update", "for its weights", "(freed and by_tiles)*update_layer"),
     ],
     "backward of the first block": [
         *KEPT,
@@ -170,7 +178,7 @@ MOMENTS = {
             "of the blocks after it",
             "(0 if fused or accumulates else (L - 1)*gradients_layer)",
         ),
-        ("gradients", "the head's", "(tied or not (fused or accumulates))*V*C*w"),
+        ("gradients", "the head's", "V*C*w if tied else untied_stands"),
         ("backward", "its activations' gradients", "working"),
         ("backward", "its weights' gradients", "working_weights"),
         ("update", "for its weights", "working_update"),
@@ -181,15 +189,23 @@ MOMENTS = {
         *STANDING,
         ("saved", "embeddings' dropout", "drop*n*C*mask"),
         ("gradients", "of the blocks", "(0 if fused or accumulates else L*gradients_layer)"),
-        ("gradients", "the head's", "(tied or not (fused or accumulates))*V*C*w"),
+        ("gradients", "the head's", "V*C*w if tied else untied_stands"),
         ("backward", "the stream's", "n*C*e"),
         ("backward", "the table's", "V*C*e + (V*C*w if e < w else 0)"),
         ("backward", "the positions'", "learned*S*C*(w + (e if e < w else 0))"),
-        ("update", "for the table", "fused*update_table"),
+    ],
+    "the table's update": [
+        *KEPT,
+        *STANDING,
+        ("gradients", "of the blocks", "(0 if fused or accumulates else L*gradients_layer)"),
+        ("gradients", "the head's own", "0 if tied else untied_stands"),
+        ("gradients", "the table's", "freed*V*C*w"),
+        ("backward", "the stream's", "n*C*e"),
+        ("update", "for the table", "freed*update_table"),
     ],
     "the optimizer's step": [
         *KEPT,
-        ("gradients", "all", "0 if fused else gradients"),
+        ("gradients", "all, or their sums", "0 if fused else at_step"),
         ("gradients", "buckets of several processes", "several*gradients"),
         ("update", "for the largest stack of weights", "0 if fused else update"),
     ],
@@ -220,13 +236,14 @@ def sizes(run) -> dict:
         offload=int(c.offload), cached=int(not run.compiled), K=checkpointed(c),
         spread=int(not cpu and e == 4 and c.kv_heads < c.n_head),
         whole=int(tiled is not None and tiled.whole), fused=int(run.fused),
+        freed=int(run.fused or run.gradient_bits > 0),
         accumulates=int(run.micro_batches > 1), several=int(run.processes > 1), cpu=int(cpu),
         R=tiles.logit_rows(run), logit=(4 + 4 if e == 4 else 10) if cpu else e, layer=layer,
         weights=sum(t.bytes * t.count for t in run.tensors),
         state=sum(t.state_bytes * t.count for t in run.tensors),
-        gradients=sum(t.bytes * t.count for t in run.tensors),
-        gradients_layer=sum(t.bytes for t in layers),
-        update=update_bytes(run),
+        gradients=sum(standing(run, t) * t.count for t in run.tensors),
+        gradients_layer=sum(standing(run, t) for t in layers),
+        new_layer=sum(t.bytes for t in layers),
     )  # fmt: skip
     # the normed rows before their gain; a narrow stream is kept in float32 instead, and they too
     names["norm_more"] = names["rms"] * n * c.n_embd * (e if e == 4 else 8 - e)
@@ -239,11 +256,15 @@ def sizes(run) -> dict:
     names["last_norm_more"] += in_float32
     heads = [t for t in run.tensors if t.name.startswith("lm_head")]
     tables = [t for t in run.tensors if ".wte." in t.name]
+    names["at_step"], names["update"] = at_step(run)
     names |= dict(
-        update_layer=one_by_one(run, layers),
-        update_head=one_by_one(run, heads),
-        update_table=one_by_one(run, tables),
+        update_layer=taking(run, layers),
+        update_head=taking(run, heads),
+        update_table=taking(run, tables),
     )
+    # of a head of its own, after its backward, beside what stands from earlier micro-batches
+    gone = names["fused"] or names["accumulates"]
+    names["untied_stands"] = 0 if gone else sum(standing(run, t) for t in heads)
     kept = {how: sum(value(f, names) for _, f in lines) for how, lines in SAVED.items()}
     names |= kept | {"saved": kept["plain" if tiled is None else "tiled"]}
     names |= tiles.working(run, names, tiled)
@@ -297,3 +318,29 @@ def host_bytes(run) -> int:
     """Pinned host memory that offloaded layers' inputs take."""
     c = run.config
     return c.offload * checkpointed(c) * run.tokens * c.n_embd * run.stream_bytes
+
+
+def predict_training_peak(
+    config, B, T, element_size=4, device_type="cpu", gradient_size=4, fused_backward=False
+):
+    """Bytes beyond weights of one forward and backward of GPT(config) over (B, T) tokens.
+
+    Parameter gradients are included, of gradient_size bytes a number, as weights have; with
+    fused_backward each is freed as soon as it is complete. Weights and optimizer state are not,
+    nor what an update needs for a moment.
+    """
+    options = {"fused_backward": True} if fused_backward else {}
+    run = Run(
+        config,
+        B,
+        T,
+        variant="adamsn8",
+        options=options,
+        param_bytes=gradient_size,
+        stream_bytes=element_size,
+        device_type=device_type,
+    )
+    return max(
+        sum(size for part, size in parts.items() if part not in NOT_COUNTED)
+        for parts in moments(run).values()
+    )

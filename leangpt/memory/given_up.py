@@ -32,6 +32,8 @@ def given_up(run: Run, asked: Run) -> tuple[str, ...]:
         lost.append("weights in bfloat16, rounded stochastically")
     if run.fused and not asked.fused:
         lost.append("weights updated inside backward, clipped by the norm of the step before")
+    if run.gradient_bits and run.gradient_bits != asked.gradient_bits:
+        lost.append(f"gradients summed in {run.gradient_bits} bits, without bias")
     if c.checkpoint_layers and not before.checkpoint_layers:
         lost.append("every layer computed again")
     elif tiled(c) and not tiled(before):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from leangpt.optim.accounting import new_state, planned_groups
+from leangpt.optim.build import check_freed
 
 SHAPE = (
     "n_layer n_head n_embd kv_heads head_dim inner vocab_size position norm mlp bias "
@@ -115,9 +116,10 @@ def kept_tensors(run: Run) -> list[Kept]:
     The norm that clipping inside backward keeps (4 bytes) is left out.
     """
     model = one_layer(run.config)
-    not_its = ("fused_backward", "gradient_bits", "grad_clip")
-    options = {k: v for k, v in run.options.items() if k not in not_its}
+    freeing = ("fused_backward", "gradient_bits", "grad_clip")
+    options = {k: v for k, v in run.options.items() if k not in freeing}
     cls, groups = planned_groups(model, run.variant, **options)
+    check_freed(cls, *(run.options.get(name) for name in freeing))
     dtype = {4: torch.float32, 2: torch.bfloat16}[run.param_bytes]
     names = {id(p): name for name, p in model.named_parameters()}
     kept = []

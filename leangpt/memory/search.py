@@ -158,6 +158,7 @@ def changes(run: Run, asked: Run) -> int:
         (run.variant != asked.variant)
         + (run.param_bytes != asked.param_bytes)
         + (run.fused != asked.fused)
+        + (run.gradient_bits != asked.gradient_bits)
     )
 
 
@@ -184,6 +185,8 @@ def ways_to_keep(wish: Wish):
         sizes.append(2)
     if "optimizer_options" not in fixed and not asked.options and asked.processes == 1:
         gradients += [{"fused_backward": True}]
+        if asked.batch_size * asked.micro_batches > 1:
+            gradients += [{"gradient_bits": 8}]
     for variant in variants:
         for size in sizes:
             for freed in gradients:

@@ -4,7 +4,8 @@
                  run by tiles or are checkpointed; K and V again for each tile of queries
     attention    2 B T² C a layer forward, 2.5 times that backward, 2 again when checkpointed
     orthogonal   5 iterations of 4 s N + 2 s³ for each matrix of N numbers, s its shorter side
-    bandwidth    weights and state read and written, gradients read
+    bandwidth    weights and state read and written, gradients read; those that are summed in few
+                 bits some 20 times, as float32, each micro-batch
     host         what is offloaded, there and back, beside the computation
     launches     small operators of each layer and micro-batch, which cost a time of their own
 
@@ -20,6 +21,7 @@ from leangpt.memory.tiles import of_run
 from leangpt.memory.update import is_matrix
 
 LAUNCHES = 60  # of a layer, forward and backward
+ADDING = 160  # bytes read and written to add a number to a sum in few bits, in 20 operators
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ def seconds(run: Run, rates: Rates | None = None) -> float:
     computing += rates.launch * LAUNCHES * L * (1 + again * max(1, T // tiled.q if tiled else 1))
     if c.offload:
         computing = max(computing, 2 * L * n * C * run.stream_bytes / rates.host)
+    if run.gradient_bits:
+        numbers = sum(t.count * t.numbers for t in run.tensors)
+        computing += ADDING * numbers / rates.bandwidth
     return run.micro_batches * computing + update_seconds(run, rates)
 
 

@@ -16,7 +16,7 @@ import torch
 from leangpt.attention.kv_source import MERGED_QUERIES
 from leangpt.attention.tile_sizes import heads_at_once, mlp_rows, tile_sizes
 from leangpt.layers.loss import chunk_rows
-from leangpt.memory.update import one_by_one
+from leangpt.memory.sums import taking
 
 
 def predict_forward_peak(config, B, T, element_size=4, device_type="cpu"):
@@ -93,29 +93,31 @@ def plain_phases(run, names):
     stream = run.tokens * config.n_embd * e
     swiglu, matrix = names["swiglu"], config.n_embd**2
     inside = (1 + names["drop"] + (2 * r if swiglu else r)) * stream
-    made = max(
-        e if names["cast"] else run.param_bytes, 0 if names["accumulates"] else run.param_bytes
-    )
+    stands = names["accumulates"] and not names["freed"]  # the gradient that others are added to
+    made = max(e if names["cast"] else run.param_bytes, 0 if stands else run.param_bytes)
     mlp_saved = (1 + (4 if swiglu else 2) * r) * stream + names["norm_more"]
     wide = 4 / e if names["wide"] or names["scores"] else 1
     attention = (2 + 2 * wide * (1 + 2 / g)) * stream - mlp_saved
     attention += names["scores"] * 4 * run.batch_size * config.n_head * run.length**2
-    done = 0 if names["accumulates"] else (3 if swiglu else 2) * r * matrix * run.param_bytes
+    done = (3 if swiglu else 2) * r * matrix * run.param_bytes
+    done = 0 if names["accumulates"] or run.gradient_bits else done
     T, size = run.length, 4 if names["wide"] else e
     workspace = _workspace(config, T, T, size, run.device_type, run.threads, backward=True)
     phases = [(inside, r * matrix * made, 0)]
     phases.append((attention, done + matrix * run.param_bytes, workspace))
-    if run.fused:  # each weight moves as soon as its gradient is there: what was saved is less then
+    if names["freed"]:  # each gradient is used as soon as it is there: what was saved is less then
         gone = (4 if swiglu else 2) * r * stream
         alive = {
-            "mlp.c_proj": (1 + names["drop"] + r) * stream,
+            "mlp.c_proj": (1 + names["drop"]) * stream,  # and its input's gradient for its input
             "mlp.c_fc": stream - gone,
             "attn.c_proj": 2 * stream - mlp_saved,
             "attn.c_attn": 2 * stream - mlp_saved,
         }
-        for tensor in run.tensors:
-            if (of := tensor.name.rpartition(".h.0.")[2].removesuffix(".weight")) in alive:
-                phases.append((alive[of], tensor.bytes, 0, one_by_one(run, [tensor])))
+        found = {t.name.rpartition(".h.0.")[2].removesuffix(".weight"): t for t in run.tensors}
+        copies = 0  # of weights as the products read them: gone with their product's backward
+        for of, activations in alive.items():
+            copies += names["cast"] * e * found[of].numbers
+            phases.append((activations - copies, found[of].bytes, 0, taking(run, [found[of]])))
     return phases
 
 

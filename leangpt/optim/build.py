@@ -15,7 +15,7 @@ from torch import nn
 from leangpt.optim.adafactor import Adafactor
 from leangpt.optim.adamsn import AdamSN
 from leangpt.optim.backward.fused_backward import fuse_into_backward, sharded_units
-from leangpt.optim.backward.gradient_sums import sum_in_bits
+from leangpt.optim.backward.gradient_sums import BITS, sum_in_bits
 from leangpt.optim.base import COMMON, MemoryOptimizer, say_once
 from leangpt.optim.muonsn import MuonSN
 from leangpt.optim.rates import Rates, choose_rates, model_width
@@ -78,15 +78,6 @@ def build_optimizer(
     Raises UserError for an unknown variant or option, for hyperparameters without meaning, and for
     a model without trainable parameters.
     """
-    if grad_clip and not (fused_backward or gradient_bits):
-        raise UserError(
-            "grad_clip is for gradients that backward frees (fused_backward, gradient_bits): else "
-            "call clip_grad_norm_ yourself"
-        )
-    if fused_backward and gradient_bits:
-        raise UserError(
-            "fused_backward uses gradients at once, gradient_bits sums them first: leave out one"
-        )
     if betas is not None:
         options["betas"] = tuple(betas)
     placed = place_parameters(model)
@@ -94,11 +85,8 @@ def build_optimizer(
         variant, model_width(placed), learning_rate, embedding_lr, role_rates, partition, options
     )
     groups = make_groups(placed, recipe, weight_decay)
+    check_freed(recipe.cls, fused_backward, gradient_bits, grad_clip)
     if recipe.cls is torch.optim.AdamW:
-        if fused_backward:
-            raise UserError("adam cannot update inside backward: take adamsn, partition='element'")
-        if gradient_bits:
-            raise UserError("adam cannot sum gradients in bits: take adamsn, partition='element'")
         return torch_adamw(groups, recipe.options)
     clip = {"update_clip": 1.0} if fused_backward and not grad_clip else {}
     optimizer = recipe.cls(groups, lr=recipe.rates.linear, **(clip | recipe.options))
@@ -108,6 +96,27 @@ def build_optimizer(
     if fused_backward:
         fuse_into_backward(optimizer, grad_clip, names, sharded_units(model))
     return optimizer
+
+
+def check_freed(cls, fused_backward, gradient_bits, grad_clip):
+    """Raise UserError where backward cannot free gradients as these arguments of build_optimizer
+    ask it to, for an optimizer of that class."""
+    if grad_clip and not (fused_backward or gradient_bits):
+        raise UserError(
+            "grad_clip is for gradients that backward frees (fused_backward, gradient_bits): else "
+            "call clip_grad_norm_ yourself"
+        )
+    if fused_backward and gradient_bits:
+        raise UserError(
+            "fused_backward uses gradients at once, gradient_bits sums them first: leave out one"
+        )
+    if gradient_bits and gradient_bits not in BITS:
+        raise UserError(f"gradient_bits must be 8 or 4, not {gradient_bits!r}")
+    if cls is torch.optim.AdamW:
+        if fused_backward:
+            raise UserError("adam cannot update inside backward: take adamsn, partition='element'")
+        if gradient_bits:
+            raise UserError("adam cannot sum gradients in bits: take adamsn, partition='element'")
 
 
 # ---------------------------------------------------------------------- the recipe

@@ -2,8 +2,8 @@
 
 import torch
 
+from leangpt.memory.formulas import predict_training_peak
 from leangpt.memory.meter import tensor_bytes
-from leangpt.memory.training_peak import predict_training_peak
 from leangpt.optim import planned_bytes
 
 RESERVE = 0.1  # of a card's memory, left free

@@ -135,7 +135,7 @@ def fit(settings, flags, config, options, runtime, auto=False) -> Fitted:
     shards = shards or several and "fused_backward" in options  # which takes fsdp
     if settings.eval_only and not plans_it:
         return Fitted(settings)
-    unknown = unpredicted(shards, options, runtime.device_type)
+    unknown = unpredicted(shards, runtime.device_type)
     if unknown:
         if plans_it:
             raise UserError(
@@ -160,14 +160,12 @@ def fit(settings, flags, config, options, runtime, auto=False) -> Fitted:
     return Fitted(settings, asked, budget.memory or None, plain=plain)
 
 
-def unpredicted(shards, options, device_type) -> str:
+def unpredicted(shards, device_type) -> str:
     """What of a run no formula knows, in words; "" where all is known.
 
-    shards: does each process hold a share alone? options: of the optimizer."""
+    shards: does each process hold a share alone?"""
     if shards:
         return "shares of the weights or of sequences"
-    if options.get("gradient_bits"):
-        return "gradients summed in few bits (gradient_bits)"
     return "device=mps" if device_type == "mps" else ""
 
 

@@ -12,9 +12,9 @@ from leangpt.memory.block_cell import (
     forward,
     random_input,
 )
+from leangpt.memory.formulas import predict_training_peak
 from leangpt.memory.meter import measure_peak
 from leangpt.memory.tiles import predict_block_peak, predict_forward_peak
-from leangpt.memory.training_peak import predict_training_peak
 from model import GPT, Block, GPTConfig
 
 SMALL = GPTConfig(block_size=4096, vocab_size=96, n_layer=3, n_head=4, n_embd=64, position="none")

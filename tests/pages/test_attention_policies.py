@@ -12,10 +12,10 @@ import attention_policies
 from attention_policies import POLICIES, Policy
 from leangpt.attention.kv_source import RecomputedRows
 from leangpt.kv_cache.cache import KeysValues, build_cache
+from leangpt.memory.formulas import predict_training_peak
 from leangpt.memory.meter import measure_peak
 from leangpt.memory.run import Run
 from leangpt.memory.search import Wish, ways
-from leangpt.memory.training_peak import predict_training_peak
 from leangpt.system.errors import UserError
 from model import GPT, GPTConfig
 

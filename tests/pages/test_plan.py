@@ -130,6 +130,8 @@ def test_a_run_of_ours_is_planned_from_its_checkpoint(tmp_path, capsys):
     assert "1 layers" in said and not any("optimizer_variant" in f for f in flags_of(said)[0])
 
 
+FEW_BITS = "--optimizer_options=gradient_bits=8"
+INSIDE = "--optimizer_options=fused_backward=True"
 BAD = [
     (["--memory=24cows"], "write bytes as 24GB"),
     (["--memory=0"], "that is no memory"),
@@ -141,9 +143,18 @@ BAD = [
     (["--memory=24GB", "--tokens_per_iteration=1000"], "not a whole number of sequences"),
     (["--memory=24GB", "--host_memory=lots"], "host_memory=lots: write bytes"),
     (["--memory=24GB", "--parallel=fsdp"], "not predicted yet"),
+    (["--memory=24GB", "--optimizer_options=gradient_bits=8"], "adam cannot sum gradients"),
     (
-        ["--memory=24GB", "--optimizer_variant=muonsn8", "--optimizer_options=gradient_bits=8"],
-        "not made for gradients summed",
+        ["--memory=24GB", "--optimizer_variant=muonsn8", "--optimizer_options=gradient_bits=5"],
+        "gradient_bits must be 8 or 4, not 5",
+    ),
+    (
+        ["--memory=9GB", "--devices=2", "--optimizer_variant=muonsn8", FEW_BITS],
+        "gradient_bits runs on one process",
+    ),
+    (
+        ["--memory=9GB", "--batch_size=2", "--optimizer_variant=muonsn8", INSIDE],
+        "needs gradient_accumulation_steps=1",
     ),
     (["--memory=24GB", "--init_from=no/such_folder/here"], "no such folder"),
     (["--memory=1MB"], "no plan fits 1 MB: the least that this model takes is"),
