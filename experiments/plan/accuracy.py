@@ -20,7 +20,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +37,9 @@ from leangpt.memory.formulas import PARTS, moments
 from leangpt.memory.run import Run
 from leangpt.memory.search import CONTEXT, memory_for
 from leangpt.system.errors import exit_cleanly, is_out_of_memory
-from leangpt.system.runtime import setup_runtime
+from leangpt.system.runtime import DTYPES, setup_runtime
 from leangpt.text.folder import write_dataset
+from leangpt.training.planning import run_config
 from optimizers import parse_options
 
 CSV = RESULTS / "plan_accuracy.csv"
@@ -156,7 +160,8 @@ def work(options):
         for run in drawn[options.first :: options.every]:
             if run["number"] in known:
                 continue
-            row = measure(run, device, folder)
+            how = partial(apart, measure) if device == "cuda" else measure
+            row = how(run, device, folder)
             rows.append(row)
             write_csv(path, rows)
             minutes = (time.perf_counter() - began) / 60
@@ -166,6 +171,12 @@ def work(options):
                 f"({minutes:.1f} min)",
                 flush=True,
             )
+
+
+def apart(function, *args):
+    """function(*args) in a process of its own: whose allocator has no holes that others left."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def measure(run, device, folder):
@@ -229,15 +240,17 @@ def predict(run, kind, device, threads):
 
 
 def config_of(run):
-    """GPTConfig of a drawn run."""
+    """GPTConfig of a drawn run, as train.py has it."""
     names = {field.name for field in fields(train.GPTConfig)}
-    return train.GPTConfig(**{name: value for name, value in run.items() if name in names})
+    given = {name: value for name, value in run.items() if name in names}
+    settings = Settings(**{n: v for n, v in given.items() if n != "vocab_size"})
+    return run_config(train.GPTConfig, settings, {}, run["vocab_size"])
 
 
 def settings_dtype(settings, device):
-    """autocast's dtype, as train.main chooses it."""
+    """autocast's dtype, as train.main chooses it on such a device of today; it need not be here."""
     name = settings.dtype if settings.param_dtype == "float32" else settings.param_dtype
-    return setup_runtime(device, name, settings.seed).dtype
+    return DTYPES[{"auto": "bfloat16" if device == "cuda" else "float32"}.get(name, name)]
 
 
 def run_of(settings, config, dtype, kind):

@@ -101,3 +101,35 @@ def plan_refused(rows):
     """Share of fitting runs that are refused."""
     wrong, fit = refused(measured(rows, "cpu"))
     return percent(wrong / fit, signed=False)
+
+
+@figure("plan_gpu_runs", "plan_accuracy.csv")
+def plan_gpu_runs(rows):
+    """How many were measured on a GPU."""
+    return f"{len(measured(rows, 'cuda'))}"
+
+
+@figure("plan_gpu_median", "plan_accuracy.csv")
+def plan_gpu_median(rows):
+    """Median error of those."""
+    return percent(median(abs(row["error"]) for row in measured(rows, "cuda")), signed=False)
+
+
+@figure("plan_gpu_nine", "plan_accuracy.csv")
+def plan_gpu_nine(rows):
+    """Nine of ten of them are within this."""
+    errors = sorted(abs(row["error"]) for row in measured(rows, "cuda"))
+    return percent(errors[len(errors) * 9 // 10], signed=False)
+
+
+@figure("plan_gpu_worst", "plan_accuracy.csv")
+def plan_gpu_worst(rows):
+    """Worst error of them."""
+    return percent(max(abs(row["error"]) for row in measured(rows, "cuda")), signed=False)
+
+
+@figure("plan_gpu_refused", "plan_accuracy.csv")
+def plan_gpu_refused(rows):
+    """Share of fitting runs that are refused."""
+    wrong, fit = refused(measured(rows, "cuda"))
+    return percent(wrong / fit, signed=False)

@@ -11,6 +11,7 @@ LOOKS = {  # how blocks run -> colour (Okabe and Ito's palette), mark
     "checkpoint_layers": ("#009E73", "^"),
     "offload": ("#CC79A7", "D"),
 }
+FALSE_FITS = {"cpu": "below: false fits", "cuda": "below, from 5,000 MB on: false fits"}
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
@@ -41,7 +42,7 @@ def accuracy_figure(rows):
         below.axhline(0, color="#999999", linewidth=0.8, zorder=0)
         below.axhline(floor, color="#D55E00", linewidth=0.8, linestyle="--", zorder=0)
         below.annotate(
-            "below: false fits", (1, floor), color="#D55E00",
+            FALSE_FITS[device], (1, floor), color="#D55E00",
             xycoords=("axes fraction", "data"), ha="right", va="top", fontsize=9,
             xytext=(0, -3), textcoords="offset points",
         )  # fmt: skip

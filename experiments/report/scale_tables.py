@@ -73,3 +73,42 @@ def tuning_124m(rows):
         "tokens/s",
     ]
     return markdown(header, lines) + made_on(tuned)
+
+
+@table("many_gpus", "many_gpus.csv")
+def many_gpus(rows):
+    """Steps on several GPUs: time, peak, share of the chips' arithmetic."""
+    what = {
+        "8b": "8B, {sequences} x {T:,} tokens",
+        "long": "8B of {layers} layers, one sequence of {T:,} in {pieces} pieces, offload",
+        "step": "8B, the optimizer's step alone",
+        "context": "8B, one block, {T:,} tokens in {pieces} pieces",
+    }
+    lines = []
+    for row in rows:
+        words = what[row["stage"]].format(**row) + (f", `{row['variant']}`" * bool(row["variant"]))
+        cells = [row["gpus"], words, f"{row['step_s']:.2f} s"]
+        cells += [f"{row[n]:.1f} GB" if row[n] else "" for n in ("peak_GB", "predicted_GB")]
+        cells += [f"{row['mfu']:.1%}" if row["mfu"] else "", f"{row['tokens_per_s'] or 0:,}"]
+        lines.append([cell if cell != "0" else "" for cell in cells])
+    header = ["GPUs", "what", "time", "peak a card", "predicted", "of the chips", "tokens/s"]
+    return markdown(header, lines) + made_on(rows)
+
+
+@table("llama_one_card", "llama_one_card.csv")
+def llama_one_card(rows):
+    """A Llama trained whole on a card of limited memory, as train.py runs it."""
+    lines = [
+        (
+            f"{row['parameters'] / 1e9:.2f}B",
+            f"{row['card_gb']:g} GB",
+            f"{row['T']:,}",
+            f"{row['step_s']:.2f} s",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['gpu_peak_gb']:.2f} GB",
+            f"{row['host_peak_gb']:.1f} GB",
+        )
+        for row in rows
+    ]
+    header = ["Llama", "card", "tokens", "step", "tokens/s", "peak", "host"]
+    return markdown(header, lines) + made_on(rows)

@@ -38,7 +38,7 @@ from leangpt.system.whole_files import written_whole
 
 PAGES = ("README.md", "docs/ARCHITECTURE.md") + tuple(
     f"docs/results/{name}.md"
-    for name in ("attention", "optimizers", "generation", "plan", "reliability")
+    for name in ("attention", "optimizers", "generation", "plan", "reliability", "scale")
 )
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end table -->)", re.DOTALL)
 FIGURE = re.compile(r"(<!-- figure: (\S+) -->).*?(<!-- end -->)", re.DOTALL)

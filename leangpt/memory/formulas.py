@@ -13,7 +13,7 @@ a part that plans show. Formulas are written once, here. What they are made of (
               whole (a tile holds whole sequences) fused accumulates several cpu
               freed (gradients, as soon as they are there: fused, or summed in few bits)
               cached (autocast keeps its copies of weights: nothing is compiled)
-              spread (a kernel for float32 that does not share heads)
+              spread (a kernel for float32 that does not share heads) copied (heads as rows)
     and       weights state gradients: bytes of all; gradients_layer, untied_stands: of a layer's,
               of a head's own; new_layer: of a layer's before they are summed in few bits; at_step,
               update: of the optimizer's step; update_layer, update_head, update_table: of update.py
@@ -46,13 +46,13 @@ SAVED = {
         ("its input x", "n*C*e"),
         ("norm of x, its statistics", "n*C*e + 8*n + norm_more"),
         ("angles of rope", "rope*T*D*4"),
-        ("q, k, v", "0 if wide or scores else (1 + 2/g)*n*C*e"),
-        ("... turned by rope", "rope*(1 + 1/g)*n*C*e if not (wide or scores) else 0"),
+        ("q, k, v", "0 if wide or scores or (spread and rope) else (1 + 2/g)*n*C*e"),
+        ("... turned", "rope*(1 if spread else 1 + 1/g)*n*C*e if not (wide or scores) else 0"),
         ("... in float32, where the kernel wants it", "wide*(2 + 2/g)*n*C*4"),
         ("k and v for each head, where the kernel wants it", "spread*2*n*C*e"),
         ("attention's weights, dropped and not", "scores*(3*B*H*T*T*4 + 3*n*C*4)"),
         ("attention's logsumexp", "0 if scores else 4*n*H"),
-        ("attention's output", "n*C*e + (rope*n*C*e if not (wide or scores) else 0)"),
+        ("attention's output", "n*C*e + (rope*copied*n*C*e if not (wide or scores) else 0)"),
         ("x after attention", "n*C*e"),
         ("norm of it, its statistics", "n*C*e + 8*n + norm_more"),
         ("inside the MLP", "(4 if swiglu else 2)*r*n*C*e"),
@@ -234,6 +234,7 @@ def sizes(run) -> dict:
         wide=int(cpu and e < 4 and not attention_dropout), half_cpu=cpu and e < 4,
         by_tiles=int(tiled is not None), checkpoint=int(c.checkpoint_layers),
         offload=int(c.offload), cached=int(not run.compiled), K=checkpointed(c),
+        copied=int(cpu or e < 4),
         spread=int(not cpu and e == 4 and c.kv_heads < c.n_head),
         whole=int(tiled is not None and tiled.whole), fused=int(run.fused),
         freed=int(run.fused or run.gradient_bits > 0),
@@ -246,10 +247,11 @@ def sizes(run) -> dict:
         new_layer=sum(t.bytes for t in layers),
     )  # fmt: skip
     # the normed rows before their gain; a narrow stream is kept in float32 instead, and they too
-    names["norm_more"] = names["rms"] * n * c.n_embd * (e if e == 4 else 8 - e)
+    kept_rows = names["rms"] * n * c.n_embd * (cpu or w != e)
+    names["norm_more"] = kept_rows * (e if e == 4 else 8 - e)
     # torch has RMSNorm in one kernel for CUDA alone, and for weights of the stream's dtype
     names["in_steps"] = names["rms"] and (cpu or (w > e and not run.compiled))
-    names["last_norm_more"] = names["rms"] * n * c.n_embd * (e if e == 4 else 8)
+    names["last_norm_more"] = kept_rows * (e if e == 4 else 8)
     # CUDA's autocast has LayerNorm read and write float32; compiled blocks keep what they read
     in_float32 = (not cpu and e < 4 and c.norm == "layernorm") * n * c.n_embd * 4
     names["norm_more"] += in_float32 / 2 * (not run.compiled)

@@ -92,7 +92,7 @@ def plain_phases(run, names):
     config, g, r, e = run.config, names["g"], names["r"], run.stream_bytes
     stream = run.tokens * config.n_embd * e
     swiglu, matrix = names["swiglu"], config.n_embd**2
-    inside = (1 + names["drop"] + (2 * r if swiglu else r)) * stream
+    inside = inside_mlp(run, names)
     stands = names["accumulates"] and not names["freed"]  # the gradient that others are added to
     made = max(e if names["cast"] else run.param_bytes, 0 if stands else run.param_bytes)
     mlp_saved = (1 + (4 if swiglu else 2) * r) * stream + names["norm_more"]
@@ -121,6 +121,12 @@ def plain_phases(run, names):
     return phases
 
 
+def inside_mlp(run, names):
+    """Bytes of the gradients inside the MLP of the plain block."""
+    r = names["r"] * (2 if names["swiglu"] else 1)
+    return (1 + names["drop"] + r) * run.tokens * run.config.n_embd * run.stream_bytes
+
+
 def tiled_phases(run, names, tiles):
     """Phases of the backward by tiles (attention/block_backward.py), likewise."""
     config, T, r, g, e = run.config, run.length, names["r"], names["g"], run.stream_bytes
@@ -134,9 +140,15 @@ def tiled_phases(run, names, tiles):
     if tiles.whole:
         share = tiles.b / run.batch_size
         block = share * names["plain"]
-        return [(2 * run.tokens * row + block, names["layer"] * (4 + found + copies), 0)]
+        if e == 4:  # narrow ones have a kernel of their own for the MLP
+            block += share * inside_mlp(run, names)
+        grads = names["layer"] * (4 + found + copies)
+        rows = (2 + config.offload) * run.tokens * row  # gradients; an input that came back
+        if run.compiled and b == run.batch_size:  # nothing is summed over sequences
+            return [(rows + block, 0, 0), (rows, grads, 0)]
+        return [(rows + block, grads, 0)]
     # gradients of input and output, the multiple that stands for attention's output
-    held = (2 + 2 * config.offload) * run.tokens * row + 4 * b * config.n_head * T
+    held = (2 + config.offload) * run.tokens * row + 4 * b * config.n_head * T
     held += b * T * row if config.checkpoint_layers else 0  # attention's output, again
     kept = 0 if config.policy.recomputes else 2 / g * T * b * row
     rows = min(q if few(run) else max(1, q // 4), T) * b
@@ -155,6 +167,7 @@ def tiled_phases(run, names, tiles):
     if config.checkpoint_layers:
         attending = kept + b * row * _forward_scratch(config, T, q, k, run.device_type, True)
         workspace = _workspace(config, q, k, e, run.device_type, run.threads)
+        workspace += scores(run, tiles, 3)
         phases.append((held + attending, several * after * (4 + copies) + earlier, workspace))
     heads = heads_at_once(config, T, q, b, run.device_type)
     share = heads / config.kv_heads
@@ -171,6 +184,7 @@ def tiled_phases(run, names, tiles):
     summed = 4 * qkv * (few(run) or run.tokens > q * b)  # of tiles before
     weights = after * (4 + copies) + qkv * copies + summed
     workspace = _workspace(config, q, k, e, run.device_type, run.threads, backward=True)
+    workspace += share * scores(run, tiles, 3.8)
     phases.append((held + b * row * attention, weights, workspace))
     if names["rope"]:  # turned back: a float32 copy, and four of halves
         turning = 3 + 5 / g + 2 * wide / g + 3 * wide + (e < 4) * (1 + 2 / g)
@@ -183,6 +197,15 @@ def tiled_phases(run, names, tiles):
     weights += qkv * share * found * (run.tokens > q * b)
     phases.append((held + b * row * projecting, weights, 0))
     return phases
+
+
+def scores(run, tiles, times):
+    """Bytes of attention's scores in a tile, so many `times`, where they are written out: CUDA's
+    kernels for tiles are for narrow numbers (attention/tile_kernels.py). 3.4 to 4 were measured in
+    backward."""
+    if run.device_type != "cuda" or run.stream_bytes < 4:
+        return 0
+    return times * tiles.b * run.config.n_head * tiles.q * max(tiles.q, tiles.k) * 4
 
 
 def few(run):
