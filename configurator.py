@@ -52,7 +52,7 @@ def parse_config(settings, argv=None, config_files=True):
     why it has one value only, its default: "fixed", for names that people bring from elsewhere.
     `--help` prints every key and exits with status 0. Where the metadata of a tuple[str, ...] field
     says "positional", words that are no flags are gathered there, and there are no config files;
-    with config_files=False such words are refused.
+    with config_files=False such words are refused, and so is a key with two values.
     Raises UserError on an unknown key, a value of the wrong type, another value of a fixed field, a
     number that 64 bits do not hold, or an unreadable config file.
     """
@@ -62,16 +62,20 @@ def parse_config(settings, argv=None, config_files=True):
         sys.exit(0)
     kinds, names = _field_types(settings), _names(settings)
     positional = _positional(settings)
-    given = {}
+    given, after = {}, ""
     for flag, key, text in read_words(settings, argv):
         if key is not None:
-            given[key] = _from_text(flag, kinds[key], text)
+            after = f" after {flag}"
+            value = _from_text(flag, kinds[key], text)
+            if not config_files and given.get(key, value) != value:
+                raise UserError(f"{flag} is given twice: it takes one value")
+            given[key] = value
         elif positional:
             given[positional] = (*given.get(positional, ()), text)
         elif config_files:
             given.update(_read_config_file(text, kinds, names))
         else:
-            raise UserError(f"unexpected {_short(text)!r}: {HOW_TO_WRITE}")
+            raise UserError(f"unexpected {_short(text)!r}{after}: {HOW_TO_WRITE}")
     _check_fixed(settings, given)
     return settings(**given), given
 
@@ -213,8 +217,8 @@ def _in_range(value):
 
 
 def _short(text):
-    """A user's words, to be repeated in one line."""
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"
+    """A user's words, to be repeated in one line: whole where they may be a path."""
+    return text if len(text) <= 160 else f"{text[:60]}... ({len(text):,} characters)"
 
 
 # ---- config files -------------------------------------------------------------------------------
@@ -242,11 +246,21 @@ def _read_config_file(path, kinds, names):
         for key, value in namespace.items()
         if not key.startswith("_") and not isinstance(value, ignored)
     }
+    unset = [name for name in namespace.get("__annotations__", {}) if name not in namespace]
+    if unset or not values and _has_code(path):  # "max_iters: 3", as in YAML; {"max_iters": 3}
+        what = f"{unset[0]} is given no value" if unset else "nothing is set"
+        raise UserError(f"{path}: {what}: a config file is Python, with lines as max_iters = 3")
     unknown = [key for key in values if key not in names]
     if unknown:
         raise UserError(_unknown(unknown, names, f"in {path}"))
     values = {names[key]: value for key, value in values.items()}
     return {key: _checked(key, kinds[key], value, path) for key, value in values.items()}
+
+
+def _has_code(path):
+    """Is there more than comments in a Python file?"""
+    with tokenize.open(path) as file:
+        return bool(ast.parse(file.read()).body)
 
 
 def _near_file(path):
@@ -273,11 +287,14 @@ def _line_in(path, error):
 
 def _checked(key, kind, value, path):
     """A Python value from a config file, if it has the field's type and 64 bits hold it."""
+    wrong = UserError(f"{path}: {key} = {value!r}: expected {_type_name(kind)}")
     try:
         for number in value if isinstance(value, (tuple, list)) else (value,):
             _in_range(number)
-    except (OverflowError, ValueError) as error:
+    except OverflowError as error:
         raise UserError(f"{path}: {key}: {error}") from None
+    except ValueError:  # not a number
+        raise wrong from None
     for option in _alternatives(kind):
         if typing.get_origin(option) is tuple:
             item = typing.get_args(option)[0]
@@ -287,7 +304,7 @@ def _checked(key, kind, value, path):
             return float(value)
         elif type(value) is option:
             return value
-    raise UserError(f"{path}: {key} = {value!r}: expected {_type_name(kind)}")
+    raise wrong
 
 
 # ---- fields, their types and their comments -----------------------------------------------------

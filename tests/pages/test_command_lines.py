@@ -170,8 +170,15 @@ def test_numbers_in_config_files_have_limits_too(tmp_path, text, says):
 
 def test_prepare_scripts_take_no_config_files(tmp_path):
     (tmp_path / "b.py").write_text("raise SystemExit('it ran')\n")
-    with pytest.raises(UserError, match="unexpected '.*b.py'"):
+    with pytest.raises(UserError, match="unexpected '.*b.py' after --dataset: "):
         parse_config(train.Settings, ["--dataset", "a.py", str(tmp_path / "b.py")], False)
+
+
+def test_prepare_scripts_take_one_value_for_each_key():
+    with pytest.raises(UserError, match="--dataset is given twice: it takes one value"):
+        parse_config(train.Settings, ["--dataset=a", "--dataset", "b"], False)
+    assert parse_config(train.Settings, ["--dataset=a", "--dataset=a"], False)[0].dataset == "a"
+    assert parse_config(train.Settings, ["--dataset=a", "--dataset=b"])[0].dataset == "b"
 
 
 # ------------------------------------------------------------------ drawn at random

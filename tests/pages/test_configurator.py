@@ -132,6 +132,12 @@ def test_left_to_right_over_files_and_flags(tmp_path):
         ("n_layer = \n", ["line 1", "syntax"]),
         ("\nn_layer = depth\n", ["line 2", "NameError", "depth"]),
         ("import no_such_module\n", ["line 1", "no_such_module"]),
+        ("dropout = float('nan')\n", ["dropout = nan", "expected float"]),
+        ("seq = [1, float('nan')]\n", ["seq = [1, nan]", "expected int,..."]),
+        ("n_layer: 2\n", ["n_layer is given no value", "max_iters = 3"]),  # YAML
+        ("dropout = 0.1\nn_layer: int\n", ["n_layer is given no value"]),
+        ('{"n_layer": 2}\n', ["nothing is set"]),  # JSON
+        ("'n_layer=2'\n", ["nothing is set"]),
     ],
 )
 def test_bad_config_files_are_named(tmp_path, text, words):
@@ -139,6 +145,13 @@ def test_bad_config_files_are_named(tmp_path, text, words):
     with pytest.raises(UserError) as error:
         parse(str(tmp_path / "x.py"))
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_a_config_file_of_comments_changes_nothing(tmp_path):
+    (tmp_path / "x.py").write_text("# n_layer = 2\n")
+    assert parse(str(tmp_path / "x.py")) == Settings()
+    (tmp_path / "x.py").write_text("n_layer: int = 2\n")
+    assert parse(str(tmp_path / "x.py")).n_layer == 2
 
 
 def test_config_files_do_not_see_one_another(tmp_path):
