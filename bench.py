@@ -176,8 +176,11 @@ def grid(settings):
     for name in ("seq", "policy"):
         if not getattr(settings, name):
             raise UserError(f"--{name} is empty: give at least one, as in --seq=1024,4096")
-    if min(settings.seq) <= 0:
-        raise UserError(f"--seq must be positive, not {min(settings.seq)}")
+    for name in ("seq", "q_chunk", "k_chunk"):
+        if (least := min(getattr(settings, name), default=1)) <= 0:
+            raise UserError(f"--{name} must be positive, not {least}")
+    if settings.kv_heads is not None and settings.kv_heads <= 0:
+        raise UserError(f"--kv_heads must be positive, not {settings.kv_heads}")
     if settings.dtype not in DTYPES:
         raise UserError(f"unknown dtype {settings.dtype!r}; choose from: {', '.join(DTYPES)}")
     device = str(setup_runtime(settings.device, settings.dtype, settings.seed).device)

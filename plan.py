@@ -137,9 +137,10 @@ def check(settings, named):
         if (value := getattr(settings, name)) not in known:
             shown = "for" if name == "purpose" else name
             raise UserError(f"unknown {shown} {value!r}; choose one of: {', '.join(known)}")
-    for name in ("devices", "num_samples"):
-        if not 1 <= getattr(settings, name) <= 2**20:
-            raise UserError(f"{name} must be positive, not {getattr(settings, name)}")
+    for name, most in (("devices", 2**20), ("num_samples", 2**20), ("vocab_size", 2**31 - 1)):
+        value = getattr(settings, name)
+        if value is not None and not 1 <= value <= most:
+            raise UserError(f"{name} must be positive and at most {most:,}, not {value:,}")
     if settings.kv_bits not in (None, 8, 4):
         raise UserError(f"kv_bits={settings.kv_bits}: use 8, 4, or None for an exact cache")
     if settings.parallel == "fsdp" or settings.context_parallel > 1:

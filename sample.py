@@ -41,6 +41,7 @@ from leangpt.weights.gguf_export import export_gguf
 from model import GPT
 
 RULE = "-" * 15  # between samples, as nanoGPT prints it
+MOST_AT_ONCE = 2**20  # samples: as many as plan.py plans for
 
 
 @dataclass
@@ -142,6 +143,10 @@ def check(settings):
     Sampler(settings.temperature, settings.top_k, settings.top_p)
     if settings.num_samples <= 0:
         raise UserError(f"num_samples must be positive, not {settings.num_samples}")
+    if settings.num_samples > MOST_AT_ONCE and not settings.stream:  # one by one
+        raise UserError(
+            f"num_samples must be at most {MOST_AT_ONCE:,} at once, not {settings.num_samples:,}"
+        )
     if settings.kv_bits not in (None, 8, 4):
         raise UserError(f"kv_bits={settings.kv_bits}: use 8, 4, or None for an exact cache")
     if settings.group_size not in GROUP_SIZES:
@@ -324,7 +329,7 @@ def write(model, text, ids, settings, runtime):
     at_once = 1 if settings.stream else settings.num_samples
     steps, seconds, warm_ups = 0, 0.0, []
     for _ in range(0, settings.num_samples, at_once):
-        idx = torch.tensor([ids] * at_once, device=runtime.device)
+        idx = torch.tensor([ids], device=runtime.device).repeat(at_once, 1)
         printer = None
         if settings.stream:
             printer = Printer(text.tokenizer, text.stop_tokens, ids, not settings.chat)

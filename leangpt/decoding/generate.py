@@ -25,6 +25,7 @@ from leangpt.decoding.steps import DecodeLoop, TokenRows
 from leangpt.kv_cache.cache import build_cache
 from leangpt.system.errors import UserError
 
+MOST_TOKENS = 2**27  # to write in a text: a table of them is made first
 KERNELS_FROM = 1000  # tokens of work from which Triton's kernels are worth compiling, some seconds
 
 
@@ -111,6 +112,8 @@ def check_count(max_new_tokens):
     """Raise UserError for a number of tokens that cannot be written."""
     if max_new_tokens <= 0:
         raise UserError(f"max_new_tokens must be positive, not {max_new_tokens}")
+    if max_new_tokens > MOST_TOKENS:
+        raise UserError(f"max_new_tokens must be at most {MOST_TOKENS:,}, not {max_new_tokens:,}")
 
 
 def check_prompt(model, idx, lengths):

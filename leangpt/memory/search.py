@@ -7,6 +7,8 @@ a change of what is learned (optimizer, weights' dtype) has to buy a twentieth o
 of how it is computed a tenth: among equals the one that gives up least comes first.
 """
 
+import functools
+import itertools
 import math
 from dataclasses import dataclass, field, replace
 
@@ -224,7 +226,8 @@ def ways_to_compute(run: Run, fixed) -> list:
 def largest_micro_batch(run: Run, wish: Wish, budget: Budget) -> Run | None:
     """The run with the largest micro-batch that fits, its sequences an iteration unchanged."""
     sequences = run.batch_size * run.micro_batches
-    sizes = [b for b in range(1, sequences + 1) if sequences % b == 0]
+    factors = divisors(run.batch_size), divisors(run.micro_batches)
+    sizes = sorted({first * second for first, second in itertools.product(*factors)})
     if {"batch_size", "gradient_accumulation_steps"} & wish.fixed:
         sizes = [run.batch_size]
     if run.fused:
@@ -263,6 +266,13 @@ def with_checkpoints(run: Run, layers: int) -> Run:
     if not run.config.checkpoint_layers or layers == run.config.n_layer:
         return run
     return replace(run, config=replace(run.config, checkpoint_first=layers))
+
+
+@functools.cache
+def divisors(number: int) -> list[int]:
+    """All of them, in square root time: an iteration may have billions of sequences."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def flags_of(run: Run, asked: Run) -> dict:

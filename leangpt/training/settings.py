@@ -101,12 +101,19 @@ class Settings:
             "eval_interval",
             "eval_iters",
             "warmup_iters",
+            "lr_decay_iters",
             "grad_clip",
             "min_lr",
             "weight_decay",
         ):
             if (getattr(self, name) or 0) < 0:
                 raise UserError(f"{name} must not be negative, but is {getattr(self, name)}")
+        for name in ("learning_rate", "embedding_lr"):
+            if (rate := getattr(self, name)) is not None and rate <= 0:
+                raise UserError(f"{name} must be positive, not {rate}")
+        for name in ("beta1", "beta2"):
+            if not 0 <= (getattr(self, name) or 0) < 1:
+                raise UserError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
         sizes = {name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd")}
         for name, value in {**positive, **sizes}.items():
             if value > MOST:
