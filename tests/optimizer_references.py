@@ -117,3 +117,13 @@ def run(optimizer, params, grads):
 def assert_close(actual, expected, dtype):
     tolerance = 1e-12 if dtype == torch.float64 else 2e-5
     assert (actual.double() - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def alike(value, other):
+    """Are two float32 tensors of state equal but for rounding, nan where the other is?
+
+    To 1e-4 of each number and, as a momentum may be a difference of larger ones, to a few roundings
+    (2^-22) of the tensor's largest.
+    """
+    largest = other[other.isfinite()].abs().max().item() if other.isfinite().any() else 0.0
+    return torch.allclose(value, other, rtol=1e-4, atol=2**-22 * largest, equal_nan=True)

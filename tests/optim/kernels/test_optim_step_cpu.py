@@ -9,7 +9,7 @@ from pathlib import Path
 import optimizer_references as reference
 import pytest
 import torch
-from optimizer_references import run
+from optimizer_references import alike, run
 from torch import nn
 
 from leangpt.optim import Adafactor, AdamSN, MuonSN, build_optimizer
@@ -151,7 +151,7 @@ def check_equal(results):
             if torch.is_tensor(value):
                 other = loop.state[q][name]
                 assert value.shape == other.shape and value.dtype == other.dtype
-                assert torch.allclose(value, other, rtol=1e-4, atol=1e-7, equal_nan=True)
+                assert alike(value, other), name
 
 
 @needs_kernels
