@@ -42,9 +42,14 @@ def written_whole(path, fsync=False):
 
 @contextlib.contextmanager
 def writing(path):
-    """Around whatever else writes to `path`: what the system refuses there is one clear line."""
+    """Around whatever else writes to `path`: what the system refuses there is one clear line.
+
+    But for a pipe's reader that went away, which is no error of the writer's: BrokenPipeError.
+    """
     try:
         yield
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise refused(f"cannot write {path}", error) from error
 

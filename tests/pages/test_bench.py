@@ -170,3 +170,11 @@ def test_a_full_disk_is_named_before_anything_is_measured():
     done = run_bench("--seq=16", "--runs=1", "--csv=/dev/full", "--device=cpu")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: cannot write /dev/full: No space left on device\n"
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_is_no_error():
+    words = f"{sys.executable} {bench.__file__} --device=cpu --seq=16 --runs=1 --print"
+    command = ["bash", "-c", f"set -o pipefail; {words} | head -1"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (141, "") and done.stdout.startswith("seq,policy")
