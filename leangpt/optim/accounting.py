@@ -7,6 +7,7 @@ from torch import nn
 
 from leangpt.optim.adafactor import Adafactor
 from leangpt.optim.adamsn import AdamSN
+from leangpt.optim.arithmetic import zeros_as
 from leangpt.optim.base import COMMON, MemoryOptimizer
 from leangpt.optim.batches import as_rows
 from leangpt.optim.build import make_groups, resolve_recipe
@@ -63,7 +64,7 @@ def new_state(cls: type, p: torch.Tensor, group: dict) -> dict[str, torch.Tensor
     meta = p.detach().to("meta")
     if issubclass(cls, MemoryOptimizer):
         return cls.__new__(cls).new_state(as_rows(meta, group), group)
-    moments = {name: torch.empty_like(meta) for name in ("exp_avg", "exp_avg_sq")}
+    moments = {name: zeros_as(meta, meta.dtype) for name in ("exp_avg", "exp_avg_sq")}
     return {"step": torch.empty((), device="meta"), **moments}  # torch's AdamW
 
 

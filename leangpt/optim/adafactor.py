@@ -25,6 +25,7 @@ from leangpt.optim.arithmetic import (
     compute_dtype,
     mean_square,
     whole_mean_square,
+    zeros_as,
 )
 from leangpt.optim.base import COMMON_HELP, MemoryOptimizer, check_number
 from leangpt.optim.momentum import new_momentum, update_momentum
@@ -94,7 +95,7 @@ class Adafactor(MemoryOptimizer):
     def new_state(self, tensor, group, shards=None):
         wide = dict(dtype=compute_dtype(tensor), device=tensor.device)
         if tensor.ndim < 2 or not group["factored"]:
-            state = {"mean_square": torch.zeros_like(tensor, dtype=wide["dtype"])}
+            state = {"mean_square": zeros_as(tensor, wide["dtype"])}
         else:
             columns = math.prod(tensor.shape[1:])
             state = {

@@ -25,6 +25,8 @@ Every function works on a batch: the first dimension N counts independent tensor
 
 import torch
 
+from leangpt.optim.arithmetic import zeros_as
+
 BLOCK = 32  # numbers that share a scale
 LEVELS = {8: 127, 4: 7}  # the largest code; the smallest is its negative, and one below is zero
 GOLDEN = 0x9E3779B9  # 2^32 over the golden ratio: its multiples mod 2^32 lie evenly spread
@@ -42,7 +44,7 @@ def new_momentum(like, bits):
     if bits in (32, 16):
         wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         dtype = wide if bits == 32 else torch.bfloat16
-        return {"momentum": torch.zeros_like(like, dtype=dtype)}
+        return {"momentum": zeros_as(like, dtype)}
     blocks = -(-like.numel() // BLOCK)
     width, dtype = (BLOCK, torch.int8) if bits == 8 else (BLOCK // 2, torch.uint8)
     zero = -LEVELS[bits] - 1 if bits == 8 else 0  # two nibbles of the lowest code, stored as 0
