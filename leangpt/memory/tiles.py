@@ -193,9 +193,13 @@ def tiled_phases(run, names, tiles):
     # the backward of the projection to q, k and v, and of the norm before it
     norm = (6 * wide if e < 4 else 4) if names["rms"] else 2
     projecting = share * ((wide + stored) * T + (2 + 4 / g + 2 * wide / g) * q)
-    projecting += (share * names["rope"] * (1 + 1 / g) + norm) * q
-    weights += qkv * share * found * (run.tokens > q * b)
-    phases.append((held + b * row * projecting, weights, 0))
+    projecting += share * names["rope"] * (1 + 1 / g) * q
+    added = qkv * share * found * (run.tokens > q * b)
+    phases.append((held + b * row * (projecting + norm * q), weights + added, 0))
+    if e < 4:  # the gradients of q, k and v are narrow copies, which the product has in one
+        projecting += (share * (1 + 2 / g) + 2) * q
+        own = qkv * share * (e + 4) * (run.device_type == "cpu")
+        phases.append((held + b * row * projecting, weights + own, 0))
     return phases
 
 
