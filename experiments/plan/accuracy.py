@@ -7,8 +7,8 @@ Runs are drawn by a seed (draws.py), made as train.py makes them, and stepped th
 is what train.py itself reports: the third step's on a CPU, the allocator's from the start on CUDA.
 On CUDA the allocator has no more than a device for which the plan says that it fits (`limit`): what
 runs out of that is a false fit, and measured again without a limit. Small runs share a GPU.
-Rows of the other device are kept. A row whose run failed says how. Drawn models only exist here:
-their data are random tokens in a temporary folder.
+Rows of the other device and of other seeds are kept. A row whose run failed says how. Drawn models
+only exist here: their data are random tokens in a temporary folder.
 
 It goes on where it was stopped. What was measured stays, with the commit that measured it, and is
 predicted anew: after a change of the formulas alone the same command takes seconds.
@@ -82,8 +82,10 @@ def main():
     known |= measured_before(options, from_csv=not options.again)
     rows = [again(run, known[run["number"]]) for run in drawn if run["number"] in known]
     path = Path(options.csv)
-    others = [r for r in read_csv(path) if r["device"] != options.device] if path.exists() else []
-    write_csv(path, others + rows)
+    kept = read_csv(path) if path.exists() else []
+    mine = (options.device, options.seed)
+    kept = [row for row in kept if (row["device"], row["seed"]) != mine]
+    write_csv(path, sorted(kept + rows, key=lambda r: (r["device"], r["seed"], r["number"])))
     report(rows)
 
 

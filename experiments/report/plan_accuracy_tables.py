@@ -11,9 +11,14 @@ def percent(share, signed=True):
     return f"{share:+.2%}" if signed else f"{share:.2%}"
 
 
-def measured(rows, device):
-    """The runs that were measured there."""
-    return [row for row in rows if row["device"] == device and row["measured"]]
+SEED = 1  # whose draws the formulas were corrected by; of other seeds runs are fresh
+
+
+def measured(rows, device, fresh=None):
+    """The runs that were measured there; fresh: only those of seeds nobody corrected formulas by,
+    or only the others."""
+    found = [row for row in rows if row["device"] == device and row["measured"]]
+    return [row for row in found if fresh is None or (row["seed"] != SEED) == fresh]
 
 
 def false_fits(rows):
@@ -74,6 +79,9 @@ def plan_accuracy(rows):
             alike = [row for row in found if row["family"] == family]
             lines.append(line(f"{device}: {family}", alike))
         lines.append(line(f"{device}: all", found))
+        for seed in sorted({row["seed"] for row in found}):
+            if len(alike := [row for row in found if row["seed"] == seed]) < len(found):
+                lines.append(line(f"{device}: seed {seed}", alike))
     header = ["runs", "how many", "median error", "nine of ten within", "errors", "false fits"]
     return markdown(header, lines) + made_on(rows)
 
@@ -82,6 +90,12 @@ def plan_accuracy(rows):
 def plan_runs(rows):
     """How many were measured on a CPU."""
     return f"{len(measured(rows, 'cpu'))}"
+
+
+@figure("plan_fresh", "plan_accuracy.csv")
+def plan_fresh(rows):
+    """How many of those are of a fresh seed."""
+    return f"{len(measured(rows, 'cpu', fresh=True))}"
 
 
 @figure("plan_median", "plan_accuracy.csv")
