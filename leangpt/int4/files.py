@@ -22,6 +22,7 @@ from leangpt.system.reading import mapping, regular_file
 from leangpt.system.whole_files import written_whole
 from leangpt.text.model_text import check_data
 from leangpt.weights.empty_model import shapes_of
+from leangpt.weights.find import refuse_misnamed_gguf
 
 FORMAT = "int4-groups"
 TEXT = "text/"
@@ -63,6 +64,7 @@ def load_int4(GPT, path, device="cpu", dtype=torch.bfloat16, **overrides):
     attention_policy. Raises UserError for a missing, damaged or foreign file, and for tensors
     missing or of the wrong shape or dtype: kernels read them by address, and check nothing.
     """
+    refuse_misnamed_gguf(path)
     try:
         with mapping(path), safe_open(regular_file(path), "pt") as file:
             header = file.metadata() or {}

@@ -50,10 +50,11 @@ class Counts:
 def read_conversations(path):
     """Yield (line number, messages) of a JSONL file. Raises UserError naming file and line.
 
-    Empty lines are passed over; other keys of a line or message are left alone.
+    Empty lines and a byte order mark are passed over; other keys of a line or message are left
+    alone.
     """
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, _messages(line, f"{path}, line {number}")

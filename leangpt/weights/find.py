@@ -1,5 +1,6 @@
 """Finding a published model by name: a folder, a GGUF file, or a hub id that is downloaded."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -21,14 +22,34 @@ def find_pretrained(name_or_dir, files=ALL_FILES):
     files: patterns of what is downloaded; SOURCES: the tokenizer's files, without the weights.
     """
     name, path = str(name_or_dir), Path(name_or_dir).expanduser()
+    refuse_misnamed_gguf(path)
     if path.suffix in PICKLES:
-        raise UserError(f"{path}: a foreign pickle could run code; convert it to safetensors")
+        raise UserError(
+            f"{path}: a foreign pickle could run code; convert it to safetensors"
+            f"{own_checkpoint(path.parent, path.name)}"
+        )
     if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
     if path.suffix == ".gguf" or path.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UserError(f"{name}: no such folder or .gguf file, and not the name of a hub model")
     hub_id = f"openai-community/{name}" if name in GPT2_SIZES else name
     return _download(hub_id, files)
+
+
+def refuse_misnamed_gguf(path):
+    """Raise UserError where a file that begins as GGUF does has another name: names are gone by."""
+    path, begins = Path(path), b""
+    with contextlib.suppress(OSError):  # whoever reads it will say so
+        if path.suffix != ".gguf" and path.is_file():
+            with open(path, "rb") as file:
+                begins = file.read(4)
+    if begins == b"GGUF":
+        raise UserError(f"{path} is a GGUF file: give it a name that ends in .gguf")
+
+
+def own_checkpoint(folder, name):
+    """What to add to the refusal of a pickle that train.py may have written."""
+    return f" (a checkpoint of train.py: --out_dir={folder})" if name.startswith("ckpt") else ""
 
 
 def _download(hub_id, files):
@@ -71,7 +92,7 @@ def open_weights(path):
     if pickles:
         raise UserError(
             f"{path} holds only pickled weights ({pickles[0]}), which could run code; "
-            "convert them to model.safetensors"
+            f"convert them to model.safetensors{own_checkpoint(path, pickles[0])}"
         )
     raise UserError(f"{path} holds no model.safetensors and no {INDEX}")
 

@@ -85,6 +85,12 @@ def test_bad_lines_are_named(tmp_path, line, words):
         list(read_conversations(path))
 
 
+def test_a_byte_order_mark_is_no_part_of_a_line(tmp_path):
+    plain = write(tmp_path / "chats.jsonl", CHATS)
+    (tmp_path / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    assert list(read_conversations(tmp_path / "marked.jsonl")) == list(read_conversations(plain))
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
         list(read_conversations(tmp_path / "none.jsonl"))

@@ -14,6 +14,7 @@ from pretrained_files import gpt2_config, gpt2_tensors, write_folder
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
+from leangpt.int4.files import load_int4
 from leangpt.runs.checkpoint import load_checkpoint, model_args, model_from_checkpoint
 from leangpt.system.errors import UserError
 from leangpt.text.chat_template import render_alone
@@ -313,3 +314,17 @@ def test_other_pipes_are_not_waited_for_either(tmp_path, soon):
     os.mkfifo(tmp_path / "ckpt.pt")
     refused(lambda: load_checkpoint(tmp_path / "ckpt.pt"), "is a pipe")
     refused(lambda: load_checkpoint("/dev/zero"), "is a pipe, socket or device")
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.safetensors", "model.txt", "model"])
+def test_a_gguf_file_by_another_name_is_called_one(tmp_path, name):
+    (tmp_path / name).write_bytes(b"GGUF\x03")
+    for load in (load_pretrained, load_int4):
+        refused(partial(load, GPT, tmp_path / name), "a GGUF file: give it a name that ends")
+
+
+def test_a_checkpoint_of_ours_is_given_by_its_folder(tmp_path):
+    (tmp_path / "ckpt.pt").write_bytes(b"PK")
+    (tmp_path / "config.json").write_text("{}")
+    for path in (tmp_path, tmp_path / "ckpt.pt"):
+        refused(partial(load_pretrained, GPT, path), f"--out_dir={tmp_path}")
