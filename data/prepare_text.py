@@ -113,6 +113,8 @@ def prepare_shakespeare(input_file, directory, tokenizer, cache=None):
 
 def prepare(text, directory, vocabulary):
     """Tokenize a `Text`, split it 90/10 and write the dataset; prints what it did."""
+    if not text.text:
+        raise UserError(f"{text.source} is empty: there is nothing to prepare")
     tokenizer, meta = vocabulary.tokenizer, dict(vocabulary.meta)
     if tokenizer is None:
         meta["characters"] = text.characters or "".join(sorted(set(text.text)))
@@ -136,16 +138,19 @@ def prepare(text, directory, vocabulary):
 
 
 def report_if_prepared(directory, wanted, sha256=None):
-    """Whether `directory` holds this dataset whole (from the text `sha256`, if given); says so.
+    """Whether `directory` holds this dataset whole (from the text `sha256`, if given); says so, and
+    says what else it holds, which is about to be replaced.
 
     wanted: what its meta.json must say, a dict.
     """
     try:
         meta = json.loads((Path(directory) / "meta.json").read_text(encoding="utf-8"))
+        same = wanted.items() <= meta.items() and sha256 in (None, meta["sha256"])
+        if not same:
+            print(f"note: this replaces {meta['source']}, sha256 {meta['sha256'][:16]}...")
         whole = (
-            not (Path(directory) / MARK).exists()
-            and wanted.items() <= meta.items()
-            and sha256 in (None, meta["sha256"])
+            same
+            and not (Path(directory) / MARK).exists()
             and all(
                 (Path(directory) / f"{split}.bin").stat().st_size
                 == TOKEN_BYTES[token_type(meta)] * meta[f"{split}_tokens"]

@@ -223,6 +223,7 @@ def test_shakespeare_char_script(clone):
     (clone / "book.txt").write_text("another text " * 9)
     status, out, err = run(clone, script, "--input=book.txt")
     assert status == 0 and "wrote data/shakespeare_char" in out
+    assert out.startswith(f"note: this replaces book.txt, sha256 {SHA256[:16]}...\n")
 
 
 @pytest.mark.slow
@@ -249,7 +250,10 @@ def test_own_text_script(clone):
         ([], "needed: --input FILE --name NAME"),
         (["--input=none.txt", "--name=mine"], "cannot read none.txt: No such file"),
         (["--input=latin.txt", "--name=mine"], "latin.txt is not UTF-8 text (byte 3)"),
-        (["--input=empty.txt", "--name=mine"], "too short"),
+        (["--input=short.txt", "--name=mine"], "too short"),
+        (["--input=empty.txt", "--name=mine"], "empty.txt is empty"),
+        (["--input=book.txt", "latin.txt", "--name=mine"], "unexpected 'latin.txt' after --input"),
+        (["--input=book.txt", "--input=a.txt", "--name=mine"], "--input is given twice"),
         (["--input=book.txt", "--name=../mine"], "--name=../mine"),
         (["--input=book.txt", "--name=shakespeare_char"], "has a prepare.py of its own"),
         (["--input=book.txt", "--name=mine", "--tokenizer=words"], "unknown tokenizer 'words'"),
@@ -258,7 +262,8 @@ def test_own_text_script(clone):
 )
 def test_bad_input_is_named_and_nothing_written(clone, argv, words, capsys, monkeypatch):
     (clone / "latin.txt").write_bytes("caf\u00e9".encode("latin-1"))
-    (clone / "empty.txt").write_text("ab")
+    (clone / "short.txt").write_text("ab")
+    (clone / "empty.txt").write_text("")
     files = sorted(clone.rglob("*"))
     monkeypatch.chdir(clone)
     monkeypatch.setattr(sys, "argv", ["prepare_text.py", *argv, f"--data_dir={clone / 'data'}"])
