@@ -22,6 +22,7 @@ TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 TEXT_FILES = (TOKENIZER, SETTINGS, "special_tokens_map.json", TEMPLATE, GENERATION)
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 OTHER_VOCABULARIES = ("vocab.txt", "tekken.json", "vocab.json", "merges.txt")  # not read (alone)
+GO_TOGETHER = {"vocab.json": "merges.txt", "merges.txt": "vocab.json"}
 SOURCES = (*TEXT_FILES, *SENTENCEPIECE, *OTHER_VOCABULARIES, "added_tokens.json", "config.json")
 
 
@@ -100,9 +101,11 @@ def _made_tokenizer(folder):
     else:
         other = [name for name in OTHER_VOCABULARIES if (folder / name).exists()]
         if other:
+            lacks = GO_TOGETHER.get(other[0])
+            without = f" without {lacks}: copy it there, or" if lacks else ";"
             raise UserError(
-                f"{folder}: a vocabulary of the kind {other[0]} is not read; save the model's "
-                "tokenizer with transformers, which writes tokenizer.json"
+                f"{folder}: a vocabulary of the kind {other[0]} is not read{without} save the "
+                "model's tokenizer with transformers, which writes tokenizer.json"
             )
         return None
     added = folder / "added_tokens.json"

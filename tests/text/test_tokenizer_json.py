@@ -97,7 +97,8 @@ def test_sentencepiece_settings(tmp_path):
         ("tokenizer.model", model_bytes(toy_pieces())[:-3], "is not a SentencePiece model"),
         ("vocab.txt", b"[PAD]\n", "vocabulary of the kind vocab.txt is not read"),
         ("tekken.json", b"{}", "tekken.json is not read"),
-        ("vocab.json", b"{}", "vocab.json is not read"),
+        ("vocab.json", b"{}", "vocab.json is not read without merges.txt: copy it there"),
+        ("merges.txt", b"", "merges.txt is not read without vocab.json: copy it there"),
     ],
 )
 def test_what_is_not_read_is_refused_by_name(tmp_path, name, content, words):
