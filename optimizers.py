@@ -32,8 +32,7 @@ def make_optimizer(settings, model, runtime) -> torch.optim.Optimizer:
     embedding_lr, weight_decay, beta1, beta2, grad_clip, gradient_accumulation_steps and batch_size.
     runtime: its dtype and data_parallel. Raises UserError for what makes no sense together.
     """
-    options = parse_options(settings.optimizer_options)
-    check_option_types(settings.optimizer_variant, options)
+    options = run_options(settings)
     check_freeing(settings, options, runtime.dtype, getattr(runtime, "data_parallel", 1))
     if frees(options):  # gradients are gone before anything else could use them
         options["grad_clip"] = settings.grad_clip
@@ -101,6 +100,13 @@ def lr_factor(iteration, settings, peak) -> float:
 
 
 # ---------------------------------------------------------------------- options as text
+
+
+def run_options(settings) -> dict:
+    """The optimizer_options of a run. Raises UserError for one of another type than its default."""
+    options = parse_options(settings.optimizer_options)
+    check_option_types(settings.optimizer_variant, options)
+    return options
 
 
 def parse_options(text) -> dict:

@@ -39,7 +39,7 @@ from leangpt.training.planning import largest_parts, run_config, unpredicted, wi
 from leangpt.training.settings import Settings as TrainSettings
 from leangpt.training.start import adopted_block_size, resumed_settings
 from model import GPTConfig
-from optimizers import check_freeing, frees, parse_options
+from optimizers import check_freeing, frees, run_options
 
 PURPOSES = ("train", "sample")
 
@@ -110,7 +110,7 @@ def main(argv=None):
             device.type,
         )  # fmt: skip
         return plan_decoding(settings, how, named, budget, rates)
-    options = parse_options(settings.optimizer_options)
+    options = run_options(settings)
     impossible = ""
     try:
         check_freeing(settings, options, dtype, settings.devices)

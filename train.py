@@ -59,7 +59,7 @@ from leangpt.training.start import (
 )
 from leangpt.training.summary import startup_summary
 from model import GPT, GPTConfig
-from optimizers import lr_factor, parse_options, run_rates
+from optimizers import lr_factor, parse_options, run_options, run_rates
 from optimizers import make_optimizer as own_optimizer
 
 
@@ -126,7 +126,7 @@ def fit_run(settings, given, flags, dataset, runtime, checkpoint):
         settings, flags = replace(settings, attention_policy="cache"), flags - {"attention_policy"}
     config = run_config(GPTConfig, settings, given, dataset.vocab_size, checkpoint)
     settings = replace(settings, block_size=adopted_block_size(settings, given, config))
-    options = parse_options(settings.optimizer_options)
+    options = run_options(settings)
     return fit(settings, flags, config, options, runtime, auto)
 
 

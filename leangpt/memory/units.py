@@ -15,7 +15,7 @@ def parse_bytes(text: str, name: str = "memory") -> int:
         size = number * (1024 ** "KMGT".index(prefix) * 1024 if binary else UNITS[prefix])
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"{name}={text}: write bytes as 24GB, 24GiB or 512MB") from None
-    if not 1 <= size < 1e18:
+    if not 2**10 <= size < 1e18:  # less is a number that lacks its unit
         raise UserError(f"{name}={text}: that is no memory; write bytes as 24GB, 24GiB or 512MB")
     return int(size)
 

@@ -55,8 +55,11 @@ def planned_groups(model: nn.Module, variant: str, **options) -> tuple[type, lis
     defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
     if issubclass(recipe.cls, MemoryOptimizer):
         defaults |= COMMON
-    groups = make_groups(placed, recipe, weight_decay=0.1)
-    return recipe.cls, [defaults | recipe.options | group for group in groups]
+    groups = [defaults | recipe.options | g for g in make_groups(placed, recipe, weight_decay=0.1)]
+    if issubclass(recipe.cls, MemoryOptimizer):
+        for group in groups:
+            recipe.cls.__new__(recipe.cls).check_group(group)
+    return recipe.cls, groups
 
 
 def new_state(cls: type, p: torch.Tensor, group: dict) -> dict[str, torch.Tensor]:
