@@ -14,6 +14,9 @@ DEEPEST = 64  # containers in one another
 COPIES = 2  # names of the same numbers: tied weights
 
 
+FOLDER = 0x10  # of an entry's attributes, as MS-DOS has them
+
+
 def check_zip(path: Path, tensors: bool = True) -> None:
     """Raise BadZipFile where an entry of the file is not what was written: torch does not look.
 
@@ -27,6 +30,9 @@ def check_zip(path: Path, tensors: bool = True) -> None:
         if sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise zipfile.BadZipFile("its entries are larger than itself")
         for entry in entries:
+            if entry.external_attr & FOLDER and not entry.is_dir():
+                # torch reads nothing of a folder, and gives out what its memory held before
+                raise zipfile.BadZipFile(f"its entry {entry.filename} is called a folder")
             if tensors or "/data/" not in entry.filename:
                 with file.open(entry) as content:
                     while content.read(1 << 20):

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import os
 import pathlib
@@ -130,6 +131,24 @@ def test_a_flipped_bit_or_a_zeroed_page_anywhere_is_refused_or_harmless(tmp_path
         except UserError:
             refused += 1
     assert refused > 150
+
+
+@pytest.mark.slow
+def test_no_bit_of_a_tensors_place_in_the_file_goes_unseen(tmp_path):
+    """What precedes a tensor's bytes, and its line in the zip's directory: neither has a checksum."""
+    path, model = tmp_path / "one.pt", tiny_model()
+    save_checkpoint(path, checkpoint_of(model, build_optimizer(model, "adamsn")))
+    whole, want = path.read_bytes(), repr(load_checkpoint(path))
+    with zipfile.ZipFile(path) as file:
+        place = next(e.header_offset for e in file.infolist() if "/data/" in e.filename)
+    listed = whole.rindex(b"PK\1\2", 0, whole.rindex(b"/data/0"))
+    for start, size in ((place, 30), (listed, 46)):
+        for bit in range(8 * size):
+            content = bytearray(whole)
+            content[start + bit // 8] ^= 1 << bit % 8
+            path.write_bytes(content)
+            with contextlib.suppress(UserError):
+                assert repr(load_checkpoint(path)) == want, (start, bit)
 
 
 @pytest.mark.parametrize(
