@@ -135,7 +135,7 @@ def test_a_flipped_bit_or_a_zeroed_page_anywhere_is_refused_or_harmless(tmp_path
 
 @pytest.mark.slow
 def test_no_bit_of_a_tensors_place_in_the_file_goes_unseen(tmp_path):
-    """What precedes a tensor's bytes, and its line in the zip's directory: neither has a checksum."""
+    """What precedes a tensor's bytes, and its line in the zip's directory: nothing checks these."""
     path, model = tmp_path / "one.pt", tiny_model()
     save_checkpoint(path, checkpoint_of(model, build_optimizer(model, "adamsn")))
     whole, want = path.read_bytes(), repr(load_checkpoint(path))
