@@ -164,7 +164,7 @@ def which_knob(attention, memory, speeds, generation):
             "weights and gradients",
             "`param_dtype` bfloat16 and `fused_backward`",
             stepped(xl(memory, "muonsn8"), xl(memory, "muonsn8", "bfloat16", "True")),
-            "(several micro-batches: their sum takes a byte per parameter)",
+            "(their sum, where micro-batches add up, takes a byte a weight)",
         ),
         (
             "K and V while sampling",
