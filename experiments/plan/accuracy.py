@@ -6,7 +6,7 @@
 Runs are drawn by a seed (draws.py), made as train.py makes them, and stepped three times; the peak
 is what train.py itself reports: the third step's on a CPU, the allocator's from the start on CUDA.
 On CUDA the allocator has no more than a device for which the plan says that it fits (`limit`): what
-runs out of that is a false fit, and measured again without a limit. Small runs share a GPU.
+runs out of that (`ran_out`) is measured again without a limit. Small runs share a GPU.
 Rows of the other device and of other seeds are kept. A row whose run failed says how. Drawn models
 only exist here: their data are random tokens in a temporary folder.
 
@@ -111,9 +111,7 @@ def again(run, row):
     row |= {"predicted": predicted, "moment": moment}
     row |= {part: parts.get(part, 0) for part in PARTS}
     row |= {"error": row["measured"] and round(predicted / row["measured"] - 1, 6)}
-    tried = {name: row.get(name) for name in ("limit", "false_fit")}
-    if tried["limit"] and tried["limit"] < memory_for(predicted + CONTEXT, "cuda") - CONTEXT:
-        tried["false_fit"] = None  # it would have more now
+    tried = {name: row.get(name) for name in ("limit", "ran_out")}
     return row | tried | made
 
 
@@ -196,7 +194,7 @@ def measure(run, device, folder):
         row["status"], row["measured"] = outcome(run, device, folder, most)
         if row["status"] != "oom":
             break
-    row["false_fit"] = limit is not None and most is None
+    row["ran_out"] = limit is not None and most is None
     if row["measured"]:
         row["error"] = round(predicted / row["measured"] - 1, 6)
     return row | provenance(device)

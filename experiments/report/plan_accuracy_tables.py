@@ -22,13 +22,8 @@ def measured(rows, device, fresh=None):
 
 
 def false_fits(rows):
-    """Runs that took more than a device of their predicted peak and the reserve has, or ran out of
-    what such a device has."""
-    return [
-        row
-        for row in rows
-        if row.get("false_fit") == "True" or row["measured"] + context(row) > device_of(row)
-    ]
+    """Runs that took more than a device of their predicted peak and the reserve has."""
+    return [row for row in rows if row["measured"] + context(row) > device_of(row)]
 
 
 def device_of(row):
@@ -87,15 +82,50 @@ def plan_accuracy(rows):
     return markdown(header, lines) + made_on(rows)
 
 
-@figure("plan_runs", "plan_accuracy.csv")
-def plan_runs(rows):
-    """How many were measured on a CPU."""
-    return f"{len(measured(rows, 'cpu'))}"
+def figures(prefix, device):
+    """Register what the page says of a device's runs."""
+
+    def put(name, of_rows):
+        figure(f"{prefix}_{name}", "plan_accuracy.csv")(
+            lambda rows: of_rows(measured(rows, device))
+        )
+
+    def errors(rows):
+        return sorted(abs(row["error"]) for row in rows)
+
+    put("runs", lambda rows: str(len(rows)))
+    put("median", lambda rows: percent(median(errors(rows)), signed=False))
+    put("nine", lambda rows: percent(errors(rows)[len(rows) * 9 // 10], signed=False))
+    put("worst", lambda rows: percent(errors(rows)[-1], signed=False))
+    put("refused", lambda rows: percent((lambda w, f: w / f)(*refused(rows)), signed=False))
+
+
+figures("plan", "cpu")
+figures("plan_gpu", "cuda")
+
+
+@figure("plan_gpu_range", "plan_accuracy.csv")
+def plan_gpu_range(rows):
+    """How large the runs on a GPU are."""
+    found = measured(rows, "cuda")
+    size = {"float32": 4, "bfloat16": 2}
+    parameters = max(row["weights"] / size[row["param_dtype"]] for row in found)
+    compiled = sum(row["compile"] == "True" for row in found)
+    return (
+        f"up to {parameters / 1e9:.1f}B parameters, {max(row['block_size'] for row in found):,} "
+        f"tokens and {max(row['measured'] for row in found) / 1e9:.0f} GB; {compiled} compiled"
+    )
+
+
+@figure("plan_gpu_ran_out", "plan_accuracy.csv")
+def plan_gpu_ran_out(rows):
+    """How many ran out of what a device of their plan has."""
+    return str(sum(row["ran_out"] == "True" for row in measured(rows, "cuda")))
 
 
 @figure("plan_fresh", "plan_accuracy.csv")
 def plan_fresh(rows):
-    """How many of those are of a fresh seed."""
+    """How many runs on a CPU are of a fresh seed."""
     return f"{len(measured(rows, 'cpu', fresh=True))}"
 
 
@@ -103,54 +133,3 @@ def plan_fresh(rows):
 def plan_fresh_worst(rows):
     """Worst error of a fresh seed."""
     return percent(max(abs(row["error"]) for row in measured(rows, "cpu", fresh=True)), False)
-
-
-@figure("plan_median", "plan_accuracy.csv")
-def plan_median(rows):
-    """Median error of those."""
-    return percent(median(abs(row["error"]) for row in measured(rows, "cpu")), signed=False)
-
-
-@figure("plan_worst", "plan_accuracy.csv")
-def plan_worst(rows):
-    """Worst error of those."""
-    return percent(max(abs(row["error"]) for row in measured(rows, "cpu")), signed=False)
-
-
-@figure("plan_refused", "plan_accuracy.csv")
-def plan_refused(rows):
-    """Share of fitting runs that are refused."""
-    wrong, fit = refused(measured(rows, "cpu"))
-    return percent(wrong / fit, signed=False)
-
-
-@figure("plan_gpu_runs", "plan_accuracy.csv")
-def plan_gpu_runs(rows):
-    """How many were measured on a GPU."""
-    return f"{len(measured(rows, 'cuda'))}"
-
-
-@figure("plan_gpu_median", "plan_accuracy.csv")
-def plan_gpu_median(rows):
-    """Median error of those."""
-    return percent(median(abs(row["error"]) for row in measured(rows, "cuda")), signed=False)
-
-
-@figure("plan_gpu_nine", "plan_accuracy.csv")
-def plan_gpu_nine(rows):
-    """Nine of ten of them are within this."""
-    errors = sorted(abs(row["error"]) for row in measured(rows, "cuda"))
-    return percent(errors[len(errors) * 9 // 10], signed=False)
-
-
-@figure("plan_gpu_worst", "plan_accuracy.csv")
-def plan_gpu_worst(rows):
-    """Worst error of them."""
-    return percent(max(abs(row["error"]) for row in measured(rows, "cuda")), signed=False)
-
-
-@figure("plan_gpu_refused", "plan_accuracy.csv")
-def plan_gpu_refused(rows):
-    """Share of fitting runs that are refused."""
-    wrong, fit = refused(measured(rows, "cuda"))
-    return percent(wrong / fit, signed=False)

@@ -84,6 +84,14 @@ STANDING = [
     ("gradients", "buckets of several processes", "several*gradients"),
 ]
 
+WORKING = [  # of a block's backward
+    ("backward", "its activations' gradients", "working"),
+    ("backward", "its weights' gradients", "working_weights"),
+    ("update", "for its weights", "working_update"),
+    ("workspace", "of attention", "workspace"),
+]
+WORKING_OF_THE_LAST = [(part, what, f"last_{formula}") for part, what, formula in WORKING]
+
 LAST_CHECKPOINTED = "backward of the last checkpointed block"  # where it is not the last of all
 MOMENTS = {
     "the loss": [
@@ -136,10 +144,7 @@ MOMENTS = {
         *STANDING,
         *SAVED_ALL[:-1],
         ("gradients", "the head's, where it is the table's too", "tied*V*C*w"),
-        ("backward", "its activations' gradients", "last_working"),
-        ("backward", "its weights' gradients", "last_working_weights"),
-        ("update", "for its weights", "last_working_update"),
-        ("workspace", "of attention", "last_workspace"),
+        *WORKING_OF_THE_LAST,
     ],
     LAST_CHECKPOINTED: [
         *KEPT,
@@ -152,11 +157,8 @@ MOMENTS = {
             "of the blocks after it",
             "(0 if fused or accumulates else (L - K)*gradients_layer)",
         ),
-        ("gradients", "the head's", "(tied or not (fused or accumulates))*V*C*w"),
-        ("backward", "its activations' gradients", "working"),
-        ("backward", "its weights' gradients", "working_weights"),
-        ("update", "for its weights", "working_update"),
-        ("workspace", "of attention", "workspace"),
+        ("gradients", "the head's", "V*C*w if tied else untied_stands"),
+        *WORKING,
     ],
     "the update of the last block": [  # whose gradients tiles hand over together
         *KEPT,
@@ -179,10 +181,7 @@ MOMENTS = {
             "(0 if fused or accumulates else (L - 1)*gradients_layer)",
         ),
         ("gradients", "the head's", "V*C*w if tied else untied_stands"),
-        ("backward", "its activations' gradients", "working"),
-        ("backward", "its weights' gradients", "working_weights"),
-        ("update", "for its weights", "working_update"),
-        ("workspace", "of attention", "workspace"),
+        *WORKING,
     ],
     "the embeddings' gradient": [
         *KEPT,

@@ -92,9 +92,8 @@ def longest(wish: Wish, budget: Budget, most: int = SHOWN) -> list[Plan]:
     One for each optimizer and dtype of weights, each with the way to compute that reaches farthest.
     """
     best, single = {}, replace(wish, asked=replace(wish.asked, batch_size=1, micro_batches=1))
-    for way in reversed(
-        list(ways(single))
-    ):  # the leanest first: the others are soon out of the race
+    leanest_first = reversed(list(ways(single)))  # the others are soon out of the race
+    for way in leanest_first:
         key = way.variant, way.param_bytes, way.fused
         floor = best[key][0] if key in best else 0
         length = longest_length(way, budget, floor, wish.most)

@@ -47,9 +47,11 @@ def at_step(run) -> tuple[int, int]:
     """
     if not run.gradient_bits:
         return sum(t.bytes * t.count for t in run.tensors), update_bytes(run)
-    key = id(run.tensors), run.device_type  # nothing else of a run matters; kept alive with it
-    if _known.get(key, (None,))[0] is not run.tensors:
-        _known[key] = run.tensors, _at_step(run)
+    key = id(run.tensors), run.device_type  # nothing else of a run matters
+    if key not in _known:
+        if len(_known) > 10_000:
+            _known.clear()
+        _known[key] = run.tensors, _at_step(run)  # the list itself too, so that its id stays its
     return _known[key][1]
 
 

@@ -74,7 +74,8 @@ def describe_blocks(config, T, device_type):
     words = f"{policy}: tiles of {rows:,} rows, keys {keys:,} at a time"
     if config.checkpoint_layers:
         first = config.checkpoint_first
-        some = f" in the first {first} of {config.n_layer} layers" if first else ""
+        some = f" in the first {first} of {config.n_layer} layers, all else in the others"
+        some = some if first and first < config.n_layer else ""
         where = ", on the host" if config.offload else ""
         return f"{words}; each layer's input alone is kept{where}{some}"
     return words + "; a layer's input and attention's output are kept"
