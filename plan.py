@@ -28,7 +28,7 @@ from leangpt.memory.decoding import (
     ways_to_decode,
 )
 from leangpt.memory.goals import GOALS, LADDERS, plans
-from leangpt.memory.search import RESERVE, SHOWN, Budget, fits, predict
+from leangpt.memory.search import SHOWN, Budget, fits, predict
 from leangpt.memory.units import in_words, parse_bytes
 from leangpt.runs.checkpoint import checkpoint_to_resume, load_checkpoint
 from leangpt.system.errors import UserError, exit_cleanly
@@ -358,7 +358,8 @@ def describe_budget(budget, device, settings) -> str:
     what = "a GPU" if kind == "cuda" else "a CPU"
     each = f" on each of {settings.devices}" if settings.devices > 1 else ""
     host = f", {in_words(budget.host)} of host memory" if budget.host and kind == "cuda" else ""
-    return f"{in_words(budget.memory)} of {what}{each}{host}; {RESERVE[kind]:.0%} stay free"
+    free = in_words(budget.memory - budget.usable(kind))
+    return f"{in_words(budget.memory)} of {what}{each}{host}; {free} stay free"
 
 
 def command(words, script) -> str:

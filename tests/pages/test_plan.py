@@ -243,3 +243,8 @@ def test_a_command_ends_a_plan_to_decode(capsys):
     command = shlex.split(said.splitlines()[-1])
     assert command[:2] == ["python", "sample.py"] and "--out_dir=out-x" in command
     parse_config(sample.Settings, command[2:])
+
+
+@pytest.mark.parametrize("memory, free", [("4GB", "256 MB"), ("24GB", "1.2 GB")])
+def test_it_says_what_stays_free(capsys, memory, free):
+    assert f"{memory[:-2]} GB of a GPU; {free} stay free" in answer(capsys, f"--memory={memory}")
