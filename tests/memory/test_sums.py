@@ -66,6 +66,7 @@ def test_a_step_takes_what_was_predicted(name, bits, micro_batches, size):
     assert abs(error(name, bits, micro_batches, "adamsn8", size)) <= 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.campaign
 @pytest.mark.parametrize("size", [4, 2])
 @pytest.mark.parametrize("variant", ["adamsn8", "muonsn8", "adafactor"])
