@@ -37,7 +37,7 @@ from leangpt.memory.formulas import PARTS, moments
 from leangpt.memory.run import Run
 from leangpt.memory.search import CONTEXT, memory_for
 from leangpt.system.errors import exit_cleanly, is_out_of_memory
-from leangpt.system.runtime import DTYPES, setup_runtime
+from leangpt.system.runtime import DTYPES, setup_runtime, use_expandable_segments
 from leangpt.text.folder import write_dataset
 from leangpt.training.planning import run_config
 from optimizers import parse_options
@@ -152,6 +152,8 @@ def work(options):
     path.parent.mkdir(exist_ok=True)
     if device == "cpu":
         torch.set_num_threads(1)
+    else:
+        use_expandable_segments()  # before the allocator's limit is set, which is too late for it
     drawn = draws(device, options.count, options.seed)
     if device == "cuda":
         drawn = [run for run in drawn if (predicted_bytes(run, device) > SHARED) == options.large]

@@ -26,7 +26,7 @@ from experiments.shared.common import RESULTS, provenance, read_csv, write_csv
 from leangpt.memory.goals import LADDERS
 from leangpt.memory.search import CONTEXT
 from leangpt.system.errors import exit_cleanly, is_out_of_memory
-from leangpt.system.runtime import setup_runtime
+from leangpt.system.runtime import setup_runtime, use_expandable_segments
 from leangpt.system.timing import timed
 from leangpt.text.folder import write_dataset
 
@@ -96,6 +96,7 @@ def run_check(check, device, folder):
     found |= {"limit": int(card * 1e9) - CONTEXT, "measured": None, "seconds": None}
     found |= {"tokens_per_s": None, "outcome": "fits"}
     if device == "cuda":
+        use_expandable_segments()  # before the allocator's limit is set
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(found["limit"] / total)
     settings = settings_of(run, device, folder)

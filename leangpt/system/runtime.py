@@ -154,6 +154,14 @@ def leave(status=0):
 ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # what a user may have set
 
 
+def use_expandable_segments():
+    """Ask CUDA's allocator for segments that grow, unless the user has set it up: tensors of many
+    sizes leave holes in others. The allocator reads this once, when anything of it is first used.
+    """
+    if not ALLOCATOR & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def setup_runtime(device="auto", dtype="auto", seed=1337, backend="auto", context_parallel=1):
     """Choose device and dtype, seed torch, join torchrun's process group -> Runtime.
 
@@ -176,8 +184,7 @@ def setup_runtime(device="auto", dtype="auto", seed=1337, backend="auto", contex
     if backend not in BACKENDS:
         raise UserError(f"unknown backend {backend!r}; choose one of: {', '.join(BACKENDS)}")
     if chosen.type == "cuda":
-        if not ALLOCATOR & os.environ.keys():  # tensors of many sizes leave holes otherwise
-            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        use_expandable_segments()
         torch.cuda.set_device(chosen)
         torch.set_float32_matmul_precision("high")  # TF32 where float32 is asked for
     if distributed:
