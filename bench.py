@@ -34,7 +34,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from configurator import parse_config
+from configurator import named_as_typed, parse_config
 from leangpt.attention.tile_sizes import tile_sizes
 from leangpt.int4.quantize import quantize_
 from leangpt.memory.block_cell import (
@@ -144,8 +144,9 @@ def main():
     if sys.argv[1:2] == ["--worker"]:  # hidden: this file calling itself, one cell
         json.dump(run_cell(json.loads(sys.argv[2])), sys.stdout)
         return
-    settings, _ = parse_config(Settings)
-    cells = grid(settings)
+    settings, given = parse_config(Settings)
+    with named_as_typed(given):
+        cells = grid(settings)
     writers = []
     if settings.csv:
         try:

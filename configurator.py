@@ -26,6 +26,7 @@ import inspect
 import io
 import math
 import os
+import re
 import runpy
 import sys
 import textwrap
@@ -44,8 +45,8 @@ HOW_TO_WRITE = "settings are written --key=value, and a value with spaces needs 
 def parse_config(settings, argv=None, config_files=True):
     """Build the settings dataclass from `argv` (default: this process's arguments).
 
-    Returns (config, given): `config` is an instance of `settings`; `given` maps each key that a
-    config file or a flag set to its value, in the order in which they were first set.
+    Returns (config, given): `config` is an instance of `settings`; `given`, a Given, maps each key
+    that a config file or a flag set to its value, in the order in which they were first set.
     Accepted, in any order: CONFIG.py, --key=value, --key value, a bare --key for a bool (meaning
     True), and lists as --key=1,2 or --key 1 2, up to the next flag or CONFIG.py. Dashes inside a
     key are underscores; the metadata of a field may give it a second name, "alias", and a reason
@@ -62,10 +63,11 @@ def parse_config(settings, argv=None, config_files=True):
         sys.exit(0)
     kinds, names = _field_types(settings), _names(settings)
     positional = _positional(settings)
-    given, after = {}, ""
+    given, after = Given(), ""
     for flag, key, text in read_words(settings, argv):
         if key is not None:
             after = f" after {flag}"
+            given.typed[key] = flag[2:].replace("-", "_")
             value = _from_text(flag, kinds[key], text)
             if not config_files and given.get(key, value) != value:
                 raise UserError(f"{flag} is given twice: it takes one value")
@@ -73,11 +75,43 @@ def parse_config(settings, argv=None, config_files=True):
         elif positional:
             given[positional] = (*given.get(positional, ()), text)
         elif config_files:
-            given.update(_read_config_file(text, kinds, names))
+            values = _read_config_file(text, kinds, names)
+            given.typed.update({names[name]: name for name in values})
+            given.update({names[name]: value for name, value in values.items()})
         else:
             raise UserError(f"unexpected {_short(text)!r}{after}: {HOW_TO_WRITE}")
     _check_fixed(settings, given)
-    return settings(**given), given
+    with named_as_typed(given):
+        return settings(**given), given
+
+
+class Given(dict):
+    """{key: value} of what was set; `typed` has {key: the name that it was set by}."""
+
+    def __init__(self):
+        super().__init__()
+        self.typed = {}
+
+
+@contextlib.contextmanager
+def named_as_typed(given):
+    """What a UserError in here says of a setting, it says by the name that the user gave it.
+
+    A key without `_` may be a word like any other: it is a setting after `--` and before `=`.
+    """
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        for key, name in given.typed.items():
+            if name == key:
+                continue
+            pattern = rf"(?<![\w/.]){key}(?!\w)"
+            if "_" not in key:
+                pattern = rf"(?<=--){key}(?!\w)|(?<=unknown ){key}(?!\w)|(?<![\w/.]){key}(?==)"
+            message = re.sub(pattern, name, message)
+        error.args = (message,)
+        raise
 
 
 def read_words(settings, argv=None):
@@ -225,7 +259,7 @@ def _short(text):
 
 
 def _read_config_file(path, kinds, names):
-    """Run a config file in a fresh namespace; return the settings it leaves behind, checked."""
+    """Run a config file in a fresh namespace -> {name as written: value}, checked."""
     if not os.path.isfile(path):
         key, near = path.partition("=")[0].replace("-", "_"), _near_file(path)
         hint = f"did you mean {near}?" if near else HOW_TO_WRITE
@@ -253,8 +287,7 @@ def _read_config_file(path, kinds, names):
     unknown = [key for key in values if key not in names]
     if unknown:
         raise UserError(_unknown(unknown, names, f"in {path}"))
-    values = {names[key]: value for key, value in values.items()}
-    return {key: _checked(key, kinds[key], value, path) for key, value in values.items()}
+    return {key: _checked(key, kinds[names[key]], value, path) for key, value in values.items()}
 
 
 def _has_code(path):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import parse_config, read_words
+from configurator import named_as_typed, parse_config, read_words
 from leangpt.memory.calibrate import calibrate, known_rates
 from leangpt.memory.decoding import (
     Decoding,
@@ -85,7 +85,12 @@ OWN = (  # which train.py does not know
 def main(argv=None):
     """Parse, plan, print."""
     settings, given = parse_config(Settings, argv)
-    words = list(read_words(Settings, argv))
+    with named_as_typed(given):
+        answer(settings, given, list(read_words(Settings, argv)))
+
+
+def answer(settings, given, words):
+    """Print what fits. words: of the command line, as read_words has them."""
     named = {key for _, key, _ in words if key}
     check(settings, named)
     auto = settings.attention_policy == "auto"
@@ -135,8 +140,7 @@ def check(settings, named):
     named: what the command line sets."""
     for name, known in (("purpose", PURPOSES), ("goal", ("", *GOALS)), ("family", LADDERS)):
         if (value := getattr(settings, name)) not in known:
-            shown = "for" if name == "purpose" else name
-            raise UserError(f"unknown {shown} {value!r}; choose one of: {', '.join(known)}")
+            raise UserError(f"unknown {name} {value!r}; choose one of: {', '.join(known)}")
     for name, most in (("devices", 2**20), ("num_samples", 2**20), ("vocab_size", 2**31 - 1)):
         value = getattr(settings, name)
         if value is not None and not 1 <= value <= most:
@@ -158,7 +162,7 @@ def check(settings, named):
         if settings.goal == goal and named & names:
             raise UserError(f"goal={goal} chooses {', '.join(sorted(named & names))}: leave it out")
     if settings.purpose == "sample" and settings.goal == "largest":
-        raise UserError("for=sample plans the model it is given: leave out goal=largest")
+        raise UserError("purpose=sample plans the model it is given: leave out goal=largest")
     if settings.goal == "largest" and settings.family != "gpt2" and "vocab_size" in named:
         raise UserError(f"family={settings.family} has its own vocabularies: leave out vocab_size")
 

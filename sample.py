@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from attention_policies import POLICIES
-from configurator import parse_config
+from configurator import named_as_typed, parse_config
 from leangpt.decoding.chat import chat
 from leangpt.decoding.conversation import Conversation
 from leangpt.decoding.generate import bytes_read, check_count, generate
@@ -84,8 +84,14 @@ class Settings:
 
 
 def main(argv=None):
-    """Load a model, then sample from it, export it or write it in 4 bits."""
+    """Parse, and do it."""
     settings, given = parse_config(Settings, argv)
+    with named_as_typed(given):
+        run(settings, given)
+
+
+def run(settings, given):
+    """Load a model, then sample from it, export it or write it in 4 bits."""
     check(settings)
     talks = settings.chat and "start" not in given and not settings.export
     if talks and (unheeded := sorted({"num_samples", "slide"} & set(given))):

@@ -3,17 +3,20 @@
 Each is understood or ends in one line that names what was wrong.
 """
 
+import dataclasses
 import random
 import string
+import sys
 
 import pytest
 from tiny_run import ROOT, arguments
 
 import bench
+import plan
 import sample
 import train
-from configurator import parse_config
-from leangpt.system.errors import UserError, exit_cleanly
+from configurator import named_as_typed, parse_config
+from leangpt.system.errors import RunError, UserError, exit_cleanly
 
 CONFIG = str(ROOT / "config/train_shakespeare_char.py")
 
@@ -179,6 +182,62 @@ def test_prepare_scripts_take_one_value_for_each_key():
         parse_config(train.Settings, ["--dataset=a", "--dataset", "b"], False)
     assert parse_config(train.Settings, ["--dataset=a", "--dataset=a"], False)[0].dataset == "a"
     assert parse_config(train.Settings, ["--dataset=a", "--dataset=b"])[0].dataset == "b"
+
+
+ALIASES = [  # (page, its own name of a setting, the other one)
+    (page, field.name, field.metadata["alias"])
+    for page in (train, sample, bench, plan)
+    for field in dataclasses.fields(page.Settings)
+    if "alias" in field.metadata
+]
+
+
+@pytest.mark.parametrize("page, key, alias", ALIASES, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize("typed", [0, 1], ids=["key", "alias"])
+def test_an_error_names_a_setting_as_it_was_typed(tmp_path, page, key, alias, typed):
+    name, value = (key, alias)[typed], {"purpose": "sample"}.get(key, "3")
+    in_a_file = repr(value if key in ("purpose", "attention_policy") else 3)
+    if page is bench and key in ("seq", "policy"):
+        in_a_file = {"seq": "[3]", "policy": "['3']"}[key]
+    (tmp_path / "x.py").write_text(f"{name} = {in_a_file}\n")
+    lines = [[f"--{name.replace('_', '-')}", value], [str(tmp_path / "x.py")]]
+    for argv in lines[: 1 if name == "for" else 2]:  # no name in Python
+        _, given = parse_config(page.Settings, argv)
+        with pytest.raises(UserError) as caught, named_as_typed(given):
+            raise RunError(f"{key}=3 is wrong, --{key} too, not {key}s or /{key}/x")
+        assert str(caught.value) == f"{name}=3 is wrong, --{name} too, not {key}s or /{key}/x"
+        assert caught.value.status == 1
+
+
+@pytest.mark.parametrize(
+    "page, line, says",
+    [
+        (bench, "--n_kv_head 3", "^n_kv_head=3 does not divide heads=8$"),
+        (bench, "--n-head=25", "^n_head=25 does not divide d_model=256$"),
+        (bench, "--heads=25 --n_embd 128", "^heads=25 does not divide n_embd=128$"),
+        (bench, "--attention_policy x", "^unknown attention_policy 'x'"),
+        (bench, "--block_size 0", "^--block_size must be positive"),
+        (plan, "--for x", "^unknown for 'x'"),
+        (plan, "--purpose x", "^unknown purpose 'x'"),
+        (plan, "--for=sample --goal=largest", "^for=sample plans the model"),
+        (plan, "--vocab_size=65 --kv-heads=5", "^kv_heads=5 does not divide n_head=12"),
+        (plan, "--vocab_size=65 --n_kv_head=5", "^n_kv_head=5 does not divide n_head=12"),
+        (plan, "--vocab_size=65 --policy=x", "^unknown policy 'x'"),
+    ],
+)
+def test_errors_of_pages_name_what_was_typed(monkeypatch, page, line, says):
+    monkeypatch.setattr(sys, "argv", ["page", *line.split()])
+    with pytest.raises(UserError, match=says):
+        page.main()
+
+
+def test_training_and_sampling_name_what_was_typed(tmp_path):
+    base = arguments(tmp_path, "run", "--max_iters=1", "--n_head=4")
+    with pytest.raises(UserError, match="^kv_heads=3 does not divide n_head=4"):
+        train.main([*base, "--kv-heads", "3"])
+    train.main(base)
+    with pytest.raises(UserError, match="^policy='grouped' needs weights"):
+        sample.main([f"--out_dir={tmp_path / 'run'}", "--policy=grouped"])
 
 
 # ------------------------------------------------------------------ drawn at random
