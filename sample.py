@@ -56,6 +56,11 @@ class Settings:
         default=None,
         metadata={"alias": "policy", "help": f"{' | '.join(POLICIES)}; None: as trained"},
     )
+    q_chunk: int | None = None  # rows of the prompt per tile; None: as trained
+    k_chunk: int | None = None  # key/value rows per tile; None: as trained
+    n_kv_head: int | None = field(
+        default=None, metadata={"alias": "kv_heads", "help": "as the weights have, or an error"}
+    )
     int4: bool = False  # pack the linear layers' weights in 4 bits
     group_size: int = 32  # weights that share a scale in 4 bits: 32 | 64 | 128
     int4_tune: int = 0  # steps that fit 4-bit scales to the exact model's predictions, e.g. 600
@@ -105,8 +110,7 @@ def run(settings, given):
     model, text = loaded.model, loaded.text
     if settings.export:
         return export(model, text, settings)
-    if settings.attention_policy:
-        set_policy(model, settings.attention_policy)
+    set_attention(model, settings)
     for note in text.notes:
         print(f"note: {note}")
     if talks:
@@ -263,15 +267,22 @@ def text_of(files=None, pretrained=None, dataset=None):
     return text_of_data(dataset.get("folder", dataset))
 
 
-def set_policy(model, policy):
-    """Run the model's weights under another attention policy."""
-    changed = replace(model.config, attention_policy=policy)  # which checks it
-    if changed.kv_heads != model.config.kv_heads:
+def set_attention(model, settings):
+    """Run the model's weights under the settings' attention policy and tiles."""
+    names = ("attention_policy", "q_chunk", "k_chunk")
+    changes = {n: value for n in names if (value := getattr(settings, n)) is not None}
+    heads, policy = model.config.kv_heads, settings.attention_policy
+    changed = replace(model.config, **changes)  # which checks them
+    if changed.kv_heads != heads:
         raise UserError(
             f"attention_policy={policy!r} needs weights trained with fewer key/value "
             "heads than heads; these have as many: use cache or recompute"
         )
-    model.config.attention_policy = policy
+    if settings.n_kv_head not in (None, heads):
+        raise UserError(f"n_kv_head={settings.n_kv_head}: the model's weights have {heads}")
+    for config in (model.config, *(block.config for block in model.transformer.h)):  # or the same
+        for name, value in changes.items():
+            setattr(config, name, value)
 
 
 def quantise(loaded, settings, device):

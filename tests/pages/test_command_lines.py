@@ -48,6 +48,8 @@ def test_the_seeds_commands():
         sample, "--out_dir out-shakespeare-char --num_samples 2 --policy cache --stream"
     )
     assert (settings.num_samples, settings.attention_policy, settings.stream) == (2, "cache", True)
+    settings = parse(sample, "--k-chunk 256 --q-chunk 64 --kv-heads 2 --policy recompute")
+    assert (settings.k_chunk, settings.q_chunk, settings.n_kv_head) == (256, 64, 2)
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import attention_policies
 import sample
 from leangpt.system.errors import UserError
 from model import GPT, GPTConfig
 
 ROOT = Path(sample.__file__).parent
 CHARACTERS = "\n !'abcdefghijklmnopqrstuvwxyzé"
+
+DATA = {"tokenizer": "char", "characters": CHARACTERS, "vocab_size": len(CHARACTERS)}
 
 
 def save(folder, dataset=None, **options):
@@ -40,8 +43,7 @@ def save(folder, dataset=None, **options):
 
 @pytest.fixture(scope="module")
 def out_dir(tmp_path_factory):
-    meta = {"tokenizer": "char", "characters": CHARACTERS, "vocab_size": len(CHARACTERS)}
-    return save(tmp_path_factory.mktemp("runs") / "out", meta)
+    return save(tmp_path_factory.mktemp("runs") / "out", DATA)
 
 
 def run(capsys, out_dir, *flags):
@@ -84,6 +86,24 @@ def test_the_same_seed_gives_the_same_text_under_every_policy(capsys, out_dir):
         assert "--kv_bits=8" in flags or got == want
     other, *_ = run(capsys, out_dir, "--seed=2")
     assert other != want
+
+
+def test_tiles_asked_for_read_the_prompt_and_change_no_text(capsys, out_dir, tmp_path, monkeypatch):
+    tiles, run_tiles = [], attention_policies.run_tiles
+    monkeypatch.setattr(
+        attention_policies,
+        "run_tiles",
+        lambda b, x, s, **k: tiles.append(s) or run_tiles(b, x, s, **k),
+    )
+    want, *_ = run(capsys, out_dir)
+    assert not tiles
+    seeds = ["--policy", "recompute", "--k-chunk", "2", "--q-chunk", "3", "--kv-heads", "4"]
+    got, *_ = run(capsys, out_dir, *seeds)
+    assert got == want and set(tiles) == {(3, 2)}
+    mixed = save(tmp_path / "mixed", DATA, checkpoint_layers=True, checkpoint_first=1)
+    tiles.clear()
+    got, *_ = run(capsys, mixed, "--q_chunk=3")
+    assert got == want and set(tiles) == {(3, 3)}
 
 
 def test_streaming_prints_the_same_characters(capsys, out_dir):
@@ -196,6 +216,9 @@ MISTAKES = [
     (["--int4=True", "--int4_tune=-5"], "int4_tune=-5"),
     (["--int4=True", "--export=x"], "export writes float weights"),
     (["--attention_policy=grouped"], "fewer key/value heads"),
+    (["--kv-heads=2"], "^kv_heads=2: the model's weights have 4"),
+    (["--q-chunk=0"], "q_chunk must be positive"),
+    (["--k-chunk=5"], "k_chunk=5 does nothing"),
     (["--attention_policy=magic"], "unknown attention_policy 'magic'"),
     (["--chat=True"], "no chat format"),
     (["--init_from=no/such/model/here"], "no such folder"),
