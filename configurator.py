@@ -63,21 +63,23 @@ def parse_config(settings, argv=None, config_files=True):
         sys.exit(0)
     kinds, names = _field_types(settings), _names(settings)
     positional = _positional(settings)
-    given, after = Given(), ""
+    given, flags, after = Given(), {}, ""
     for flag, key, text in read_words(settings, argv):
         if key is not None:
             after = f" after {flag}"
             given.typed[key] = flag[2:].replace("-", "_")
             value = _from_text(flag, kinds[key], text)
+            flags[key] = (flag, value)
             if not config_files and given.get(key, value) != value:
                 raise UserError(f"{flag} is given twice: it takes one value")
             given[key] = value
         elif positional:
             given[positional] = (*given.get(positional, ()), text)
         elif config_files:
-            values = _read_config_file(text, kinds, names)
-            given.typed.update({names[name]: name for name in values})
-            given.update({names[name]: value for name, value in values.items()})
+            values, typed = _read_config_file(text, kinds, names)
+            _say_overruled(text, values, flags)
+            given.update(values)
+            given.typed.update(typed)
         else:
             raise UserError(f"unexpected {_short(text)!r}{after}: {HOW_TO_WRITE}")
     _check_fixed(settings, given)
@@ -85,11 +87,19 @@ def parse_config(settings, argv=None, config_files=True):
         return settings(**given), given
 
 
+def _say_overruled(path, values, flags):
+    """A note on stderr of each flag {key: (flag, value)} that a config file after it sets anew."""
+    for key in [key for key in flags if key in values]:
+        flag, value = flags.pop(key)
+        if values[key] != value and os.environ.get("RANK", "0") == "0":  # once, under torchrun
+            note = f"note: {path} comes after {flag}={value} and sets {values[key]}: "
+            print(note + "flags after the file have the last word", file=sys.stderr)
+
+
 class Given(dict):
     """{key: value} of what was set; `typed` has {key: the name that it was set by}."""
 
     def __init__(self):
-        super().__init__()
         self.typed = {}
 
 
@@ -104,8 +114,6 @@ def named_as_typed(given):
     except UserError as error:
         message = str(error)
         for key, name in given.typed.items():
-            if name == key:
-                continue
             pattern = rf"(?<![\w/.]){key}(?!\w)"
             if "_" not in key:
                 pattern = rf"(?<=--){key}(?!\w)|(?<=unknown ){key}(?!\w)|(?<![\w/.]){key}(?==)"
@@ -259,7 +267,7 @@ def _short(text):
 
 
 def _read_config_file(path, kinds, names):
-    """Run a config file in a fresh namespace -> {name as written: value}, checked."""
+    """Run a config file in a fresh namespace -> what it sets, checked, and how it names it."""
     if not os.path.isfile(path):
         key, near = path.partition("=")[0].replace("-", "_"), _near_file(path)
         hint = f"did you mean {near}?" if near else HOW_TO_WRITE
@@ -287,7 +295,8 @@ def _read_config_file(path, kinds, names):
     unknown = [key for key in values if key not in names]
     if unknown:
         raise UserError(_unknown(unknown, names, f"in {path}"))
-    return {key: _checked(key, kinds[names[key]], value, path) for key, value in values.items()}
+    checked = {names[n]: _checked(n, kinds[names[n]], v, path) for n, v in values.items()}
+    return checked, {names[name]: name for name in values}
 
 
 def _has_code(path):

@@ -120,6 +120,19 @@ def test_what_nanogpt_has_and_we_do_not_is_refused_with_the_reason(page, word, t
         parse(page, str(tmp_path / "x.py"))
 
 
+def test_a_config_file_that_overrules_a_flag_before_it_is_said(tmp_path, capsys):
+    (tmp_path / "x.py").write_text("n_layer = 4\nkv_heads = 2\nn_embd = 64\n")
+    file = str(tmp_path / "x.py")
+    line = ["--n-layer", "3", "--n_kv_head=1", "--n_embd=64", file, "--n_layer=5"]
+    settings, _ = parse_config(train.Settings, line)
+    assert (settings.n_layer, settings.n_kv_head) == (5, 2)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        f"note: {file} comes after {what}: flags after the file have the last word"
+        for what in ("--n-layer=3 and sets 4", "--n_kv_head=1 and sets 2")
+    ]
+
+
 # ------------------------------------------------------------------ named
 
 
