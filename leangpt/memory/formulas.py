@@ -14,6 +14,7 @@ a part that plans show. Formulas are written once, here. What they are made of (
               freed (gradients, as soon as they are there: fused, or summed in few bits)
               cached (autocast keeps its copies of weights: nothing is compiled)
               spread (a kernel for float32 that does not share heads) copied (heads as rows)
+    norm_bytes of a number that the last norm reads; tried: what torch.compile times kernels with
     and       weights state gradients: bytes of all; gradients_layer, untied_stands: of a layer's,
               of a head's own; new_layer: of a layer's before they are summed in few bits; at_step,
               update: of the optimizer's step; update_layer, update_head, update_table: of update.py
@@ -101,7 +102,8 @@ MOMENTS = {
         (
             "saved",
             "weights as the tiles' products read them",
-            "(K*by_tiles + (L - K)*last_by_tiles)*cast*cached*e*(layer - (1 + 2/g)*C*C)",
+            "cast*cached*e*((K*by_tiles + (L - K)*last_by_tiles)*(layer - (1 + 2/g)*C*C)"
+            " + K*whole*(1 + 2/g)*C*C)",
         ),
         ("loss", "norm of the stream, and its gradient", "2*n*C*e"),
         ("loss", "targets as they count", "8*n"),
@@ -128,9 +130,9 @@ MOMENTS = {
         *KEPT,
         *STANDING,
         *SAVED_ALL[:-1],
-        ("saved", "what it kept", "2*n*C*4 if in_steps else n*C*e"),
+        ("saved", "what it kept", "2*n*C*4 if in_steps else n*C*norm_bytes"),
         ("gradients", "the head's", "V*C*w if tied else untied_stands"),
-        ("loss", "gradients between its steps", "4*n*C*4 if in_steps else 2*n*C*e"),
+        ("loss", "gradients between its steps", "4*n*C*4 if in_steps else 2*n*C*norm_bytes"),
     ],
     "the head's update": [
         *KEPT,
@@ -145,6 +147,13 @@ MOMENTS = {
         *SAVED_ALL[:-1],
         ("gradients", "the head's, where it is the table's too", "tied*V*C*w"),
         *WORKING_OF_THE_LAST,
+    ],
+    "the first backward of the last block": [  # before there is a state
+        *(line for line in KEPT if line[0] != "state"),
+        *SAVED_ALL[:-1],
+        ("gradients", "the head's, where it is the table's too", "tied*V*C*w"),
+        *WORKING_OF_THE_LAST,
+        ("workspace", "torch.compile's, to time kernels: an L2 cache", "tried"),
     ],
     LAST_CHECKPOINTED: [
         *KEPT,
@@ -233,7 +242,7 @@ def sizes(run) -> dict:
         wide=int(cpu and e < 4 and not attention_dropout), half_cpu=cpu and e < 4,
         by_tiles=int(tiled is not None), checkpoint=int(c.checkpoint_layers),
         offload=int(c.offload), cached=int(not run.compiled), K=checkpointed(c),
-        copied=int(cpu or e < 4),
+        copied=int(cpu or e < 4), tried=(run.compiled and not cpu) * tiles.L2_CACHE,
         spread=int(not cpu and e == 4 and c.kv_heads < c.n_head),
         whole=int(tiled is not None and tiled.whole), fused=int(run.fused),
         freed=int(run.fused or run.gradient_bits > 0),
@@ -255,6 +264,7 @@ def sizes(run) -> dict:
     in_float32 = (not cpu and e < 4 and c.norm == "layernorm") * n * c.n_embd * 4
     names["norm_more"] += in_float32 / 2 * (not run.compiled)
     names["last_norm_more"] += in_float32
+    names["norm_bytes"] = 4 if in_float32 else e
     heads = [t for t in run.tensors if t.name.startswith("lm_head")]
     tables = [t for t in run.tensors if ".wte." in t.name]
     names["at_step"], names["update"] = at_step(run)

@@ -16,6 +16,7 @@ import torch
 from leangpt.attention.kv_source import MERGED_QUERIES
 from leangpt.attention.tile_sizes import heads_at_once, mlp_rows, tile_sizes
 from leangpt.layers.loss import chunk_rows
+from leangpt.layers.mlp_triton import LEAST_ROWS
 from leangpt.memory.sums import taking
 
 
@@ -44,6 +45,10 @@ def predict_block_peak(config, B, T, element_size=4, device_type="cpu"):
     """Bytes beyond weights and input of one block over x (B, T, C) without gradients."""
     stream = B * T * config.n_embd * element_size
     return predict_forward_peak(config, B, T, element_size, device_type) - stream
+
+
+PROCESSORS = 132  # of an H100
+L2_CACHE = 50 << 20  # of an H100, bytes
 
 
 @dataclass(frozen=True)
@@ -103,8 +108,16 @@ def plain_phases(run, names):
     done = 0 if names["accumulates"] or run.gradient_bits else done
     T, size = run.length, 4 if names["wide"] else e
     workspace = _workspace(config, T, T, size, run.device_type, run.threads, backward=True)
-    phases = [(inside, r * matrix * made, 0)]
+    summed = biased(run) * sum_scratch(run.tokens, config.n_embd)  # of c_proj's bias
+    phases = [(inside, r * matrix * made, summed)]
     phases.append((attention, done + matrix * run.param_bytes, workspace))
+    if biased(run):
+        wide_mlp = (2 if swiglu else 1) * r
+        summing = inside + stream - (4 if swiglu else 2) * r * stream
+        scratch = sum_scratch(run.tokens, int(wide_mlp * config.n_embd))
+        phases.append(
+            (summing, (0 if names["freed"] else done) + wide_mlp * matrix * made, scratch)
+        )
     if names["freed"]:  # each gradient is used as soon as it is there: what was saved is less then
         gone = (4 if swiglu else 2) * r * stream
         alive = {
@@ -127,6 +140,60 @@ def inside_mlp(run, names):
     return (1 + names["drop"] + r) * run.tokens * run.config.n_embd * run.stream_bytes
 
 
+def whole_phases(run, names, tiles):
+    """Phases where a tile holds whole sequences, some of the batch: the plain block once more
+    (block_backward.backward_whole), whose parameters' gradients are added up in float32."""
+    config, e = run.config, run.stream_bytes
+    stream, layer = run.tokens * config.n_embd * e, names["layer"]
+    copies = names["cast"] * e * layer
+    block = names["plain"] - copies  # its input stands for its output
+    if run.compiled:
+        block += names["swiglu"] * names["r"] * stream
+    elif not fused_mlp(run, tiles.b * run.length):
+        block += inside_mlp(run, names) - stream
+    held = (2 + config.offload) * stream  # gradients; an input that came back
+    first = names["r"] * config.n_embd**2 * (e if names["cast"] else run.param_bytes)
+    found = 4 if names["cast"] else run.param_bytes
+    phases, b = [], tiles.b
+    for sequences, sums in ((b, 0), (min(b, run.batch_size - b), 4 * layer)):
+        if not sequences:
+            break
+        share = sequences / run.batch_size
+        scratch = biased(run) * sum_scratch(sequences * run.length, config.n_embd)
+        phases.append((held + share * block + copies, sums + first, scratch))
+        # float32 ones are their own sums
+        handed = found if sums or found < 4 else 0
+        phases.append((held, layer * (4 + handed) + copies, 0))
+    return phases
+
+
+def fused_mlp(run, rows):
+    """Is the MLP of so many rows one kernel of ours (layers/mlp_triton.supports)?"""
+    config = run.config
+    if run.device_type != "cuda" or run.stream_bytes != 2 or config.bias or config.mlp == "swiglu":
+        return False
+    return rows >= LEAST_ROWS and not (rows % 256 or config.inner % 256 or config.n_embd % 64)
+
+
+def biased(run):
+    """Are gradients of biases PyTorch's sums over rows on a GPU?"""
+    return run.config.bias and run.device_type == "cuda" and not run.compiled
+
+
+def sum_scratch(rows, columns):
+    """Bytes that PyTorch's sum over rows (rows, columns) -> (columns,) sets aside on a GPU, where
+    it is split over processors: as ATen/native/cuda/Reduce.cuh chooses, 4 columns a thread."""
+    width = min(1 << (max(1, columns // 4).bit_length() - 1), 32)
+    height = min(1 << (max(1, rows).bit_length() - 1), 128 // width)
+    each = -(-rows // height)  # rows of a thread
+    blocks = -(-columns // (4 * width))
+    most = PROCESSORS * (2048 // (width * height))  # blocks that run at once
+    if each < 256 or blocks > most:
+        return 0
+    split = max(min(-(-most // blocks), -(-each // 16)), -(-each // 256))
+    return 4 * columns * split * width * 4 if split > 1 else 0
+
+
 def tiled_phases(run, names, tiles):
     """Phases of the backward by tiles (attention/block_backward.py), likewise."""
     config, T, r, g, e = run.config, run.length, names["r"], names["g"], run.stream_bytes
@@ -135,18 +202,11 @@ def tiled_phases(run, names, tiles):
     copies = names["cast"] * e  # weights as autocast's products read them
     qkv = (1 + 2 / g) * width**2
     after = names["layer"] - qkv  # numbers of the weights after attention
-    largest = (2 if names["swiglu"] else 1) * r * width**2
+    wide_mlp = (2 if names["swiglu"] else 1) * r
+    largest = wide_mlp * width**2
     found = run.param_bytes if not names["cast"] else 4
     if tiles.whole:
-        share = tiles.b / run.batch_size
-        block = share * names["plain"]
-        if e == 4:  # narrow ones have a kernel of their own for the MLP
-            block += share * inside_mlp(run, names)
-        grads = names["layer"] * (4 + found + copies)
-        rows = (2 + config.offload) * run.tokens * row  # gradients; an input that came back
-        if run.compiled and b == run.batch_size:  # nothing is summed over sequences
-            return [(rows + block, 0, 0), (rows, grads, 0)]
-        return [(rows + block, grads, 0)]
+        return whole_phases(run, names, tiles)
     # gradients of input and output, the multiple that stands for attention's output
     held = (2 + config.offload) * run.tokens * row + 4 * b * config.n_head * T
     held += b * T * row if config.checkpoint_layers else 0  # attention's output, again
@@ -164,6 +224,10 @@ def tiled_phases(run, names, tiles):
     weights = after * (4 + several * found + copies) + earlier + own
     mlp = held + kept * config.checkpoint_layers + (inside + norm) * rows * row
     phases.append((mlp, weights, 0))
+    if biased(run):
+        phases.append(
+            (mlp - 2 * wide_mlp * rows * row, weights, sum_scratch(rows, int(wide_mlp * width)))
+        )
     if config.checkpoint_layers:
         attending = kept + b * row * _forward_scratch(config, T, q, k, run.device_type, True)
         workspace = _workspace(config, q, k, e, run.device_type, run.threads)
@@ -184,7 +248,7 @@ def tiled_phases(run, names, tiles):
     summed = 4 * qkv * (few(run) or run.tokens > q * b)  # of tiles before
     weights = after * (4 + copies) + qkv * copies + summed
     workspace = _workspace(config, q, k, e, run.device_type, run.threads, backward=True)
-    workspace += share * scores(run, tiles, 3.8)
+    workspace += share * scores(run, tiles, 4)
     phases.append((held + b * row * attention, weights, workspace))
     if names["rope"]:  # turned back: a float32 copy, and four of halves
         turning = 3 + 5 / g + 2 * wide / g + 3 * wide + (e < 4) * (1 + 2 / g)
@@ -195,7 +259,8 @@ def tiled_phases(run, names, tiles):
     projecting = share * ((wide + stored) * T + (2 + 4 / g + 2 * wide / g) * q)
     projecting += share * names["rope"] * (1 + 1 / g) * q
     added = qkv * share * found * (run.tokens > q * b)
-    phases.append((held + b * row * (projecting + norm * q), weights + added, 0))
+    scratch = biased(run) * sum_scratch(b * q, int((1 + 2 / g) * width))
+    phases.append((held + b * row * (projecting + norm * q), weights + added, scratch))
     if e < 4:  # the gradients of q, k and v are narrow copies, which the product has in one
         projecting += (share * (1 + 2 / g) + 2) * q
         own = qkv * share * (e + 4) * (run.device_type == "cpu")
@@ -205,8 +270,7 @@ def tiled_phases(run, names, tiles):
 
 def scores(run, tiles, times):
     """Bytes of attention's scores in a tile, so many `times`, where they are written out: CUDA's
-    kernels for tiles are for narrow numbers (attention/tile_kernels.py). 3.4 to 4 were measured in
-    backward."""
+    kernels for tiles are for narrow numbers (attention/tile_kernels.py)."""
     if run.device_type != "cuda" or run.stream_bytes < 4:
         return 0
     return times * tiles.b * run.config.n_head * tiles.q * max(tiles.q, tiles.k) * 4

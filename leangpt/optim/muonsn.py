@@ -45,6 +45,7 @@ from leangpt.system.processor import fast_bfloat16
 
 # Jordan's quintic: takes singular values in (0, 1] to about [0.7, 1.2] in five steps.
 QUINTIC = (3.4445, -4.7750, 2.0315)
+ROWS_AT_ONCE = 64  # of column_norms on CUDA
 BFLOAT16_SIDE = 64  # on the CPU smaller matrices are no faster in bfloat16
 
 
@@ -205,7 +206,7 @@ def orthogonalize(matrices, steps=5, column_norm=False):
     a, b, c = QUINTIC
     dtype, (n, m) = matrices.dtype, matrices.shape[1:]
     if column_norm:
-        norm = torch.linalg.vector_norm(matrices, dim=1, keepdim=True) * m**0.5
+        norm = column_norms(matrices, ROWS_AT_ONCE if matrices.is_cuda else n) * m**0.5
     else:
         norm = torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
     x = matrices / norm.clamp_min_(torch.finfo(dtype).tiny ** 0.5)
@@ -219,3 +220,18 @@ def orthogonalize(matrices, steps=5, column_norm=False):
         x = torch.baddbmm(x, polynomial, x, beta=a)
     x = x.mT if n > m else x
     return x.to(dtype, memory_format=torch.contiguous_format).contiguous()
+
+
+def column_norms(matrices, at_once):
+    """(N, n, m) -> (N, 1, m), the norms of columns; at first of so many rows `at_once`.
+
+    A sum of many rows to few columns is split over a GPU's processors, and what PyTorch sets aside
+    for their parts is up to eight bytes a number: four times a stack of bfloat16. Of few rows it is
+    not split.
+    """
+    found = matrices
+    if matrices.shape[1] % at_once == 0 and matrices.shape[1] > at_once:
+        wide = torch.promote_types(matrices.dtype, torch.float32)
+        parts = matrices.unflatten(1, (-1, at_once))
+        found = torch.linalg.vector_norm(parts, dim=2, dtype=wide)
+    return torch.linalg.vector_norm(found, dim=1, keepdim=True).to(matrices.dtype)

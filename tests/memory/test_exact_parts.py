@@ -8,6 +8,7 @@ from leangpt.memory.goals import refusal
 from leangpt.memory.meter import tensor_bytes
 from leangpt.memory.run import Run, one_layer
 from leangpt.memory.search import Budget, Wish, fastest
+from leangpt.memory.tiles import sum_scratch
 from leangpt.memory.units import parse_bytes
 from leangpt.optim import VARIANTS, build_optimizer, planned_bytes
 from leangpt.system.errors import UserError
@@ -69,3 +70,12 @@ def test_bytes_are_read(text, size):
 def test_what_is_no_amount_of_memory_is_refused(text):
     with pytest.raises(UserError, match="write bytes as 24GB"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize(
+    "rows, columns, size",
+    [(2397, 1024, 19_922_944), (4096, 4096, 134_217_728), (2048, 2560, 41_943_040), (63, 512, 0)],
+)
+def test_what_a_sum_over_rows_sets_aside_on_a_gpu(rows, columns, size):
+    """As an H100 was seen to allocate: for a bias's gradient, and for norms of stacked columns."""
+    assert sum_scratch(rows, columns) == size

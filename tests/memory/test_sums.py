@@ -26,6 +26,17 @@ CONFIGS = {
 NOT_MEASURED = ("weights", "state")  # which stand before the step
 
 
+def attends_in_bfloat16():
+    """PyTorch's attention in bfloat16 fails where ATEN_CPU_CAPABILITY is below what a processor
+    with matrix instructions has: it packs for instructions that its kernel was not built with."""
+    q = torch.zeros(1, 1, 64, 48, dtype=torch.bfloat16)
+    try:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+    except RuntimeError as error:
+        return "avx512" not in str(error)
+    return True
+
+
 def step_of(run):
     """(model, a step of its micro-batches)."""
     torch.manual_seed(0)
@@ -63,6 +74,8 @@ def error(name, bits, micro_batches, variant, size):
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("bits, micro_batches, size", [(8, 2, 4), (4, 3, 2)])
 def test_a_step_takes_what_was_predicted(name, bits, micro_batches, size):
+    if size == 2 and not attends_in_bfloat16():
+        pytest.skip("PyTorch's own bfloat16 attention does not run as it is set up here")
     assert abs(error(name, bits, micro_batches, "adamsn8", size)) <= 0.02
 
 

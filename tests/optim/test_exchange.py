@@ -92,6 +92,7 @@ def numbers_of(state, shape):
 
 
 def work(rank, failures):
+    muonsn.fast_bfloat16 = lambda: False  # a bfloat16 product shows more than what is asked here
     computed = []
 
     def counted(matrices, group, compute=muonsn.orthogonalize_blocks):

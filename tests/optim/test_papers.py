@@ -134,6 +134,21 @@ def test_muonsn_with_normalised_columns_does_not_see_their_scale():
     assert found.isfinite().all() and not found[:, :, 3].any() and found[:, :, 4].any()
 
 
+def test_norms_of_columns_in_two_steps_are_those_in_one():
+    from leangpt.optim.muonsn import column_norms
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 256, 24, dtype=torch.float64)
+    expected = x.square().sum(1, keepdim=True).sqrt()
+    for at_once in (32, 100, 256, 512):  # a divisor, none, all, more
+        assert torch.allclose(column_norms(x, at_once), expected, rtol=1e-14)
+    narrow = column_norms(x.bfloat16(), 32)
+    assert narrow.dtype == torch.bfloat16
+    assert torch.allclose(narrow.double(), expected, rtol=2**-7)
+    blocks = x.split([192, 64], dim=1)[0]  # not contiguous: q of q, k, v
+    assert torch.allclose(column_norms(blocks, 64), column_norms(blocks, 192), rtol=1e-14)
+
+
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("shape", [(2, 64, 64), (3, 96, 64), (2, 64, 130), (2, 63, 200)])
 def test_muonsn_orthogonalizes_in_bfloat16_where_the_processor_is_fast(shape, fast, monkeypatch):

