@@ -1,10 +1,12 @@
 """Plans of the table of cards, trained with a card's memory -> results/plan_cards_checked.csv.
 
-    python -m experiments.plan.cards_check                on every GPU there is, some minutes
+    python -m experiments.plan.cards_check                  on every GPU there is, half an hour
+    python -m experiments.plan.cards_check --goals=fastest  three minutes
 
 Of each model the fastest plan and the one of the longest context, on the smallest card that has
 one: a GPU whose allocator may take no more than that card has beside CUDA's own. Two steps each as
 train.py makes them, of random tokens; the second is timed, where the first took less than a minute.
+Rows of plans that are still the same stay: it goes on where it was stopped.
 """
 
 import os
@@ -38,19 +40,24 @@ class Options:
     plans: str = str(RESULTS / "plan_cards.csv")
     csv: str = str(RESULTS / "plan_cards_checked.csv")  # where rows go
     models: str = ",".join(MODELS)  # of the table
+    goals: str = "fastest,longest"  # of each
     device: str = "cuda"  # cuda | cpu
     number: int = -1  # of a worker: its check; -1: this is none
 
 
 def main(argv=None):
     options, _ = parse_config(Options, argv, config_files=False)
-    found = checks(read_csv(options.plans), options.models.split(","))
+    goals = options.goals.split(",")
+    found = checks(read_csv(options.plans), options.models.split(","), goals)
     if options.number >= 0:
         with tempfile.TemporaryDirectory() as folder:
             row = run_check(found[options.number], options.device, Path(folder))
         write_csv(f"{options.csv}.{options.number}", [row])
         return
-    gpus, running, waiting = max(1, torch.cuda.device_count()), {}, list(range(len(found)))
+    before = read_csv(options.csv) if Path(options.csv).exists() else []
+    known = {key_of(row) for row in before}
+    gpus, running = max(1, torch.cuda.device_count()), {}
+    waiting = [n for n, check in enumerate(found) if key_of_check(check) not in known]
     while waiting or running:
         for gpu in range(gpus):
             if gpu in running and running[gpu].poll() is not None:
@@ -60,16 +67,28 @@ def main(argv=None):
         time.sleep(0.2)
     parts = [Path(f"{options.csv}.{number}") for number in range(len(found))]
     rows = [row for part in parts if part.exists() for row in read_csv(part)]
-    write_csv(options.csv, rows)
+    newest = {(row["model"], row["goal"]): row for row in before + rows}
+    write_csv(options.csv, list(newest.values()))
     for part in parts:
         part.unlink(missing_ok=True)
 
 
-def checks(rows, models):
-    """(model, "fastest" or "longest", row of the plans) of what is trained, large models first."""
+def key_of(row):
+    """What tells a check from others."""
+    return row["model"], row["goal"], row["card_GB"], row["flags"]
+
+
+def key_of_check(check):
+    """The same, of what is still to be checked."""
+    model, goal, row = check
+    return model, goal, row["card_GB"], row[f"{'longest_' * (goal == 'longest')}flags"]
+
+
+def checks(rows, models, goals=("fastest", "longest")):
+    """(model, goal, row of the plans) of what is trained: quick ones first, then large models."""
     found = []
-    for model in reversed(models):
-        for goal, column in (("fastest", "flags"), ("longest", "longest_flags")):
+    for goal, column in (("fastest", "flags"), ("longest", "longest_flags")):
+        for model in reversed(models) if goal in goals else ():
             fits = [row for row in rows if row["model"] == model and row[column]]
             found.append((model, goal, min(fits, key=lambda row: row["card_GB"])))
     return found
@@ -78,7 +97,9 @@ def checks(rows, models):
 def start(options, number, gpu):
     """A process that makes one check on one GPU."""
     command = [sys.executable, "-m", "experiments.plan.cards_check", f"--number={number}"]
-    command += [f"--{n}={getattr(options, n)}" for n in ("plans", "csv", "models", "device")]
+    command += [
+        f"--{n}={getattr(options, n)}" for n in ("plans", "csv", "models", "goals", "device")
+    ]
     return subprocess.Popen(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": str(gpu)})
 
 

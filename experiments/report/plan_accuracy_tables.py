@@ -36,16 +36,21 @@ def context(row):
     return CONTEXT * (row["device"] == "cuda")
 
 
+LEAST_CARD = 4 * 10**9  # bytes of the smallest GPU that counts
+
+
 def refused(rows):
     """(refused though they fit, fit): pairs of a run and a device with the memory that another
-    run of the draws took."""
+    run of the draws took; of GPUs those that are sold: of LEAST_CARD and more."""
     wrong = fit = 0
     for row in rows:
         for other in rows:
-            memory = other["measured"]
-            if other is not row and row["measured"] <= memory:
+            memory = other["measured"] + context(other)
+            if row["device"] == "cuda" and memory < LEAST_CARD:
+                continue
+            if other is not row and row["measured"] + context(row) <= memory:
                 fit += 1
-                budget = Budget(memory + context(row))
+                budget = Budget(memory)
                 wrong += row["predicted"] + context(row) > budget.usable(row["device"])
     return wrong, fit
 

@@ -60,3 +60,21 @@ def in_code(flags):
     if pieces != "1":
         words.insert(0, f"{pieces} × {settings['batch_size']} sequences")
     return ", ".join(words) or "none"
+
+
+@table("plan_checked", "plan_cards_checked.csv")
+def plan_checked(rows):
+    """Plans that were trained on a GPU whose allocator had a card's memory and no more."""
+    lines = [
+        [
+            f"{row['model']} on {row['card_GB']} GB, {row['goal']}",
+            f"{row['length']:,}",
+            f"{row['predicted'] / 1e9:.3f} GB",
+            f"{row['measured'] / 1e9:.3f} GB",
+            "yes" if row["outcome"] == "fits" else "no",
+            f"{row['tokens_per_s']:,}" if row["tokens_per_s"] else "–",
+        ]
+        for row in rows
+    ]
+    header = ["plan", "tokens a sequence", "predicted", "measured", "fits", "tokens/s"]
+    return markdown(header, lines) + made_on(rows)

@@ -197,7 +197,15 @@ def run_tiles(
         inplace = False  # the other processes want keys of rows that would be written over
     into = x if inplace else torch.empty_like(x)
     forward_tiles(Tiles(block, x.shape, x.device, sizes), x, into)
+    forget_casts(x.device.type)
     return into
+
+
+def forget_casts(device_type):
+    """Let go of the weights as autocast's products read them. It keeps its copies until the whole
+    model is through; of a block by tiles nothing reads them any more."""
+    if torch.is_autocast_enabled(device_type):
+        torch.clear_autocast_cache()
 
 
 class _TiledBlock(torch.autograd.Function):
@@ -234,6 +242,7 @@ class _TiledBlock(torch.autograd.Function):
                 y[batch] = tiles.plain(x[batch], batch.start)
         else:
             forward_tiles(tiles, x, y, keep)
+        forget_casts(device.type)
         ctx.save_for_backward(x if ctx.host_x is None else None, lse, *parameters)
         ctx.out = out  # not saved: backward writes over it, and a second one recomputes it
         return y

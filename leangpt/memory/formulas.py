@@ -12,7 +12,6 @@ a part that plans show. Formulas are written once, here. What they are made of (
     yes/no    swiglu rms rope learned tied drop scores (attention dropout) tiled checkpoint offload
               whole (a tile holds whole sequences) fused accumulates several cpu
               freed (gradients, as soon as they are there: fused, or summed in few bits)
-              cached (autocast keeps its copies of weights: nothing is compiled)
               spread (a kernel for float32 that does not share heads) copied (heads as rows)
     norm_bytes of a number that the last norm reads; tried: what torch.compile times kernels with
     and       weights state gradients: bytes of all; gradients_layer, untied_stands: of a layer's,
@@ -99,12 +98,6 @@ MOMENTS = {
         *KEPT,
         *STANDING,
         *SAVED_ALL,
-        (
-            "saved",
-            "weights as the tiles' products read them",
-            "cast*cached*e*((K*by_tiles + (L - K)*last_by_tiles)*(layer - (1 + 2/g)*C*C)"
-            " + K*whole*(1 + 2/g)*C*C)",
-        ),
         ("loss", "norm of the stream, and its gradient", "2*n*C*e"),
         ("loss", "targets as they count", "8*n"),
         ("loss", "the head as the product reads it", "cast*V*C*e"),
@@ -220,7 +213,7 @@ MOMENTS = {
 }
 
 
-OF_THE_LAST = "saved by_tiles working working_weights working_update workspace".split()
+OF_THE_LAST = "saved working working_weights working_update workspace".split()
 
 
 def sizes(run) -> dict:
@@ -241,7 +234,7 @@ def sizes(run) -> dict:
         scores=int(attention_dropout > 0 and cpu), mask=e if cpu else 1,
         wide=int(cpu and e < 4 and not attention_dropout), half_cpu=cpu and e < 4,
         by_tiles=int(tiled is not None), checkpoint=int(c.checkpoint_layers),
-        offload=int(c.offload), cached=int(not run.compiled), K=checkpointed(c),
+        offload=int(c.offload), K=checkpointed(c),
         copied=int(cpu or e < 4), tried=(run.compiled and not cpu) * tiles.L2_CACHE,
         spread=int(not cpu and e == 4 and c.kv_heads < c.n_head),
         whole=int(tiled is not None and tiled.whole), fused=int(run.fused),

@@ -22,8 +22,8 @@ from leangpt.optim import VARIANTS
 WORTH = 1.05  # times faster that a plan must be for each change of what is learned
 ALIKE = 1.03  # of two times the larger over the smaller, that nobody would choose by
 WORTH_OF_A_TRADE = 1.1  # likewise for each way to compute more: smaller micro-batches come first
-RESERVE = {"cpu": 0.02, "cuda": 0.035}  # of the memory, left free: see Plan.left
-LEAST_RESERVE = {"cpu": 0, "cuda": 128 * 10**6}  # bytes: an allocator rounds up
+RESERVE = {"cpu": 0.02, "cuda": 0.05}  # of the memory, left free: see Plan.left
+LEAST_RESERVE = {"cpu": 0, "cuda": 384 * 10**6}  # bytes: its allocator has pages of 20 MB
 CONTEXT = 600 * 10**6  # bytes that CUDA takes for itself and no allocator counts: an allowance
 SHOWN = 5
 CHECKPOINTS = ("checkpoint_layers", "checkpoint_first", "offload")

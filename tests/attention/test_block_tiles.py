@@ -175,6 +175,20 @@ def test_autocast_tiles_stay_near_float32(policy):
     assert block.attn.c_attn.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_autocast_keeps_no_copies_of_tiled_weights(recorded):
+    """It would keep those of all layers until the whole model is through: 3.1 MB here."""
+    config = GPTConfig(block_size=64, vocab_size=64, n_layer=8, n_head=4, n_embd=128, q_chunk=16)
+    model, idx = GPT(config), torch.randint(64, (1, 64))
+
+    def forward():
+        with torch.set_grad_enabled(recorded), torch.autocast("cpu", torch.bfloat16):
+            model(idx, idx)
+
+    forward()
+    assert measure_peak(forward) < 1.5e6
+
+
 @pytest.mark.parametrize("G", (1, 4))
 def test_autocast_without_tiles_stays_near_float32(G):
     block, twin = block_pair(torch.float32, 30, n_kv_head=G)
