@@ -34,7 +34,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from configurator import named_as_typed, parse_config
+from configurator import parse_config
 from leangpt.attention.tile_sizes import tile_sizes
 from leangpt.int4.quantize import quantize_
 from leangpt.memory.block_cell import (
@@ -47,7 +47,14 @@ from leangpt.memory.block_cell import (
 )
 from leangpt.memory.meter import tensor_bytes
 from leangpt.memory.tiles import predict_block_peak
-from leangpt.system.errors import UserError, exit_cleanly, is_out_of_memory, refused
+from leangpt.system.errors import (
+    RunError,
+    UserError,
+    exit_cleanly,
+    is_out_of_memory,
+    named_as_typed,
+    refused,
+)
 from leangpt.system.runtime import DTYPES, setup_runtime
 from leangpt.system.timing import MIB, commit_id, describe_machine, quartiles, synchronize, timed
 from leangpt.system.whole_files import writing
@@ -96,6 +103,7 @@ SHOWN = (
     "message",
 )  # on the screen
 LONGEST = 2_000_000  # seconds that waiting for a process can take
+INT4_GROUP = 32  # weights of a row that int4 packs together
 WIDTHS = (8, 10, 8, 8, 9, 10, 10, 10, 13, 11, 12, 8, 0)
 
 
@@ -145,7 +153,7 @@ def main():
         json.dump(run_cell(json.loads(sys.argv[2])), sys.stdout)
         return
     settings, given = parse_config(Settings)
-    with named_as_typed(given):
+    with named_as_typed(given.typed):
         cells = grid(settings)
     writers = []
     if settings.csv:
@@ -158,13 +166,17 @@ def main():
     else:
         print_line(SHOWN)
         writers.append(print_row)
+    failed = 0
     with tqdm(cells, desc="bench", unit="cell", disable=None) as bar:  # None: only on a terminal
         for cell in bar:
             bar.set_postfix_str(f"{cell['policy']} T={cell['seq']}")
             row = run_in_process(cell, settings.timeout)
+            failed += row["status"] == "error"
             with tqdm.external_write_mode():
                 for write in writers:
                     write(row)
+    if failed:
+        raise RunError(f"{failed} of {len(cells)} cells failed: see their messages")
 
 
 def grid(settings):
@@ -202,10 +214,16 @@ def cell_config(cell):
     """A cell (dict of its settings) -> the GPTConfig of its block."""
     shape = (cell[name] for name in ("d_model", "heads", "kv_heads", "q_chunk", "k_chunk"))
     try:
-        return GPTConfig(**block_arguments(cell["policy"], cell["seq"], *shape))
+        config = GPTConfig(**block_arguments(cell["policy"], cell["seq"], *shape))
     except UserError as error:  # in the names of this page's settings
         names = {"n_kv_head": "kv_heads", "n_head": "heads", "n_embd": "d_model"}
         raise UserError(re.sub("|".join(names), lambda m: names[m[0]], str(error))) from None
+    if cell["policy"] == "int4" and cell["d_model"] % INT4_GROUP:
+        raise UserError(
+            f"int4 packs {INT4_GROUP} weights at a time, which does not divide "
+            f"d_model={cell['d_model']}: give --policy without int4"
+        )
+    return config
 
 
 def run_in_process(cell, timeout):
@@ -224,7 +242,7 @@ def run_in_process(cell, timeout):
     if done.returncode == -9:  # SIGKILL, which is how Linux takes memory back
         return row_of(cell, "oom", "killed by the operating system")
     lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-    return row_of(cell, "error", lines[-1])
+    return row_of(cell, "error", lines[-1].removeprefix("error: "))
 
 
 def row_of(cell, status, message):
@@ -270,7 +288,7 @@ def measure_cell(cell, device, dtype):
     B, T, seed = cell["batch"], cell["seq"], cell["seed"]
     block = exact = build_block(Block, config, device, dtype, seed)
     if cell["policy"] == "int4":
-        block = quantize_(copy.deepcopy(exact))
+        block = quantize_(copy.deepcopy(exact), INT4_GROUP)
     x = random_input(config, B, T, device, dtype, seed)
     process = psutil.Process()
     rss = process.memory_info().rss

@@ -26,7 +26,6 @@ import inspect
 import io
 import math
 import os
-import re
 import runpy
 import sys
 import textwrap
@@ -35,7 +34,7 @@ import types
 import typing
 from pathlib import Path
 
-from leangpt.system.errors import UserError
+from leangpt.system.errors import UserError, named_as_typed
 
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 LARGEST = 2**63 - 1  # what 64 bits hold
@@ -82,8 +81,8 @@ def parse_config(settings, argv=None, config_files=True):
             given.typed.update(typed)
         else:
             raise UserError(f"unexpected {_short(text)!r}{after}: {HOW_TO_WRITE}")
-    _check_fixed(settings, given)
-    with named_as_typed(given):
+    _check_values(settings, given)
+    with named_as_typed(given.typed):
         return settings(**given), given
 
 
@@ -101,25 +100,6 @@ class Given(dict):
 
     def __init__(self):
         self.typed = {}
-
-
-@contextlib.contextmanager
-def named_as_typed(given):
-    """What a UserError in here says of a setting, it says by the name that the user gave it.
-
-    A key without `_` may be a word like any other: it is a setting after `--` and before `=`.
-    """
-    try:
-        yield
-    except UserError as error:
-        message = str(error)
-        for key, name in given.typed.items():
-            pattern = rf"(?<![\w/.]){key}(?!\w)"
-            if "_" not in key:
-                pattern = rf"(?<=--){key}(?!\w)|(?<=unknown ){key}(?!\w)|(?<![\w/.]){key}(?==)"
-            message = re.sub(pattern, name, message)
-        error.args = (message,)
-        raise
 
 
 def read_words(settings, argv=None):
@@ -201,6 +181,8 @@ def help_text(settings, config_files=True):
 def _value_after(flag, kind, words):
     """(the value of a flag written without `=`, the words after it): True for a bare bool."""
     following = words[0] if words else None
+    if following == "=":
+        raise UserError(f"write {flag}=VALUE, without spaces")
     if bool in _alternatives(kind):
         if following is not None and following.lower() in TRUE | FALSE:
             return following, words[1:]
@@ -368,10 +350,14 @@ def _is_list(kind):
     return any(typing.get_origin(option) is tuple for option in _alternatives(kind))
 
 
-def _check_fixed(settings, given):
-    """Raise UserError where a field that has one value only was given another."""
+def _check_values(settings, given):
+    """Raise UserError where a field that has one value only was given another, and where a text
+    was given that is empty (`--out_dir=$OUT`), but for those that are so by default."""
     for field in dataclasses.fields(settings):
         reason, only = field.metadata.get("fixed"), _default(field)
+        if given.get(field.name) == "" != only:
+            name = given.typed[field.name]
+            raise UserError(f"--{name} is empty: give it a value, or leave it out")
         if reason and given.get(field.name, only) != only:
             raise UserError(
                 f"{field.name}={given[field.name]} is not done here: {reason}; leave it out, or "

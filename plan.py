@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import named_as_typed, parse_config, read_words
+from configurator import parse_config, read_words
 from leangpt.memory.calibrate import calibrate, known_rates
 from leangpt.memory.decoding import (
     Decoding,
@@ -31,7 +31,7 @@ from leangpt.memory.goals import GOALS, LADDERS, plans
 from leangpt.memory.search import SHOWN, Budget, fits, predict
 from leangpt.memory.units import in_words, parse_bytes
 from leangpt.runs.checkpoint import checkpoint_to_resume, load_checkpoint
-from leangpt.system.errors import UserError, exit_cleanly
+from leangpt.system.errors import UserError, exit_cleanly, named_as_typed
 from leangpt.system.host_memory import available_memory
 from leangpt.system.runtime import DTYPES
 from leangpt.text.folder import read_meta
@@ -85,7 +85,7 @@ OWN = (  # which train.py does not know
 def main(argv=None):
     """Parse, plan, print."""
     settings, given = parse_config(Settings, argv)
-    with named_as_typed(given):
+    with named_as_typed(given.typed):
         answer(settings, given, list(read_words(Settings, argv)))
 
 
@@ -140,7 +140,8 @@ def check(settings, named):
     named: what the command line sets."""
     for name, known in (("purpose", PURPOSES), ("goal", ("", *GOALS)), ("family", LADDERS)):
         if (value := getattr(settings, name)) not in known:
-            raise UserError(f"unknown {name} {value!r}; choose one of: {', '.join(known)}")
+            choices = ", ".join(filter(None, known))
+            raise UserError(f"unknown {name} {value!r}; choose one of: {choices}")
     for name, most in (("devices", 2**20), ("num_samples", 2**20), ("vocab_size", 2**31 - 1)):
         value = getattr(settings, name)
         if value is not None and not 1 <= value <= most:

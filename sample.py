@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from attention_policies import POLICIES
-from configurator import named_as_typed, parse_config
+from configurator import parse_config
 from leangpt.decoding.chat import chat
 from leangpt.decoding.conversation import Conversation
 from leangpt.decoding.generate import bytes_read, check_count, generate
@@ -31,7 +31,7 @@ from leangpt.int4.stored import STORED_GROUP, take_stored_
 from leangpt.int4.tuning import quantize_and_tune_
 from leangpt.layers.int4_linear import GROUP_SIZES
 from leangpt.runs.checkpoint import checkpoint_to_resume, load_checkpoint, model_from_checkpoint
-from leangpt.system.errors import UserError, exit_cleanly, refused
+from leangpt.system.errors import UserError, exit_cleanly, named_as_typed, refused
 from leangpt.system.runtime import setup_runtime
 from leangpt.text.model_text import ModelText, files_to_export, text_of_data, text_of_files
 from leangpt.weights.chat_text import load_pretrained_text
@@ -88,10 +88,16 @@ class Settings:
     )
 
 
+OF_THE_TEXT = set(  # settings that an export does not heed
+    "start chat num_samples max_new_tokens temperature top_k top_p stream kv_bits slide "
+    "attention_policy q_chunk k_chunk".split()
+)
+
+
 def main(argv=None):
     """Parse, and do it."""
     settings, given = parse_config(Settings, argv)
-    with named_as_typed(given):
+    with named_as_typed(given.typed):
         run(settings, given)
 
 
@@ -109,6 +115,8 @@ def run(settings, given):
     loaded = load(settings, dtype)
     model, text = loaded.model, loaded.text
     if settings.export:
+        if unheeded := sorted(OF_THE_TEXT & set(given)):
+            print(f"note: nothing is sampled, so {', '.join(unheeded)} mean nothing here")
         return export(model, text, settings)
     set_attention(model, settings)
     for note in text.notes:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from configurator import config_dict, describe_changes, named_as_typed, parse_config, read_words
+from configurator import config_dict, describe_changes, parse_config, read_words
 from leangpt.optim import GradientNotFinite, frees_gradients
 from leangpt.parallel.engine import Parallel, check_codes, clip_gradients
 from leangpt.parallel.failures import attempt, first_to_say, is_lost_process, launch
@@ -27,7 +27,7 @@ from leangpt.parallel.modes import parallel_mode
 from leangpt.parallel.pieces import cut_sequences
 from leangpt.runs.checkpoint import LAST, model_from_checkpoint
 from leangpt.runs.folder import RunFolder
-from leangpt.system.errors import is_out_of_memory
+from leangpt.system.errors import is_out_of_memory, named_as_typed
 from leangpt.system.processor import keep_freed_memory
 from leangpt.system.runtime import (
     DTYPES,
@@ -69,7 +69,7 @@ def main(argv=None, make_optimizer=own_optimizer):
     flags = {key for _, key, _ in read_words(Settings, argv) if key}
     trainer = checkpoint = None
     writes = is_main_process() and not settings.eval_only
-    with named_as_typed(given), RunFolder(settings.out_dir, writes) as folder:
+    with named_as_typed(given.typed), RunFolder(settings.out_dir, writes) as folder:
         if settings.init_from == "auto" or attempt() and launch() == folder.launch:
             settings.init_from = "resume" if folder.resumable else "scratch"
         if settings.init_from == "resume":

@@ -186,9 +186,12 @@ def known_options(cls) -> set:
 def check_options(variant, cls, options):
     """Raise UserError for an option that the class of `variant` does not have."""
     known = known_options(cls)
+    others = {"role_rates"} | ({"partition"} if cls is AdamSN else set())  # of build_optimizer
+    others |= {"fused_backward", "gradient_bits"} if cls is not torch.optim.AdamW else set()
     for name in options:
         if name not in known:
-            raise UserError(f"{variant} has no option {name!r}: {closest(name, known, 'known: ')}")
+            near = closest(name, known | others, "known: ")
+            raise UserError(f"{variant} has no option {name!r}: {near}")
 
 
 def closest(name, known, otherwise="one of "):

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import sys
 
 # what the operating system says where a path or the rights to it are at fault, not the machine
@@ -41,6 +42,26 @@ def refused(doing: str, error: OSError) -> UserError:
     return kind(f"{doing}: {error.strerror or error}")
 
 
+@contextlib.contextmanager
+def named_as_typed(typed: dict[str, str]):
+    """What a UserError in here says of a setting, it says by the name that the user gave it.
+
+    typed: {key: the name that was typed}. A key without `_` may be a word like any other: it is
+    a setting after `--` and before `=`.
+    """
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+        for key, name in typed.items():
+            pattern = rf"(?<![\w/.]){key}(?!\w)"
+            if "_" not in key:
+                pattern = rf"(?<=--){key}(?!\w)|(?<=unknown ){key}(?!\w)|(?<![\w/.]){key}(?==)"
+            message = re.sub(pattern, name, message)
+        error.args = (message,)
+        raise
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Is this exception one of CUDA's, Python's or the CPU allocator's for exhausted memory?"""
     return isinstance(error, MemoryError) or (
@@ -59,8 +80,13 @@ def exit_cleanly(main):
     _open_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.write, sys.stdout.flush = _named(sys.stdout.write), _named(sys.stdout.flush)
     try:
-        main()
+        try:
+            main()
+        except SystemExit as end:
+            if end.code:
+                raise
         sys.stdout.flush()
     except UserError as error:
         _end(error, error.status)
@@ -97,6 +123,19 @@ def _open_streams():
                 os.close(null)
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
+
+
+def _named(call):
+    """`call`, a method of stdout's, whose OSError says of what file it is."""
+
+    def named(*arguments):
+        try:
+            return call(*arguments)
+        except OSError as error:
+            error.filename = error.filename or "standard output"
+            raise
+
+    return named
 
 
 def _end(error, status):

@@ -4,13 +4,14 @@ import csv
 import io
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 import bench
-from leangpt.system.errors import UserError
+from leangpt.system.errors import RunError, UserError
 
 SEED_COLUMNS = [
     "seq",
@@ -115,6 +116,9 @@ def test_one_cell_without_flags_is_a_readable_table(monkeypatch, capsys):
         (["--seq=64,0"], "--seq must be positive, not 0"),
         (["--seq="], "--seq is empty"),
         (["--policy="], "--policy is empty"),
+        (["--csv="], "--csv is empty"),
+        (["--d-model=100", "--heads=10"], "int4 packs 32 weights.*d_model=100: give --policy"),
+        (["--n_embd=100", "--heads=10"], "int4 packs 32 weights.* n_embd=100: give --policy"),
         (["--runs=0"], "--runs must be positive"),
         (["--q-chunk=0"], "q_chunk must be positive"),
         (["--dtype=float8"], "unknown dtype 'float8'"),
@@ -148,6 +152,16 @@ def test_cells_that_cannot_finish_become_rows():
     assert broken["status"] == "error" and broken["message"]
     for row in (slow, huge, broken):
         assert set(row) == set(bench.COLUMNS)
+
+
+def test_a_sweep_with_cells_that_failed_ends_with_1(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--seq=16,32", "--policy=plain", "--device=cpu"])
+    for status, failed in (("ok", False), ("oom", False), ("error", True)):
+        row = dict.fromkeys(bench.COLUMNS, "") | {"status": status}
+        monkeypatch.setattr(bench, "run_in_process", lambda cell, timeout: row)  # noqa: B023
+        with pytest.raises(RunError, match="2 of 2 cells") if failed else nullcontext():
+            bench.main()
+        assert len(capsys.readouterr().out.splitlines()) == 3  # all of it is shown
 
 
 def test_the_grid_leaves_out_what_would_run_twice():

@@ -15,8 +15,8 @@ import bench
 import plan
 import sample
 import train
-from configurator import named_as_typed, parse_config
-from leangpt.system.errors import RunError, UserError, exit_cleanly
+from configurator import parse_config
+from leangpt.system.errors import RunError, UserError, exit_cleanly, named_as_typed
 
 CONFIG = str(ROOT / "config/train_shakespeare_char.py")
 
@@ -149,6 +149,12 @@ def test_a_config_file_that_overrules_a_flag_before_it_is_said(tmp_path, capsys)
         (train, "--n_layers 3", "did you mean n_layer?"),
         (train, "--polcy recompute", "did you mean policy?"),
         (sample, "--start once upon", "no config file 'upon': .* a value with spaces needs quotes"),
+        (train, "--n_layer = 3", "write --n_layer=VALUE, without spaces"),
+        (train, "--out_dir=", "--out_dir is empty: give it a value"),
+        (train, "--policy=", "--policy is empty"),
+        (train, "--dataset= --n_layer=2", "--dataset is empty"),
+        (sample, "--init_from=", "--init_from is empty"),
+        (plan, "--memory=", "--memory is empty"),
         (bench, "--seq", "--seq needs a value"),
         (bench, "--seq config/x.py", "--seq needs a value"),
         (bench, "--seq --print", "--seq needs a value"),
@@ -218,7 +224,7 @@ def test_an_error_names_a_setting_as_it_was_typed(tmp_path, page, key, alias, ty
     lines = [[f"--{name.replace('_', '-')}", value], [str(tmp_path / "x.py")]]
     for argv in lines[: 1 if name == "for" else 2]:  # no name in Python
         _, given = parse_config(page.Settings, argv)
-        with pytest.raises(UserError) as caught, named_as_typed(given):
+        with pytest.raises(UserError) as caught, named_as_typed(given.typed):
             raise RunError(f"{key}=3 is wrong, --{key} too, not {key}s or /{key}/x")
         assert str(caught.value) == f"{name}=3 is wrong, --{name} too, not {key}s or /{key}/x"
         assert caught.value.status == 1

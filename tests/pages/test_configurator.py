@@ -57,7 +57,6 @@ def parse(*argv):
         (["--print"], "print", True),
         (["--print", "--n_layer=2"], "print", True),
         (["--out_dir=a=b"], "out_dir", "a=b"),
-        (["--out_dir="], "out_dir", ""),
         (["--out_dir=None"], "out_dir", "None"),
         (["--out_dir=1e3"], "out_dir", "1e3"),
         (["--prompt_file=None"], "prompt_file", None),

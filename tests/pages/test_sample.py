@@ -187,15 +187,25 @@ def test_published_weights_export_and_back(capsys, tmp_path):
     want, *_ = run(capsys, out, "--num_samples=1")
     folder = tmp_path / "folder"
     sample.main([f"--out_dir={out}", f"--export={folder}"])
-    assert "exported" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "exported" in said
     got, *_ = run(capsys, out, "--num_samples=1", f"--init_from={folder}")
     assert got == want
     streamed, *_ = run(capsys, out, "--num_samples=1", "--stream=True")
     assert streamed == want
 
 
+def test_an_export_says_which_settings_mean_nothing(capsys, out_dir, tmp_path):
+    flags = [f"--out_dir={out_dir}", f"--export={tmp_path / 'x'}", "--top_k=3", "--start=hello"]
+    sample.main(flags)
+    said = capsys.readouterr().out
+    assert "note: nothing is sampled, so start, top_k mean nothing here" in said
+
+
 MISTAKES = [
-    (["--start="], "prompt is empty"),
+    (["--start="], "--start is empty"),
+    (["--export="], "--export is empty"),
+    (["--save_int4="], "--save_int4 is empty"),
     (["--start=caf\udce9"], "--start is not UTF-8 text"),
     (["--start=Hello, ünknown"], "lacks ',' 'H' 'ü'"),
     (["--start=" + "a" * 33], "33 tokens.*block_size=32"),

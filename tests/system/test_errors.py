@@ -77,3 +77,11 @@ def test_full_streams(streams, status):
     done = ending("print('said')", shell=f'"$0" -c "$1" {streams}')
     assert done.returncode == (0 if status == 2 else 1)
     assert "Traceback" not in done.stderr and done.stderr.count("\n") <= 1
+
+
+@pytest.mark.parametrize("body", ["print('x')", "print('x', flush=True)", "print('x' * 99999)"])
+@pytest.mark.parametrize("after", ["", "\nsys.exit(0)", "\nsys.exit()"])
+def test_a_full_standard_output_is_named(body, after):
+    done = ending(body + after, shell='"$0" -c "$1" >/dev/full')
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output: No space left on device\n"
