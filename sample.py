@@ -208,7 +208,10 @@ def prompt_ids(text, prompt, chat, given, block_size):
             lacking, prompt = prompt, text.tokenizer.pieces()[0]
             print(f"note: the vocabulary lacks {lacking!r}: the text begins with {prompt!r}")
     ids = text.chat_ids(prompt) if chat else text.tokenizer.encode(prompt)
-    if not ids or not prompt:  # an empty message in a chat's format is no empty text
+    if not ids and prompt:
+        what = "chat format" if chat else "tokenizer"
+        raise UserError(f"the model's {what} makes no tokens of the prompt")
+    if not prompt:  # an empty message in a chat's format is no empty text
         raise UserError("the prompt is empty: give --start at least one character")
     if len(ids) > block_size:
         raise UserError(

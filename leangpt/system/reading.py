@@ -30,9 +30,10 @@ def regular_file(path):
 
 
 def read_json(path):
-    """A JSON object (dict) from a file; UserError where it is not one."""
+    """A JSON object (dict) from a file, with a byte order mark or without; UserError where it is
+    not one."""
     try:
-        content = json.loads(regular_file(path).read_text(encoding="utf-8"))
+        content = json.loads(regular_file(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise refused(f"cannot read {path}", error) from None
     except (ValueError, RecursionError) as error:

@@ -41,7 +41,7 @@ def read_meta(directory):
     if (directory / "meta.json").is_file():
         path = directory / "meta.json"
         try:
-            meta = json.loads(path.read_text(encoding="utf-8"))
+            meta = json.loads(path.read_text(encoding="utf-8-sig"))
         except ValueError as error:
             raise UserError(f"{path} is not JSON ({error}): {prepare_hint(directory)}") from error
         _check_meta(path, meta)

@@ -87,7 +87,7 @@ def text_of_files(files: dict[str, str], where, notes: Iterable[str] = ()) -> Mo
     template = files[TEMPLATE] if TEMPLATE in files else _template(settings, where)
     tokenizer = FileTokenizer(files[TOKENIZER], f"{where}/{TOKENIZER}")
     tokenizer.add(_added_tokens(settings), special)
-    return ModelText(tokenizer, tuple(ends), template, special, dict(files), list(notes))
+    return ModelText(tokenizer, tuple(ends), template or None, special, dict(files), list(notes))
 
 
 def _special_tokens(files, settings, where):

@@ -46,9 +46,9 @@ def read_text_files(folder) -> dict[str, str]:
 
 
 def read(path):
-    """The text of a file. UserError where it is none."""
+    """The text of a file, without a byte order mark. UserError where it is none."""
     try:
-        return regular_file(path).read_text(encoding="utf-8")
+        return regular_file(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise refused(f"cannot read {path}", error) from None
     except UnicodeDecodeError as error:
@@ -87,7 +87,7 @@ def _made_tokenizer(folder):
         vocabulary = read_json(folder / "vocab.json")
         merges = read_merges(read(folder / "merges.txt"), folder / "merges.txt")
         space = bool(settings.get("add_prefix_space", False))
-        tokenizer = byte_level_bpe(vocabulary, merges, prefix_space=space)
+        tokenizer = byte_level_bpe(vocabulary, merges, prefix_space=space, where=folder)
         own = [name for name in ("<|endoftext|>",) if name in vocabulary]
         defaults = dict.fromkeys(("bos_token", "eos_token", "unk_token"), own[0]) if own else {}
     elif found:

@@ -18,12 +18,14 @@ CUTS = {
 ENDS_IN_PATTERN = (GPT4_WORDS, ONE_DIGIT)  # these leave no second cutting to GPT-2's pattern
 
 
-def byte_level_bpe(vocabulary, merges, cut="gpt-2", special=(), whole=(), prefix_space=False):
+def byte_level_bpe(
+    vocabulary, merges, cut="gpt-2", special=(), whole=(), prefix_space=False, where=""
+):
     """A tokenizer.json (str) of byte-level BPE.
 
     vocabulary: {token: id}; merges: [(left, right)], the first first; cut: a key of CUTS.
     special, whole: tokens whose text is never split; the former are control tokens.
-    Raises UserError where they do not make a tokenizer.
+    where: what they are of. Raises UserError, beginning with that, where they make no tokenizer.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
@@ -31,7 +33,10 @@ def byte_level_bpe(vocabulary, merges, cut="gpt-2", special=(), whole=(), prefix
     try:
         model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges)
     except Exception as error:  # the package raises a bare Exception
-        raise UserError(f"vocabulary and merges do not make a tokenizer ({error})") from None
+        whose = f"{where}: its" if where else "the"
+        reason = " ".join(str(error).split())[:200]
+        message = f"{whose} vocabulary and merges do not make a tokenizer ({reason})"
+        raise UserError(message) from None
     tokenizer = Tokenizer(model)
     cuts = []
     if pattern == r"\p{N}":

@@ -76,6 +76,10 @@ def tokenizer_json(own, where, notes):
     SentencePiece. own: the metadata without PREFIX. What is assumed is added to `notes`."""
     kind, cut = own.get("model"), own.get("pre")
     tokens, types = own.get("tokens", []), own.get("token_type", [])
+    if not tokens:
+        raise UserError(
+            f"{where} has no tokenizer.ggml.tokens; put the model's tokenizer.json there"
+        )
     if kind == "llama":  # SentencePiece's pieces, with the space in front of a text by default
         pieces = sentencepiece.Pieces(
             tokens,
@@ -100,4 +104,4 @@ def tokenizer_json(own, where, notes):
     whole = [t for t, kind in zip(tokens, types) if kind == sentencepiece.USER_DEFINED]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ")) for merge in own.get("merges", [])]
-    return byte_level_bpe(vocabulary, merges, cut, special, whole) + "\n"
+    return byte_level_bpe(vocabulary, merges, cut, special, whole, where=where) + "\n"

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -249,6 +250,16 @@ def test_mistakes_are_one_clear_error(out_dir, flags, message, tmp_path, monkeyp
     with pytest.raises(UserError, match=message):
         sample.main([f"--out_dir={out_dir}", "--device=cpu", "--start=hello", *flags])
     assert [p.name for p in tmp_path.iterdir()] == ["broken.safetensors"]
+
+
+@pytest.mark.parametrize("chat, what", [(False, "tokenizer"), (True, "chat format")])
+def test_a_prompt_that_becomes_no_tokens_is_no_empty_prompt(chat, what):
+    def none(text):
+        return []
+
+    text = SimpleNamespace(tokenizer=SimpleNamespace(encode=none), chat_ids=none)
+    with pytest.raises(UserError, match=f"the model's {what} makes no tokens of the prompt"):
+        sample.prompt_ids(text, "hello", chat, True, 32)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")

@@ -3,6 +3,7 @@ or refused by name; never somebody else's."""
 
 import json
 import random
+import re
 
 import pytest
 from sentencepiece_files import SPACE, WORDS, model_bytes, reference_bpe, toy_pieces
@@ -51,8 +52,22 @@ def test_damaged_merges_are_named(tmp_path):
     with pytest.raises(UserError, match="merges.txt, line 3: two tokens are merged"):
         read_text_files(folder)
     (folder / "merges.txt").write_text("q zz\n")
-    with pytest.raises(UserError, match="do not make a tokenizer"):
+    with pytest.raises(
+        UserError, match=f"^{re.escape(str(folder))}: its .*do not make a tokenizer"
+    ):
         read_text_files(folder)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    """As editors of Windows leave it."""
+    folder = bpe_folder(tmp_path)
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages[0].content }}"}')
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 3}')
+    want = read_text_files(folder)
+    for path in folder.iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_text_files(folder) == want
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "spiece.model"])

@@ -140,6 +140,7 @@ def test_damaged_tokenizer(tmp_path):
         ("tokenizer_config.json", {"bos_token": 3}, "bos_token must be a text, not 3"),
         ("tokenizer_config.json", {"chat_template": 3}, "chat_template must be a text"),
         ("tokenizer_config.json", {"chat_template": [{"name": "default"}]}, None),
+        ("tokenizer_config.json", {"chat_template": ""}, None),
     ],
 )
 def test_settings_that_are_something_else(tmp_path, file, content, words):

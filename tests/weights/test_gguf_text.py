@@ -40,6 +40,10 @@ def test_unknown_tokenizers_are_named(tmp_path):
         text_of(tmp_path, {PREFIX + "model": "bert"})
     with pytest.raises(UserError, match="deepseek"):
         text_of(tmp_path, {PREFIX + "pre": "deepseek-llm"})
+    with pytest.raises(UserError, match="tiny.gguf has no tokenizer.ggml.tokens"):
+        text_of(tmp_path, drop=["tokens"])
+    with pytest.raises(UserError, match="tiny.gguf: its vocabulary and merges do not make"):
+        text_of(tmp_path, {PREFIX + "merges": ["q zz"]})
 
 
 def test_sentencepiece_vocabulary(tmp_path):
