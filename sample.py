@@ -32,6 +32,7 @@ from leangpt.int4.tuning import quantize_and_tune_
 from leangpt.layers.int4_linear import GROUP_SIZES
 from leangpt.runs.checkpoint import checkpoint_to_resume, load_checkpoint, model_from_checkpoint
 from leangpt.system.errors import UserError, exit_cleanly, named_as_typed, refused
+from leangpt.system.reading import file_with_an_end
 from leangpt.system.runtime import setup_runtime
 from leangpt.text.model_text import ModelText, files_to_export, text_of_data, text_of_files
 from leangpt.weights.chat_text import load_pretrained_text
@@ -190,8 +191,10 @@ def read_prompt(start):
             raise UserError("--start is not UTF-8 text")
         return start
     path = start.removeprefix("FILE:")
+    if not path:
+        raise UserError("--start=FILE: names no file")
     try:
-        return Path(path).read_text(encoding="utf-8-sig")  # without a byte order mark
+        return file_with_an_end(path).read_text(encoding="utf-8-sig")  # without a byte order mark
     except OSError as error:
         raise refused(f"cannot read the prompt {path}", error) from None
     except UnicodeDecodeError:

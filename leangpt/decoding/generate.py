@@ -146,7 +146,8 @@ def bytes_read(model, length, kv_bits=None):
     tables.discard(id(getattr(model.lm_head, "weight", None)))  # a tied head reads its table
     tensors = [*model.buffers(), *(p for p in model.parameters() if id(p) not in tables)]
     weights = sum(t.numel() * t.element_size() for t in tensors)
+    few = min(16, model.config.block_size)
     cache = build_cache(
-        model.config, 1, 16, dtype=model.transformer.wte.weight.dtype, kv_bits=kv_bits
+        model.config, 1, few, dtype=model.transformer.wte.weight.dtype, kv_bits=kv_bits
     )
     return weights, cache.bytes_per_token * min(length, model.config.block_size)

@@ -29,6 +29,19 @@ def regular_file(path):
     return path
 
 
+def file_with_an_end(path):
+    """`path` as a Path, where a file or a pipe is, as in `--input <(zcat book.gz)`; UserError for a
+    device, which may have no end. The caller finds out itself where nothing is."""
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return path
+    if (stat.S_ISCHR(mode) or stat.S_ISBLK(mode)) and path != Path("/dev/null"):
+        raise UserError(f"{path} is a device, not a file")
+    return path
+
+
 def read_json(path):
     """A JSON object (dict) from a file, with a byte order mark or without; UserError where it is
     not one."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from leangpt.system.errors import UserError, refused
+from leangpt.system.reading import regular_file
 from leangpt.text.integrity import NO_LOSS
 from leangpt.text.model_text import ModelText
 
@@ -54,7 +55,7 @@ def read_conversations(path):
     alone.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open(regular_file(path), encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, _messages(line, f"{path}, line {number}")

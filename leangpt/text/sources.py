@@ -21,6 +21,7 @@ from pathlib import Path
 
 from leangpt.system.cache import cache_folder
 from leangpt.system.errors import UserError, refused
+from leangpt.system.reading import file_with_an_end
 from leangpt.system.whole_files import write_whole
 
 TIMEOUT = 20  # seconds for the whole of a download: the fallback is better than a long wait
@@ -88,7 +89,7 @@ def shakespeare_text(input_file, directory, cache=None):
 def read_text(path, reason):
     """A UTF-8 text file of the user's -> Text, its line ends made plain newlines."""
     try:
-        content = Path(path).read_bytes()
+        content = file_with_an_end(path).read_bytes()
         text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise refused(f"cannot read {path}", error) from error

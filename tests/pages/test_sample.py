@@ -1,7 +1,9 @@
 """sample.py on small checkpoints: same text however it decodes, and one clear line for mistakes."""
 
+import os
 import subprocess
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,6 +89,22 @@ def test_the_same_seed_gives_the_same_text_under_every_policy(capsys, out_dir):
         assert "--kv_bits=8" in flags or got == want
     other, *_ = run(capsys, out_dir, "--seed=2")
     assert other != want
+
+
+def test_a_model_of_few_positions(capsys, tmp_path):
+    out = save(tmp_path / "out", DATA, block_size=4)
+    texts, *_ = run(capsys, out, "--start=he")
+    assert all(len(text) == 42 for text in texts)
+
+
+def test_a_prompt_from_a_pipe(capsys, out_dir, tmp_path):
+    want, *_ = run(capsys, out_dir)
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=["hello"])
+    writer.start()
+    got, *_ = run(capsys, out_dir, f"--start=FILE:{tmp_path / 'pipe'}")
+    writer.join()
+    assert got == want
 
 
 def test_tiles_asked_for_read_the_prompt_and_change_no_text(capsys, out_dir, tmp_path, monkeypatch):
@@ -210,6 +228,9 @@ MISTAKES = [
     (["--start=caf\udce9"], "--start is not UTF-8 text"),
     (["--start=Hello, ünknown"], "lacks ',' 'H' 'ü'"),
     (["--start=" + "a" * 33], "33 tokens.*block_size=32"),
+    (["--start=FILE:"], "names no file"),
+    (["--start=FILE:/dev/zero"], "/dev/zero is a device, not a file"),
+    (["--start=FILE:/dev/null"], "prompt is empty"),
     (["--start=FILE:no/such.txt"], "cannot read the prompt no/such.txt"),
     (["--max_new_tokens=0"], "max_new_tokens must be positive, not 0"),
     (["--num_samples=0"], "num_samples must be positive"),

@@ -249,6 +249,7 @@ def test_own_text_script(clone):
     [
         ([], "needed: --input FILE --name NAME"),
         (["--input=none.txt", "--name=mine"], "cannot read none.txt: No such file"),
+        (["--input=/dev/zero", "--name=mine"], "/dev/zero is a device"),
         (["--input=latin.txt", "--name=mine"], "latin.txt is not UTF-8 text (byte 3)"),
         (["--input=short.txt", "--name=mine"], "too short"),
         (["--input=empty.txt", "--name=mine"], "empty.txt is empty"),
