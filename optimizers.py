@@ -74,14 +74,21 @@ def check_freeing(settings, options, dtype, world_size):
 
 
 def run_rates(settings, model) -> Rates:
-    """The learning rates of a run, and where they come from."""
-    return choose_rates(
+    """The learning rates of a run, and where they come from. Raises UserError for a last rate
+    that is higher than the first."""
+    rates = choose_rates(
         VARIANTS[settings.optimizer_variant],
         model_width(place_parameters(model)),
         settings.learning_rate,
         settings.embedding_lr,
         parse_options(settings.optimizer_options).get("role_rates"),
     )
+    if settings.decay_lr and (settings.min_lr or 0) > rates.linear:
+        raise UserError(
+            f"min_lr={settings.min_lr:g} is above learning_rate={rates.linear:g}, which decays to "
+            "it: lower min_lr, or give --decay_lr=False"
+        )
+    return rates
 
 
 def lr_factor(iteration, settings, peak) -> float:

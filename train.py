@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from configurator import config_dict, describe_changes, parse_config, read_words
+from leangpt.attention.tile_sizes import check_dropout
 from leangpt.optim import GradientNotFinite, frees_gradients
 from leangpt.parallel.engine import Parallel, check_codes, clip_gradients
 from leangpt.parallel.failures import attempt, first_to_say, is_lost_process, launch
@@ -200,6 +201,9 @@ def prepare(settings, given, flags, runtime, checkpoint=None) -> Start:
     share_of(fitted.settings, runtime.data_rank, runtime.data_parallel)  # can it be shared out?
     model = build_model(fitted.settings, given, dataset, checkpoint)
     settings = adopt_model_args(fitted.settings, given, model)
+    if not settings.eval_only:
+        in_pieces = settings.context_parallel > 1
+        check_dropout(model.config, settings.block_size, runtime.device_type, in_pieces)
     files, notices, same_tokens = carried_text(settings.init_from, dataset, checkpoint)
     check_dataset(dataset, model, settings.block_size, checkpoint, same_tokens)
     return Start(settings, fitted, dataset, model, files, notices)

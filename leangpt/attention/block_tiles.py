@@ -24,7 +24,7 @@ from torch._compile import _disable_dynamo as graph_break
 from leangpt.attention.block_backward import ParameterGradients, backward_tiles, backward_whole
 from leangpt.attention.kv_source import attend_rows, key_tiles, row_positions
 from leangpt.attention.protocol import TileableBlock
-from leangpt.attention.tile_sizes import few_launches, heads_at_once, mlp_rows
+from leangpt.attention.tile_sizes import NO_DROPOUT, few_launches, heads_at_once, mlp_rows
 from leangpt.system.errors import UserError
 
 
@@ -187,10 +187,7 @@ def run_tiles(
     attention dropout, which tiles cannot replay.
     """
     if block.attention_dropout > 0:
-        raise UserError(
-            "attention dropout cannot be replayed tile by tile: set "
-            "--attention_dropout=0 (residual dropout stays), or --dropout=0"
-        )
+        raise UserError(NO_DROPOUT)
     if torch.is_grad_enabled():
         return _TiledBlock.apply(x, block, sizes, *block.parameters())
     if getattr(block, "pieces", None) is not None and block.config.source.recomputes:

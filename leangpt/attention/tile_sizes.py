@@ -19,6 +19,7 @@ to q/8. leangpt/memory/tiles.py has the same to a few percent.
 import torch
 
 from leangpt.attention.protocol import BlockShape
+from leangpt.system.errors import UserError
 
 SHORT = 6144  # tokens: training on so few takes no tiles on the CPU
 
@@ -47,6 +48,21 @@ def tile_sizes(
     else:
         return None
     return q_chunk, config.k_chunk or min(q_chunk, 16384)
+
+
+NO_DROPOUT = (
+    "attention dropout cannot be replayed tile by tile: set --attention_dropout=0 (residual "
+    "dropout stays), or --dropout=0"
+)
+
+
+def check_dropout(config, T: int, device_type: str, in_pieces: bool = False) -> None:
+    """Raise UserError for attention dropout where training over T rows goes by tiles.
+
+    in_pieces: are sequences shared among processes?"""
+    rate = config.dropout if config.attention_dropout is None else config.attention_dropout
+    if rate > 0 and (in_pieces or tile_sizes(config, T, device_type, training=True) is not None):
+        raise UserError(NO_DROPOUT)
 
 
 def sizes_in_pieces(config: BlockShape, T: int, device_type: str) -> tuple[int, int]:

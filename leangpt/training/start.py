@@ -65,10 +65,11 @@ def adopt_model_args(settings, given, model):
     if settings.init_from != "scratch":
         for name in sorted(set(given) & set(args)):
             wanted = getattr(settings, name)
-            if wanted != args[name]:
+            has = model.config.kv_heads if name == "n_kv_head" and wanted else args[name]
+            if wanted != has:
                 raise UserError(
                     f"{name}={wanted!r} contradicts the weights of init_from="
-                    f"{settings.init_from!r}, which have {name}={args[name]!r}; leave it out"
+                    f"{settings.init_from!r}, which have {name}={has!r}; leave it out"
                 )
     return replace(settings, **args)
 

@@ -67,6 +67,7 @@ MISTAKES = [
     ("--optimizer_options=nu1=nan", "nu1=nan should be float"),
     ("--optimizer_options=nu1=None", "nu1=None should be float"),
     ("--memory=24", "memory=24: that is no memory; write bytes as 24GB"),
+    ("--min_lr=0.02", "min_lr=0.02 is above learning_rate=0.01, which decays to it"),
     ("--learning_rate=-1", "learning_rate must be positive"),
     ("--beta2=1.5", "betas|beta"),
     ("--device=gpu", "unknown device 'gpu'"),
@@ -98,7 +99,20 @@ def test_resuming_with_other_shapes_is_refused(tmp_path):
     before = (tmp_path / "run" / LAST).read_bytes()
     with pytest.raises(UserError, match="n_layer=3 contradicts the weights"):
         train.main(arguments(tmp_path, "run", "--init_from=resume", "--n_layer=3"))
+    with pytest.raises(UserError, match="^kv_heads=1 contradicts .* which have kv_heads=2; leave"):
+        train.main(arguments(tmp_path, "run", "--init_from=resume", "--kv-heads=1"))
     assert (tmp_path / "run" / LAST).read_bytes() == before
+    train.main(arguments(tmp_path, "run", "--init_from=resume", "--kv-heads=2", *SHORT))
+
+
+@pytest.mark.parametrize("tiles", ["--q_chunk=8", "--checkpoint_layers"])
+def test_attention_dropout_under_tiles_is_refused_before_anything_is_evaluated(tmp_path, tiles):
+    flags = arguments(tmp_path, "run", *SHORT, tiles)
+    with pytest.raises(UserError, match="attention dropout cannot be replayed"):
+        train.main([*flags, "--dropout=0.1"])
+    assert not (tmp_path / "run").exists()
+    train.main([*flags, "--dropout=0.1", "--attention_dropout=0"])
+    train.main([*flags, "--dropout=0.1", "--init_from=resume", "--eval_only"])
 
 
 def test_another_vocabulary_is_refused(tmp_path):
