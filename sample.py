@@ -187,9 +187,10 @@ def is_4bit(settings):
 def read_prompt(start):
     """The prompt's text: `start` itself, or the content of the file it names."""
     if not start.startswith("FILE:"):
-        if any("\ud800" <= character <= "\udfff" for character in start):
-            raise UserError("--start is not UTF-8 text")
-        return start
+        try:  # bytes that a terminal of another encoding than UTF-8 has made surrogates
+            return start.encode(errors="surrogateescape").decode()
+        except UnicodeError:
+            raise UserError("--start is not UTF-8 text") from None
     path = start.removeprefix("FILE:")
     if not path:
         raise UserError("--start=FILE: names no file")

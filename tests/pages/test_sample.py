@@ -91,6 +91,12 @@ def test_the_same_seed_gives_the_same_text_under_every_policy(capsys, out_dir):
     assert other != want
 
 
+def test_a_prompt_typed_where_the_terminal_says_ascii(capsys, out_dir):
+    want, *_ = run(capsys, out_dir, "--start=caf\xe9")
+    got, *_ = run(capsys, out_dir, "--start=caf\udcc3\udca9")
+    assert got == want and got[0].startswith("café")
+
+
 def test_a_model_of_few_positions(capsys, tmp_path):
     out = save(tmp_path / "out", DATA, block_size=4)
     texts, *_ = run(capsys, out, "--start=he")
