@@ -255,12 +255,17 @@ def _read_config_file(path, kinds, names):
         hint = f"did you mean {near}?" if near else HOW_TO_WRITE
         if key in names:
             hint = f"did you mean --{_short(path)}?"
+        elif os.path.isdir(path):
+            hint = "it is a folder, give a file in it"
         raise UserError(f"no config file {_short(path)!r}: {hint}")
     try:
         namespace = runpy.run_path(path)
     except SyntaxError as error:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}") from error
-    except Exception as error:  # the file is the user's own code: its errors are the user's
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # the file is the user's own code: its errors are the user's
         line = _line_in(path, error)
         message = f"{path}{line}: {type(error).__name__}: {error}"
         raise UserError(message) from error
@@ -276,7 +281,11 @@ def _read_config_file(path, kinds, names):
         raise UserError(f"{path}: {what}: a config file is Python, with lines as max_iters = 3")
     unknown = [key for key in values if key not in names]
     if unknown:
-        raise UserError(_unknown(unknown, names, f"in {path}"))
+        more = "; names of the file's own begin with _"
+        raise UserError(_unknown(unknown, names, f"in {path}") + more)
+    keys = [names[name] for name in values]
+    if twice := [name for name in values if keys.count(names[name]) > 1]:
+        raise UserError(f"{path}: {' and '.join(twice)} are one setting: leave one out")
     checked = {names[n]: _checked(n, kinds[names[n]], v, path) for n, v in values.items()}
     return checked, {names[name]: name for name in values}
 

@@ -158,7 +158,7 @@ def _read(path, device, mmap):
                 f"{path} holds an object of {foreign}, which could run code: only tensors and "
                 "plain values are read; save it again without"
             ) from None
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
         raise UserError(f"{path} is truncated or not a checkpoint ({reason})") from None
     missing = [key for key in REQUIRED if not isinstance(checkpoint, dict) or key not in checkpoint]
     if missing:

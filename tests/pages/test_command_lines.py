@@ -81,6 +81,23 @@ def test_lists_by_spaces_or_commas_end_at_flags_and_config_files(tmp_path, line)
     assert (settings.seq, settings.runs, settings.heads) == ((16, 32), 3, 2)
 
 
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("raise SystemExit(0)", "x.py, line 1: SystemExit: 0"),
+        ("import sys\nsys.exit('no')", "x.py, line 2: SystemExit: no"),
+        ("kv_heads = 2\nn_kv_head = 1", "kv_heads and n_kv_head are one setting"),
+        ("for i in range(3): n_layer = i", "unknown setting in .*: i; .* begin with _"),
+    ],
+)
+def test_config_files_that_do_something_else(tmp_path, text, says):
+    (tmp_path / "x.py").write_text(text)
+    with pytest.raises(UserError, match=says):
+        parse_config(train.Settings, [str(tmp_path / "x.py")])
+    with pytest.raises(UserError, match="no config file '.*': it is a folder, give a file in it"):
+        parse_config(train.Settings, [str(tmp_path)])
+
+
 def test_names_that_two_pages_share_work_in_config_files_too(tmp_path):
     (tmp_path / "x.py").write_text("policy = 'recompute'\nkv_heads = 2\n")
     settings, given = parse_config(train.Settings, [str(tmp_path / "x.py")])

@@ -192,9 +192,9 @@ def test_the_latest_state_is_resumed(tmp_path):
 def test_foreign_files(tmp_path, content):
     path = tmp_path / BEST
     path.write_bytes(content)
-    with pytest.raises(UserError, match="not a checkpoint"):
+    with pytest.raises(UserError, match="not a checkpoint") as caught:
         load_checkpoint(path)
-    assert path.read_bytes() == content
+    assert "()" not in str(caught.value) and path.read_bytes() == content
 
 
 def test_missing_and_directory(tmp_path):
