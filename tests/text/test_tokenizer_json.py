@@ -4,6 +4,8 @@ or refused by name; never somebody else's."""
 import json
 import random
 import re
+import shutil
+from fnmatch import fnmatch
 
 import pytest
 from sentencepiece_files import SPACE, WORDS, model_bytes, reference_bpe, toy_pieces
@@ -13,6 +15,7 @@ from leangpt.text import tokenizer_json
 from leangpt.text.model_text import ModelText, files_to_export, text_of_files
 from leangpt.text.text_files import read_text_files, write_text_files
 from leangpt.text.tokens import CharTokenizer, FileTokenizer, TableTokenizer
+from leangpt.weights.chat_text import load_pretrained_text
 
 tokenizers = pytest.importorskip("tokenizers")
 SAMPLES = ["the cat", " the  hat on", "", "\n\tthen", "thé 猫🙂 mat", "<s>the</s> cat", "THAT 123"]
@@ -44,6 +47,34 @@ def test_vocab_and_merges_are_read_as_transformers_does(tmp_path, settings):
         assert text.tokenizer.decode(ids) == theirs.decode(ids)
     assert text.special_tokens["eos_token"] == "<|endoftext|>"
     assert text.tokenizer.encode("<|im_end|>") == [261]
+
+
+@pytest.mark.parametrize("kind", ["merges", "tokenizer.model", "spiece.model", "vocab.txt"])
+def test_hub_downloads_fetch_every_kind_of_vocabulary(tmp_path, monkeypatch, kind):
+    hub = pytest.importorskip("huggingface_hub")
+    there, here = tmp_path / "there", tmp_path / "here"
+    bpe_folder(there) if kind == "merges" else there.mkdir()
+    if kind.endswith(".model"):
+        (there / kind).write_bytes(model_bytes(toy_pieces()))
+    elif kind == "vocab.txt":
+        (there / kind).write_text("a\n")
+
+    def snapshot_download(hub_id, allow_patterns):
+        here.mkdir()
+        for path in there.iterdir():
+            if any(fnmatch(path.name, pattern) for pattern in allow_patterns):
+                shutil.copy(path, here)
+        return str(here)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    if kind == "vocab.txt":  # nor is it taken for a folder without a vocabulary
+        with pytest.raises(UserError, match="of the kind vocab.txt is not read"):
+            load_pretrained_text("someone/model", text_only=True)
+        return
+    text = load_pretrained_text("someone/model", text_only=True)
+    assert text.tokenizer.encode("the cat") == load_pretrained_text(there).tokenizer.encode(
+        "the cat"
+    )
 
 
 def test_damaged_merges_are_named(tmp_path):
