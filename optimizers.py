@@ -109,9 +109,22 @@ def lr_factor(iteration, settings, peak) -> float:
 # ---------------------------------------------------------------------- options as text
 
 
+OF_SETTINGS = {  # arguments of build_optimizer that a run has settings for
+    "betas": "--beta1 and --beta2",
+    "model": "--init_from",
+    "variant": "--optimizer_variant",
+    **{
+        name: f"--{name}" for name in ("learning_rate", "embedding_lr", "weight_decay", "grad_clip")
+    },
+}
+
+
 def run_options(settings) -> dict:
-    """The optimizer_options of a run. Raises UserError for one of another type than its default."""
+    """The optimizer_options of a run. Raises UserError for one of another type than its default,
+    and for one that is a setting of its own."""
     options = parse_options(settings.optimizer_options)
+    for name in OF_SETTINGS.keys() & options.keys():
+        raise UserError(f"optimizer_options: {name} is set by {OF_SETTINGS[name]}")
     check_option_types(settings.optimizer_variant, options)
     return options
 
