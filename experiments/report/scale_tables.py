@@ -79,19 +79,29 @@ def tuning_124m(rows):
 def many_gpus(rows):
     """Steps on several GPUs: time, peak, share of the chips' arithmetic."""
     what = {
-        "8b": "8B, {sequences} x {T:,} tokens",
+        "124m": "124M, {mode}, {sequences} × {T:,} tokens",
+        "8b": "8B, {sequences} × {T:,} tokens, {checkpointed}",
         "long": "8B of {layers} layers, one sequence of {T:,} in {pieces} pieces, offload",
         "step": "8B, the optimizer's step alone",
         "context": "8B, one block, {T:,} tokens in {pieces} pieces",
     }
     lines = []
-    for row in rows:
-        words = what[row["stage"]].format(**row) + (f", `{row['variant']}`" * bool(row["variant"]))
-        cells = [row["gpus"], words, f"{row['step_s']:.2f} s"]
+    alone = {row["variant"]: row["tokens_per_s"] for row in rows if row["gpus"] == 1}
+    for row in sorted(rows, key=lambda row: (list(what).index(row["stage"]), row["gpus"])):
+        first = row["checkpoint_first"]
+        checkpointed = f"{first} layers checkpointed" if first else "all layers checkpointed"
+        words = what[row["stage"]].format(**row, checkpointed=checkpointed)
+        words += f", `{row['variant']}`" * bool(row["variant"])
+        small = row["stage"] == "124m"
+        time = f"{1000 * row['step_s']:.1f} ms" if small else f"{row['step_s']:.2f} s"
+        cells = [row["gpus"], words, time]
         cells += [f"{row[n]:.1f} GB" if row[n] else "" for n in ("peak_GB", "predicted_GB")]
         cells += [f"{row['mfu']:.1%}" if row["mfu"] else "", f"{row['tokens_per_s'] or 0:,}"]
+        share = row["tokens_per_s"] / alone[row["variant"]] / row["gpus"] if small else None
+        cells.append(f"{share:.2f}" if small and row["gpus"] > 1 else "")
         lines.append([cell if cell != "0" else "" for cell in cells])
     header = ["GPUs", "what", "time", "peak a card", "predicted", "of the chips", "tokens/s"]
+    header.append("of as many alone")
     return markdown(header, lines) + made_on(rows)
 
 

@@ -13,7 +13,8 @@ a part that plans show. Formulas are written once, here. What they are made of (
               whole (a tile holds whole sequences) fused accumulates several cpu
               freed (gradients, as soon as they are there: fused, or summed in few bits)
               spread (a kernel for float32 that does not share heads) copied (heads as rows)
-    norm_bytes of a number that the last norm reads; tried: what torch.compile times kernels with
+    mlp_parts of I numbers inside the MLP; norm_bytes of a number that the last norm reads; tried:
+              what torch.compile times kernels with
     and       weights state gradients: bytes of all; gradients_layer, untied_stands: of a layer's,
               of a head's own; new_layer: of a layer's before they are summed in few bits; at_step,
               update: of the optimizer's step; update_layer, update_head, update_table: of update.py
@@ -55,7 +56,7 @@ SAVED = {
         ("attention's output", "n*C*e + (rope*copied*n*C*e if not (wide or scores) else 0)"),
         ("x after attention", "n*C*e"),
         ("norm of it, its statistics", "n*C*e + 8*n + norm_more"),
-        ("inside the MLP", "(4 if swiglu else 2)*r*n*C*e"),
+        ("inside the MLP", "mlp_parts*r*n*C*e"),
         ("dropout's masks", "drop*2*n*C*mask"),
         ("weights as the products read them", "cast*e*layer"),
     ],
@@ -258,6 +259,8 @@ def sizes(run) -> dict:
     names["norm_more"] += in_float32 / 2 * (not run.compiled)
     names["last_norm_more"] += in_float32
     names["norm_bytes"] = 4 if in_float32 else e
+    # gate and up, silu of gate, their product; compiled ones compute silu again
+    names["mlp_parts"] = (3 if run.compiled and not cpu else 4) if names["swiglu"] else 2
     heads = [t for t in run.tensors if t.name.startswith("lm_head")]
     tables = [t for t in run.tensors if ".wte." in t.name]
     names["at_step"], names["update"] = at_step(run)

@@ -100,7 +100,7 @@ def plain_phases(run, names):
     inside = inside_mlp(run, names)
     stands = names["accumulates"] and not names["freed"]  # the gradient that others are added to
     made = max(e if names["cast"] else run.param_bytes, 0 if stands else run.param_bytes)
-    mlp_saved = (1 + (4 if swiglu else 2) * r) * stream + names["norm_more"]
+    mlp_saved = (1 + names["mlp_parts"] * r) * stream + names["norm_more"]
     wide = 4 / e if names["wide"] or names["scores"] else 1
     attention = (2 + 2 * wide * (1 + 2 / g)) * stream - mlp_saved
     attention += names["scores"] * 4 * run.batch_size * config.n_head * run.length**2
@@ -113,13 +113,13 @@ def plain_phases(run, names):
     phases.append((attention, done + matrix * run.param_bytes, workspace))
     if biased(run):
         wide_mlp = (2 if swiglu else 1) * r
-        summing = inside + stream - (4 if swiglu else 2) * r * stream
+        summing = inside + stream - names["mlp_parts"] * r * stream
         scratch = sum_scratch(run.tokens, int(wide_mlp * config.n_embd))
         phases.append(
             (summing, (0 if names["freed"] else done) + wide_mlp * matrix * made, scratch)
         )
     if names["freed"]:  # each gradient is used as soon as it is there: what was saved is less then
-        gone = (4 if swiglu else 2) * r * stream
+        gone = names["mlp_parts"] * r * stream
         alive = {
             "mlp.c_proj": (1 + names["drop"]) * stream,  # and its input's gradient for its input
             "mlp.c_fc": stream - gone,
@@ -148,7 +148,7 @@ def whole_phases(run, names, tiles):
     copies = names["cast"] * e * layer
     block = names["plain"] - copies  # its input stands for its output
     if run.compiled:
-        block += names["swiglu"] * names["r"] * stream
+        block += 2 * names["swiglu"] * names["r"] * stream
     elif not fused_mlp(run, tiles.b * run.length):
         block += inside_mlp(run, names) - stream
     held = (2 + config.offload) * stream  # gradients; an input that came back
