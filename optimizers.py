@@ -16,6 +16,7 @@ import textwrap
 import torch
 
 from leangpt.optim import VARIANTS, build_optimizer
+from leangpt.optim.backward.gradient_sums import BITS
 from leangpt.optim.base import COMMON
 from leangpt.optim.build import EMBEDDING_OPTIONS
 from leangpt.optim.rates import Rates, choose_rates, model_width
@@ -74,21 +75,14 @@ def check_freeing(settings, options, dtype, world_size):
 
 
 def run_rates(settings, model) -> Rates:
-    """The learning rates of a run, and where they come from. Raises UserError for a last rate
-    that is higher than the first."""
-    rates = choose_rates(
+    """The learning rates of a run, and where they come from."""
+    return choose_rates(
         VARIANTS[settings.optimizer_variant],
         model_width(place_parameters(model)),
         settings.learning_rate,
         settings.embedding_lr,
         parse_options(settings.optimizer_options).get("role_rates"),
     )
-    if settings.decay_lr and (settings.min_lr or 0) > rates.linear:
-        raise UserError(
-            f"min_lr={settings.min_lr:g} is above learning_rate={rates.linear:g}, which decays to "
-            "it: lower min_lr, or give --decay_lr=False"
-        )
-    return rates
 
 
 def lr_factor(iteration, settings, peak) -> float:
@@ -109,6 +103,7 @@ def lr_factor(iteration, settings, peak) -> float:
 # ---------------------------------------------------------------------- options as text
 
 
+LARGEST = 2**63 - 1  # of an integer that torch takes
 OF_SETTINGS = {  # arguments of build_optimizer that a run has settings for
     "betas": "--beta1 and --beta2",
     "model": "--init_from",
@@ -123,8 +118,13 @@ def run_options(settings) -> dict:
     """The optimizer_options of a run. Raises UserError for one of another type than its default,
     and for one that is a setting of its own."""
     options = parse_options(settings.optimizer_options)
-    for name in OF_SETTINGS.keys() & options.keys():
-        raise UserError(f"optimizer_options: {name} is set by {OF_SETTINGS[name]}")
+    for name, value in options.items():
+        if name in OF_SETTINGS:
+            raise UserError(f"optimizer_options: {name} is set by {OF_SETTINGS[name]}")
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise UserError(f"optimizer_options: {name} is too large, at most {LARGEST:,}")
+    if options.get("gradient_bits", 8) not in BITS:
+        raise UserError(f"gradient_bits must be 8 or 4, not {options['gradient_bits']!r}")
     check_option_types(settings.optimizer_variant, options)
     return options
 

@@ -243,6 +243,8 @@ class Trainer:
         self.notices = start.notices
         if checkpoint:
             self.notices = start.notices + continue_optimizer(settings, *learned, checkpoint)
+        if settings.decay_lr and (settings.min_lr or 0) > self.rates.linear:
+            self.notices.append("min_lr is above the learning rate: the rate rises to it")
         runtime.check_alike("the iteration to start from", self.iteration)
         on_gpu = runtime.device_type == "cuda"
         self.compiled = on_gpu if settings.compile is None else settings.compile

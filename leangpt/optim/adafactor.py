@@ -73,7 +73,7 @@ class Adafactor(MemoryOptimizer):
         defaults = dict(
             lr=lr,
             beta2=beta2,
-            eps=tuple(eps),
+            eps=eps,
             weight_decay=weight_decay,
             decay=decay,
             clip=clip,
@@ -85,6 +85,8 @@ class Adafactor(MemoryOptimizer):
         super().__init__(params, defaults, **common)
 
     def check_group(self, group):
+        if not isinstance(group["eps"], tuple | list) or len(group["eps"]) != 2:
+            raise UserError(f"adafactor's eps must be two numbers, not {group['eps']}")
         eps1, eps2 = group["eps"]
         super().check_group(group | {"eps": eps1, "betas": (group["momentum"], group["beta2"])})
         check_number({"eps[1]": eps2}, "eps[1]", 0)

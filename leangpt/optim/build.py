@@ -175,7 +175,7 @@ def resolve_recipe(
 def known_options(cls) -> set:
     """Names that build_optimizer takes as **options for an optimizer class."""
     if cls is torch.optim.AdamW:
-        names = {"eps", "maximize", "foreach", "amsgrad", "capturable", "differentiable", "fused"}
+        names = {"eps", "maximize", "foreach", "amsgrad", "capturable", "fused"}
         return names | {"betas"}
     names = set(inspect.signature(cls).parameters) | set(COMMON) | {"betas"}
     names |= {f"embedding_{name}" for name in EMBEDDING_OPTIONS[cls]}

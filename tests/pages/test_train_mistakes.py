@@ -70,13 +70,16 @@ MISTAKES = [
     ("--optimizer_options=grad_clip=0", "grad_clip is set by --grad_clip"),
     ("--optimizer_options=variant=adam", "variant is set by --optimizer_variant"),
     ("--optimizer_options=model=x", "model is set by"),
+    ("--optimizer_options=eps=99999999999999999999", "eps is too large"),
+    ("--optimizer_options=gradient_bits=None", "gradient_bits must be 8 or 4, not None"),
+    ("--optimizer_options=gradient_bits=''", "gradient_bits must be 8 or 4, not ''"),
+    ("--optimizer_options=gradient_bits=8.5", "gradient_bits must be 8 or 4, not 8.5"),
     ("--optimizer_options=lr=1", "has no option 'lr'"),
     ("--optimizer_options=params=1", "has no option 'params'"),
     ("--optimizer_options=self=1", "has no option 'self'"),
     ("--optimizer_options=nu1=nan", "nu1=nan should be float"),
     ("--optimizer_options=nu1=None", "nu1=None should be float"),
     ("--memory=24", "memory=24: that is no memory; write bytes as 24GB"),
-    ("--min_lr=0.02", "min_lr=0.02 is above learning_rate=0.01, which decays to it"),
     ("--learning_rate=-1", "learning_rate must be positive"),
     ("--beta2=1.5", "betas|beta"),
     ("--device=gpu", "unknown device 'gpu'"),
@@ -112,6 +115,18 @@ def test_resuming_with_other_shapes_is_refused(tmp_path):
         train.main(arguments(tmp_path, "run", "--init_from=resume", "--kv-heads=1"))
     assert (tmp_path / "run" / LAST).read_bytes() == before
     train.main(arguments(tmp_path, "run", "--init_from=resume", "--kv-heads=2", *SHORT))
+
+
+def test_a_rate_that_rises_is_said(tmp_path, capsys):
+    train.main(arguments(tmp_path, "run", *SHORT, "--min_lr=0.02"))
+    assert "note: min_lr is above the learning rate" in capsys.readouterr().out
+
+
+def test_adafactors_two_eps_are_two(tmp_path):
+    flags = arguments(tmp_path, "run", *SHORT, "--optimizer_variant=adafactor")
+    for eps in ("0", "nan", "[]", "None", "x", "(1,2,3)"):
+        with pytest.raises(UserError, match="adafactor's eps must be two numbers"):
+            train.main([*flags, f"--optimizer_options=eps={eps}"])
 
 
 @pytest.mark.parametrize("tiles", ["--q_chunk=8", "--checkpoint_layers"])
