@@ -180,6 +180,7 @@ def known_options(cls) -> set:
     names = set(inspect.signature(cls).parameters) | set(COMMON) | {"betas"}
     names |= {f"embedding_{name}" for name in EMBEDDING_OPTIONS[cls]}
     set_otherwise = {"params", "lr", "weight_decay", "common", "beta2", "partition"}
+    set_otherwise |= {"row_blocks", "transposed"}  # by each weight's role
     return names - set_otherwise
 
 

@@ -74,6 +74,7 @@ MISTAKES = [
     ("--optimizer_options=gradient_bits=None", "gradient_bits must be 8 or 4, not None"),
     ("--optimizer_options=gradient_bits=''", "gradient_bits must be 8 or 4, not ''"),
     ("--optimizer_options=gradient_bits=8.5", "gradient_bits must be 8 or 4, not 8.5"),
+    ("--optimizer_options=row_blocks=(8,8)", "has no option 'row_blocks'"),
     ("--optimizer_options=lr=1", "has no option 'lr'"),
     ("--optimizer_options=params=1", "has no option 'params'"),
     ("--optimizer_options=self=1", "has no option 'self'"),
