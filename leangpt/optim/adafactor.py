@@ -131,6 +131,7 @@ class Adafactor(MemoryOptimizer):
         fresh, relative_rate = batch.schedule
         eps1, eps2 = group["eps"]
         grad, scale = batch.grad, None
+        shape = grad.shape
         if "mean_square" in state:
             second = state["mean_square"]
             average_into(second, grad.square(), fresh, eps1)
@@ -138,13 +139,15 @@ class Adafactor(MemoryOptimizer):
             if group["clip"] is not None:
                 update = yield from clip_update(update, group["clip"], shards)
         else:
-            grad = grad.flatten(2)  # (N, n, m)
+            batch.grad = None  # a float32 copy, as may be: it is let go of while others are asked
+            grads = [grad.flatten(2)]  # (N, n, m)
+            del grad
             update, scale = yield from factored_update(
-                grad, state, fresh, eps1, group["clip"], shards
+                grads, state, fresh, eps1, group["clip"], shards
             )
         if group["momentum"] > 0:
             update = update if scale is None else update * scale
-            update, scale = update.view(batch.grad.shape), None
+            update, scale = update.view(shape), None
             update = update_momentum(state, update, group["momentum"], batch.step, batch.generator)
         if group["relative_step"]:
             params = torch.stack([p.to(update.dtype) for p in batch.params])
@@ -161,11 +164,13 @@ def is_factored(item):
     return "row_mean_square" in item.state and not item.group["relative_step"]
 
 
-def factored_update(grad, state, fresh, eps1, clip, shards=None):
+def factored_update(grads, state, fresh, eps1, clip, shards=None):
     """U = g / sqrt(R Cᵀ / mean(R)), clipped, as (g scaled by columns, a scale per row).
 
-    grad (N, n, m) -> (N, n, m), (N, n, 1). To be driven: sharded/exchange.py.
+    grads: a list of g alone, (N, n, m), which is emptied -> (N, n, m), (N, n, 1). To be driven:
+    sharded/exchange.py.
     """
+    grad = grads.pop()
     row, column = state["row_mean_square"], state["column_mean_square"]  # (N, n, 1), (N, 1, m)
     rows = shards.rows if shards else grad.shape[1]
     by_row, by_column = row_and_column_sums(grad)
@@ -174,6 +179,7 @@ def factored_update(grad, state, fresh, eps1, clip, shards=None):
     average_into(column, by_column.div_(rows), fresh, eps1)
     mean = (yield row.sum(1, keepdim=True)) / rows
     update, scale = grad * column.rsqrt(), (row / mean).rsqrt_()
+    del grad
     if clip is not None:
         squares = mean_square(update, (2,)) * scale.square()
         rms = ((yield squares.sum(1, keepdim=True)) / rows).sqrt_()

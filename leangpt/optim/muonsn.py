@@ -166,14 +166,17 @@ class MuonSN(AdamSN):
         mu = group["momentum"]
         momentum = update_momentum(batch.state, grad, mu, batch.step, batch.generator)
         ahead = grad.lerp(momentum, group["nu"]) if mu > 0 else momentum
+        rows = shards.rows if shards else grad.shape[1]
         ahead = Whole(ahead.flatten(2), orthogonalize_blocks, group)  # (N, n, m), of all ranks
+        del grad, momentum  # float32 copies, as may be, while the rows travel
+        batch.grad = None
         update = yield ahead
+        del ahead
         row_square = mean_square(update, (2,))  # (N, n, 1)
         second = batch.state["row_mean_square"].lerp_(row_square, 1 - group["row_beta2"])
         second = second / batch.schedule[3]
         scale = second.sqrt_().add_(group["eps"]).reciprocal_()  # (N, n, 1)
         total = yield (scale.square() * row_square).sum(1, keepdim=True)  # (N, 1, 1)
-        rows = shards.rows if shards else grad.shape[1]
         rms = (total / rows).sqrt_().clamp_min_(torch.finfo(total.dtype).tiny ** 0.5)
         return update, scale.mul_(group["update_rms"] / rms)
 

@@ -129,6 +129,7 @@ class Ring:
             moving = self.ask(plan, n + 1, own, like, made, back)
             if came is not None:
                 back(*came)
+                came = None  # not held while others' keys are visited
             if keys is not None:
                 made[n] = visit(*keys, plan[n][0][2])
         self.arrived(moving)

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 WAVE = 1 << 24  # numbers that an owner computes at once, where one matrix has not more
-TOGETHER = 1 << 26  # numbers of this rank's rows whose generators run together
+TOGETHER = 1 << 24  # numbers of this rank's rows whose generators run together: float32 copies
 
 
 @dataclass(slots=True)
@@ -95,7 +95,7 @@ def run_whole(items, start, loads):
     waiting = deque()
     for wave in waves(items, owners(items, loads), shards.ranks):
         runs = [start(item) for item, _ in wave]
-        sent = Exchange([next(run) for run in runs], wave)
+        sent = Exchange(runs, wave)
         if waiting:
             waiting[-1][1].compute()
         waiting.append((runs, sent))
@@ -196,33 +196,52 @@ class Block:
 
 
 class Exchange:
-    """The matrices of one wave, on their way to their owners and back."""
+    """The matrices of one wave, on their way to their owners and back: beside the numbers that are
+    on their way, one copy of those here and, while they are computed, of those that are alike."""
 
-    def __init__(self, requests, wave):
-        """Send this rank's rows, and let go of them. requests: a Whole for each (item, owners)."""
-        self.requests, self.shards = requests, wave[0][0].shards
-        ranks = range(self.shards.ranks)
-        self.owned = [[] for _ in ranks]  # of each rank its Blocks
+    def __init__(self, runs, wave):
+        """Send this rank's rows. runs: of each (item, owners) the generator whose first request is
+        a Whole; each request is let go of before the next is made."""
+        self.shards = wave[0][0].shards
+        self.owned = [[] for _ in range(self.shards.ranks)]  # of each rank its Blocks
         for index, (item, owners_) in enumerate(wave):
             for (start, stop), owner in zip(blocks_of(item), owners_):
                 block = Block(index, start, stop, item.shards, columns_of(item))
                 self.owned[owner].append(block)
-        self.shapes = [request.rows.shape for request in requests]
-        first = requests[0].rows
-        self.dtype = first.dtype
-        # on CUDA the products are bfloat16, whatever comes
-        self.travelling = torch.bfloat16 if first.is_cuda else first.dtype
         me = self.shards.rank
-        flat = torch.cat([b.cut(requests[b.index].rows, me) for owned in self.owned for b in owned])
-        for request in requests:
-            request.rows = None
         self.there = [sum(block.size(me) for block in owned) for owned in self.owned]
-        self.here = [sum(block.size(rank) for block in self.owned[me]) for rank in ranks]
-        self._send(flat, self.there, self.here)
+        self.here = [sum(b.size(rank) for b in self.owned[me]) for rank in range(len(self.owned))]
+        self.places = self._places()
+        self.requests, self.shapes, sent = [], [], None
+        for run, places in zip(runs, self.places):
+            request = next(run)
+            rows, request.rows = request.rows, None
+            if sent is None:
+                self.dtype = rows.dtype
+                # on CUDA the products are bfloat16, whatever comes
+                travelling = torch.bfloat16 if rows.is_cuda else rows.dtype
+                sent = rows.new_empty(sum(self.there), dtype=travelling)
+            for block, place in places:
+                sent[place].copy_(block.cut(rows, me))
+            self.requests.append(request)
+            self.shapes.append(rows.shape)
+            del rows
+        self._send(sent, self.there, self.here)
 
-    def _send(self, flat, there, here):
-        self.sent = flat.to(self.travelling)  # held until it has arrived
-        self.arriving = self.sent.new_empty(sum(here))
+    def _places(self):
+        """For each request its [(Block, where this rank's rows of it lie in what it sends)], in
+        the order of the weight's rows."""
+        places, start = {}, 0
+        for owned in self.owned:
+            for block in owned:
+                stop = start + block.size(self.shards.rank)
+                places.setdefault(block.index, []).append((block, slice(start, stop)))
+                start = stop
+        return [sorted(places[i], key=lambda pair: pair[0].start) for i in range(len(places))]
+
+    def _send(self, numbers, there, here):
+        self.sent = numbers  # held until it has arrived
+        self.arriving = numbers.new_empty(sum(here))
         self.work = dist.all_to_all_single(
             self.arriving,
             self.sent,
@@ -234,46 +253,39 @@ class Exchange:
 
     def _arrived(self):
         self.work.wait()
-        arrived, self.arriving = self.arriving, None
+        arrived, self.arriving, self.sent, self.work = self.arriving, None, None, None
         return arrived
 
     def compute(self):
-        """The owner's work; then its results travel back."""
+        """The owner's work; then its results travel back, from where the matrices had come to."""
         mine, ranks = self.owned[self.shards.rank], range(self.shards.ranks)
-        parts = self._arrived().split([block.size(rank) for rank in ranks for block in mine])
+        arrived = self._arrived()
+        parts = arrived.split([block.size(rank) for rank in ranks for block in mine])
         alike = {}  # parts: by rank, then by block
         for n, block in enumerate(mine):
-            matrix = torch.cat(parts[n :: len(mine)]).view(-1, block.columns)
             request = self.requests[block.index]
-            key = (matrix.shape, id(request.group), request.compute)
-            alike.setdefault(key, []).append((n, matrix, request))
-        del parts
-        results = {}
-        for same in alike.values():
-            numbers, matrices, requests = zip(*same)
-            found = requests[0].compute(torch.stack(matrices), requests[0].group)
-            results |= zip(numbers, found)
-        pieces = [
-            results[n][slice(*block.rows_of(rank))].flatten()
-            for rank in ranks
-            for n, block in enumerate(mine)
-        ]
-        flat = torch.cat(pieces) if pieces else self.sent.new_empty(0)
-        self._send(flat, self.here, self.there)
+            key = (block.stop - block.start, block.columns, id(request.group), request.compute)
+            alike.setdefault(key, []).append((request, parts[n :: len(mine)]))
+        for (rows, columns, *_), same in alike.items():
+            matrices = arrived.new_empty(len(same), rows, columns)
+            for matrix, (_, pieces) in zip(matrices, same):
+                torch.cat(pieces, out=matrix.view(-1))
+            found = same[0][0].compute(matrices, same[0][0].group)
+            for matrix, (_, pieces) in zip(found, same):
+                for piece, result in zip(pieces, matrix.flatten().split([len(p) for p in pieces])):
+                    piece.copy_(result)
+            del matrices, found, matrix, result  # before the next are made
+        self._send(arrived, self.here, self.there)
 
     def rows(self):
         """This rank's rows of every result, in the order of the requests."""
-        order = [block for owned in self.owned for block in owned]
-        parts = self._arrived().split([block.size(self.shards.rank) for block in order])
-        found = [[] for _ in self.requests]
-        for block, part in zip(order, parts):
-            found[block.index].append((block.start, part))
-        return [
-            torch.cat([part for _, part in sorted(blocks, key=lambda pair: pair[0])])
-            .view(shape)
-            .to(self.dtype)
-            for blocks, shape in zip(found, self.shapes)
-        ]
+        arrived = self._arrived()
+        found = []
+        for places, shape in zip(self.places, self.shapes):
+            pieces = [arrived[place] for _, place in places]
+            rows = torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+            found.append(rows.view(shape).to(self.dtype))
+        return found
 
 
 @functools.cache
