@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 
 from configurator import parse_config, read_words
-from leangpt.memory.calibrate import calibrate, known_rates
 from leangpt.memory.decoding import (
     Decoding,
     fits_decoding,
@@ -28,18 +27,21 @@ from leangpt.memory.decoding import (
     ways_to_decode,
 )
 from leangpt.memory.goals import GOALS, LADDERS, plans
-from leangpt.memory.search import SHOWN, Budget, fits, predict
+from leangpt.memory.search import SHOWN, Budget, divisors, fits, predict
+from leangpt.memory.speed import calibrate, known_rates
 from leangpt.memory.units import in_words, parse_bytes
+from leangpt.parallel.engine import MODES
 from leangpt.runs.checkpoint import checkpoint_to_resume, load_checkpoint
 from leangpt.system.errors import UserError, exit_cleanly, named_as_typed
 from leangpt.system.host_memory import available_memory
 from leangpt.system.runtime import DTYPES
 from leangpt.text.folder import read_meta
-from leangpt.training.planning import largest_parts, run_config, unpredicted, wish_of
+from leangpt.training.batches import share_of
+from leangpt.training.planning import largest_parts, run_config, wish_of
 from leangpt.training.settings import Settings as TrainSettings
 from leangpt.training.start import adopted_block_size, resumed_settings
 from model import GPTConfig
-from optimizers import check_freeing, frees, run_options
+from optimizers import check_freeing, run_options
 
 PURPOSES = ("train", "sample")
 
@@ -54,7 +56,7 @@ class Settings(TrainSettings):
         default="train", metadata={"alias": "for", "help": f"plan to {' | '.join(PURPOSES)}"}
     )
     host_memory: str | None = None  # for offload; None: this machine's, where it has the device
-    devices: int = 1  # GPUs, each with all weights and a share of the batch (ddp)
+    devices: int = 1  # GPUs, a process each: --parallel and --context_parallel say how they share
     tokens_per_iteration: int | None = None  # over all micro-batches; None: as the settings have it
     family: str = field(
         default="gpt2", metadata={"help": f"whose sizes `largest` climbs: {' | '.join(LADDERS)}"}
@@ -97,7 +99,7 @@ def answer(settings, given, words):
     if auto:
         settings = replace(settings, attention_policy="cache")
     settings, config = with_shape(settings, given)
-    settings = with_tokens(settings, named)
+    settings = with_pieces(with_tokens(settings, named), named)
     device, dtype = where(settings)
     here = device.type == "cpu" or torch.cuda.is_available()
     rates = known_rates(device, dtype) if here else None
@@ -118,16 +120,17 @@ def answer(settings, given, words):
     options = run_options(settings)
     impossible = ""
     try:
-        check_freeing(settings, options, dtype, settings.devices)
+        check_freeing(settings, options, dtype, settings.devices // settings.context_parallel)
     except UserError as error:  # of several micro-batches, which a plan joins where it may
         if dtype == torch.float16 or BATCH & named:
             raise
         impossible = str(error)
-    if settings.devices > 1 and (freeing := frees(options)):
-        raise UserError(f"{freeing[0]} runs on one process: plans of several are ddp's")
-    if unknown := unpredicted(False, device.type):
-        raise UserError(f"a plan is not made for {unknown} yet")
-    wish = wish_of(settings, flags, config, options, dtype, device.type, settings.devices, rates)
+    if settings.devices > 1 and options.get("gradient_bits"):
+        raise UserError("gradient_bits runs on one process: leave out --devices")
+    if settings.devices > 1 and settings.parallel == "ddp" and options.get("fused_backward"):
+        raise UserError("fused_backward runs on shares of weights: use --parallel=fsdp, not ddp")
+    how = (options, dtype, device.type, settings.devices, rates, budget.memory)
+    wish = wish_of(settings, flags, config, *how)
     plan_training(settings, wish, budget, command(words, "train.py"), impossible)
 
 
@@ -148,10 +151,16 @@ def check(settings, named):
             raise UserError(f"{name} must be positive and at most {most:,}, not {value:,}")
     if settings.kv_bits not in (None, 8, 4):
         raise UserError(f"kv_bits={settings.kv_bits}: use 8, 4, or None for an exact cache")
-    if settings.parallel == "fsdp" or settings.context_parallel > 1:
+    if settings.parallel not in MODES:
         raise UserError(
-            "plans are made for single processes and for ddp: shares of weights (parallel=fsdp) "
-            "and of sequences (context_parallel) are not predicted yet"
+            f"unknown parallel={settings.parallel!r}; choose one of: {', '.join(MODES)}"
+        )
+    if (settings.parallel == "none") != (settings.devices == 1) and settings.parallel != "auto":
+        raise UserError(f"parallel={settings.parallel} is not for --devices={settings.devices}")
+    if settings.devices % settings.context_parallel:
+        raise UserError(
+            f"context_parallel={settings.context_parallel} must divide the processes, of which "
+            f"--devices={settings.devices} has one each"
         )
     for needs, names in NEEDS.items():
         if named & names and not getattr(settings, needs[0]) == needs[1]:
@@ -219,6 +228,25 @@ def with_tokens(settings, named):
     if each > 1:
         return replace(settings, gradient_accumulation_steps=count)
     return replace(settings, batch_size=count, gradient_accumulation_steps=1)
+
+
+def with_pieces(settings, named):
+    """`settings` with sequences in pieces where there are fewer of them than devices, and says so:
+    on as few processes as leaves each a share."""
+    sequences = settings.batch_size * settings.gradient_accumulation_steps
+    if settings.goal == "longest" or sequences >= settings.devices or "context_parallel" in named:
+        return settings
+    for K in divisors(settings.devices):
+        try:
+            share_of(settings, world_size=settings.devices // K)
+        except UserError:
+            continue
+        print(
+            f"{'note':<10} an iteration's sequences are {sequences}, fewer than the devices: each "
+            f"in pieces on {K} of them"
+        )
+        return replace(settings, context_parallel=K)
+    return settings
 
 
 def with_shape(settings, given):

@@ -226,7 +226,7 @@ class Trainer:
         self.share = share_of(settings, runtime.data_rank, runtime.data_parallel)
         self.one_pass = one_pass(settings, self.dataset)
         mode = parallel_mode(settings, self.raw_model, make_optimizer, runtime)
-        self.fitted = Fitted(settings) if mode == "fsdp" else start.fitted  # predicts no shares
+        self.fitted = start.fitted
         self.parallel = Parallel(mode, runtime)
         blocks = self.raw_model.transformer.h
         if settings.context_parallel > 1:

@@ -295,14 +295,21 @@ def peak_of(run, device, folder):
 
 def trainer_of(run, device, folder):
     """train.py's Trainer of a drawn run, over random tokens under `folder`."""
-    data = Path(folder) / str(run["vocab_size"])
-    if not data.exists():
-        ids = np.random.default_rng(0).integers(0, run["vocab_size"], 1 << 19).tolist()
-        meta = {"tokenizer": "none", "vocab_size": run["vocab_size"], "source": "a generator"}
-        write_dataset(data, ids, ids[: 1 << 18], meta | {"sha256": None})
+    random_tokens(folder, run["vocab_size"])
     settings = settings_of(run, device, folder)
     dtype = settings.dtype if settings.param_dtype == "float32" else settings.param_dtype
-    return train.Trainer(settings, {}, setup_runtime(device, dtype, settings.seed))
+    pieces = settings.context_parallel
+    runtime = setup_runtime(device, dtype, settings.seed, context_parallel=pieces)
+    return train.Trainer(settings, {}, runtime)
+
+
+def random_tokens(folder, vocab_size):
+    """A prepared data set of random tokens, named by the number of them that there are."""
+    data = Path(folder) / str(vocab_size)
+    if not data.exists():
+        ids = np.random.default_rng(0).integers(0, vocab_size, 1 << 19).tolist()
+        meta = {"tokenizer": "none", "vocab_size": vocab_size, "source": "a generator"}
+        write_dataset(data, ids, ids[: 1 << 18], meta | {"sha256": None})
 
 
 def family(run):

@@ -24,9 +24,8 @@ from configurator import parse_config
 from experiments.plan.accuracy import config_of, run_of, settings_dtype, settings_of, trainer_of
 from experiments.plan.draws import draws
 from experiments.shared.common import RESULTS, interleaved, provenance, read_csv, write_csv
-from leangpt.memory.calibrate import calibrate
 from leangpt.memory.search import Wish, peak_of, ways
-from leangpt.memory.speed import seconds
+from leangpt.memory.speed import calibrate, seconds
 from leangpt.system.errors import exit_cleanly
 from leangpt.system.timing import timed
 

@@ -26,6 +26,7 @@ from experiments.report import (  # noqa: F401  each registers its tables
     memory_tables,
     optimizer_tables,
     plan_accuracy_tables,
+    plan_ranks_tables,
     plan_tables,
     reliability_tables,
     scale_tables,

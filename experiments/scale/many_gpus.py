@@ -31,8 +31,9 @@ import torch.multiprocessing as mp
 
 from configurator import parse_config
 from experiments.shared.common import RESULTS, provenance, read_csv, write_csv
-from leangpt.memory.formulas import predict_training_peak
+from leangpt.memory import formulas
 from leangpt.memory.meter import PeakMeter
+from leangpt.memory.run import Run
 from leangpt.optim import build_optimizer, state_bytes
 from leangpt.parallel.engine import Parallel, clip_gradients
 from leangpt.parallel.pieces import cut_sequences
@@ -188,7 +189,7 @@ def case_row(case, settings, runtime):
             mfu=round(total / seconds / settings.gpus / CHIP, 4),
             peak_GB=peak / 1e9,
             state_GB=state_bytes(optimizer) / 1e9,
-            predicted_GB=predicted(case, model, optimizer, settings, runtime) / 1e9,
+            predicted_GB=predicted(case, model, settings, runtime) / 1e9,
             loss=round(loss, 4),
         )
     except (RuntimeError, MemoryError) as error:
@@ -245,27 +246,33 @@ def measure(case, settings, runtime, model, shared, parallel, optimizer):
     return statistics.median(times), most.item(), mean
 
 
-def predicted(case, model, optimizer, settings, runtime):
-    """Bytes a card by formula: its share of weights and state, the activations of its rows, and
-    under fsdp the two blocks and the tables that are gathered at a time."""
-    size = next(model.parameters()).element_size()
-    whole = sum(p.numel() for p in model.parameters()) * size
-    block = sum(p.numel() for p in model.transformer.h[0].parameters()) * size
-    tables = whole - block * model.config.n_layer
-    N = settings.gpus if case.mode == "fsdp" else 1
-    rows = -(-case.T // case.pieces)
-    activations = predict_training_peak(
-        model.config,
-        max(1, case.sequences // runtime.data_parallel),
-        rows,
-        2 if runtime.device_type == "cuda" else 4,
-        runtime.device_type,
-        gradient_size=size,
-        fused_backward=case.inside or N > 1,
+def predicted(case, model, settings, runtime):
+    """Bytes of the fullest card, by the formulas of plan.py."""
+    total = None
+    if runtime.device_type == "cuda":
+        total = torch.cuda.get_device_properties(runtime.device).total_memory
+    sizes = next(model.parameters()).element_size(), runtime.dtype.itemsize
+    run = run_of(case, model.config, settings.gpus, *sizes, runtime.device_type, total)
+    return sum(formulas.peak(run)[1].values())
+
+
+def run_of(case, config, gpus, param_bytes, stream_bytes, device_type, memory):
+    """A case as the planner's Run."""
+    return Run(
+        config,
+        max(1, case.sequences // (gpus // case.pieces)),
+        case.T,
+        variant=case.variant,
+        options={"fused_backward": True} if case.inside else {},
+        param_bytes=param_bytes,
+        stream_bytes=stream_bytes,
+        device_type=device_type,
+        processes=gpus,
+        parallel=case.mode,
+        context_parallel=case.pieces,
+        device_memory=memory,
+        compiled=device_type == "cuda",
     )
-    gathered = 2 * block + tables if N > 1 else 0
-    grads = 0 if case.inside else whole / N
-    return whole / N + state_bytes(optimizer) + activations + gathered + grads * (N > 1)
 
 
 # ---------------------------------------------------------------------- pieces of a step

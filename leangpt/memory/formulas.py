@@ -23,7 +23,7 @@ a part that plans show. Formulas are written once, here. What they are made of (
 
 from dataclasses import replace
 
-from leangpt.memory import tiles
+from leangpt.memory import shares, tiles
 from leangpt.memory.run import Run
 from leangpt.memory.sums import at_step, standing, taking
 
@@ -32,6 +32,7 @@ PARTS = {
     "gradients": "gradients",
     "state": "optimizer state",
     "saved": "saved activations",
+    "gathered": "weights gathered for a moment",
     "loss": "the loss, for a moment",
     "backward": "backward of a block, for a moment",
     "update": "the update of weights, for a moment",
@@ -71,6 +72,7 @@ KEPT = [
     ("weights", "weights", "weights"),
     ("state", "optimizer state", "state"),
     ("saved", "tokens and targets", "16*n"),
+    ("saved", "those of whole sequences, and places in them", "whole_tokens"),
     ("workspace", "of cuBLAS, of two handles", "0 if cpu else 2*32*2**20"),
 ]
 SAVED_ALL = [
@@ -106,7 +108,7 @@ MOMENTS = {
         (
             "loss",
             "logits of some rows",
-            "max(R*V*logit, (R*V*2*e + V*C*(e + 4)) if half_cpu else 0)",
+            "max(R*V*logit, (R*V*2*e + V*C*(e + 4*(n > R))) if half_cpu else 0)",
         ),
     ],
     "the head's gradient": [
@@ -213,12 +215,18 @@ MOMENTS = {
     ],
 }
 
+MOMENTS_OF_SHARES = {
+    name: [*lines, *shares.ADDITIONS.get(name, ())] for name, lines in MOMENTS.items()
+} | shares.own_moments(KEPT, STANDING, WORKING)
 
 OF_THE_LAST = "saved working working_weights working_update workspace".split()
 
 
 def sizes(run) -> dict:
     """The names that formulas are made of, for a Run."""
+    if run.shares > 1:
+        names = sizes(shares.inside(run))
+        return names | shares.sizes(run)
     c, n, e, w = run.config, run.tokens, run.stream_bytes, run.param_bytes
     cpu = run.device_type == "cpu"
     dropout = c.dropout > 0
@@ -227,7 +235,7 @@ def sizes(run) -> dict:
     tiled = tiles.of_run(run)
     layer = sum(t.numbers for t in layers if len(t.shape) > 1)
     names = dict(
-        B=run.batch_size, T=run.length, n=n, C=c.n_embd, H=c.n_head, G=c.kv_heads, D=c.head_dim,
+        B=run.batch_size, T=run.rows, n=n, C=c.n_embd, H=c.n_head, G=c.kv_heads, D=c.head_dim,
         L=c.n_layer, V=c.vocab_size, S=c.block_size, g=c.n_head / c.kv_heads, I=c.inner,
         r=c.inner / c.n_embd, w=w, e=e, cast=int(w > e), swiglu=int(c.mlp == "swiglu"),
         rms=int(c.norm == "rmsnorm"), rope=int(c.position == "rope"),
@@ -236,7 +244,8 @@ def sizes(run) -> dict:
         wide=int(cpu and e < 4 and not attention_dropout), half_cpu=cpu and e < 4,
         by_tiles=int(tiled is not None), checkpoint=int(c.checkpoint_layers),
         offload=int(c.offload), K=checkpointed(c),
-        copied=int(cpu or e < 4), tried=(run.compiled and not cpu) * tiles.L2_CACHE,
+        copied=int((cpu or e < 4) and c.n_head > 1),
+        tried=(run.compiled and not cpu) * tiles.L2_CACHE,
         spread=int(not cpu and e == 4 and c.kv_heads < c.n_head),
         whole=int(tiled is not None and tiled.whole), fused=int(run.fused),
         freed=int(run.fused or run.gradient_bits > 0),
@@ -263,6 +272,8 @@ def sizes(run) -> dict:
     names["mlp_parts"] = (3 if run.compiled and not cpu else 4) if names["swiglu"] else 2
     heads = [t for t in run.tensors if t.name.startswith("lm_head")]
     tables = [t for t in run.tensors if ".wte." in t.name]
+    pieces = run.context_parallel > 1
+    names["whole_tokens"] = pieces * (16 * run.batch_size * run.length + 8 * run.rows)
     names["at_step"], names["update"] = at_step(run)
     names |= dict(
         update_layer=taking(run, layers),
@@ -284,7 +295,7 @@ def sizes(run) -> dict:
 
 def value(formula: str, names: dict) -> float:
     """Bytes of a formula of this file."""
-    return eval(_compiled(formula), {"__builtins__": {}, "max": max}, names)
+    return eval(_compiled(formula), {"__builtins__": {}, "max": max, "min": min}, names)
 
 
 _code = {}
@@ -299,8 +310,11 @@ def _compiled(formula):
 def moments(run) -> dict[str, dict[str, int]]:
     """Of each moment of a step the bytes of its parts, those that are not 0."""
     names, found = sizes(run), {}
-    for moment, lines in MOMENTS.items():
+    table = MOMENTS_OF_SHARES if run.shares > 1 else MOMENTS
+    for moment, lines in table.items():
         if moment == LAST_CHECKPOINTED and names["K"] == names["L"]:
+            continue
+        if moment in shares.OF_INNER_BLOCKS and names["L"] < 3:
             continue
         parts = found[moment] = {}
         for part, _, formula in lines:

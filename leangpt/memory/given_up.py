@@ -10,6 +10,7 @@ import math
 from pathlib import Path
 
 from leangpt.memory.run import Run
+from leangpt.memory.speed import sent_bytes
 from leangpt.memory.units import in_words
 
 LOSSES = Path(__file__).with_name("losses.json")
@@ -40,6 +41,12 @@ def given_up(run: Run, asked: Run) -> tuple[str, ...]:
         lost.append("blocks by tiles, their insides computed again")
     if c.policy.recomputes and not before.policy.recomputes:
         lost.append("K and V computed again for each tile")
+    if run.shares > 1 and asked.shares == 1:
+        lost.append("weights gathered block by block")
+    if run.context_parallel > 1 and asked.context_parallel == 1:
+        lost.append(f"sequences in pieces on {run.context_parallel} processes")
+    if (run.parallel, run.context_parallel) != (asked.parallel, asked.context_parallel):
+        lost.append(f"{in_words(sent_bytes(run)[0])} a step sent by each process")
     if c.offload and not before.offload:
         moved = 2 * c.n_layer * run.tokens * c.n_embd * run.stream_bytes * run.micro_batches
         lost.append(f"{in_words(moved)} a step to the host and back")

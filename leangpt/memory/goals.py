@@ -1,5 +1,8 @@
-"""What a plan is for: the fastest run, the longest context, the largest model; or why none fits."""
+"""What a plan is for: the fastest run, the longest context, the largest model; or why none fits,
+and, for advice, a plan with those changes alone that it needs."""
 
+import contextlib
+import itertools
 from dataclasses import replace
 
 from leangpt.memory.run import Run
@@ -9,10 +12,12 @@ from leangpt.memory.search import (
     Plan,
     Wish,
     changes,
+    divisors,
     fastest,
     fits,
     leanest,
     predict,
+    shareable,
     ways,
     ways_to_keep,
 )
@@ -39,6 +44,8 @@ def plan(
     device: str = "cuda",
     host_memory: int | str | None = None,
     processes: int = 1,
+    parallel: str = "auto",
+    context_parallel: int = 1,
     fixed: tuple[str, ...] = (),
     family: str = "gpt2",
     rates: Rates | None = None,
@@ -50,12 +57,18 @@ def plan(
     batch_size, micro_batches: sequences a micro-batch and micro-batches a step, as wished; their
     product is kept. optimizer, options: a variant of build_optimizer and its options. param_dtype:
     of weights and gradients; dtype: of products, autocast's. device: "cuda" or "cpu". fixed: names
-    of train.py's settings that may not be changed. family: whose sizes goal="largest" climbs.
+    of train.py's settings that may not be changed. processes, parallel, context_parallel: how many
+    share a step, and how, as train.py has it. family: whose sizes goal="largest" climbs.
     Nothing is allocated. Raises UserError where nothing fits: what the least takes, and the largest
     model that would.
     """
     if goal not in GOALS:
         raise UserError(f"unknown goal {goal!r}; choose one of: {', '.join(GOALS)}")
+    memory = parse_bytes(memory)
+    if processes % context_parallel:
+        raise UserError(
+            f"context_parallel={context_parallel} must divide the processes, which are {processes}"
+        )
     asked = Run(
         config,
         batch_size,
@@ -67,12 +80,20 @@ def plan(
         2 if param_dtype != "float32" else NUMBERS[dtype],
         device,
         processes,
+        shared_ways(parallel)[0],
+        context_parallel,
+        memory if device == "cuda" else None,
         compiled=device == "cuda",
     )
     host = None if host_memory is None else parse_bytes(host_memory, "host_memory")
-    budget = Budget(parse_bytes(memory), host)
-    wish = Wish(asked, frozenset(fixed), rates)
+    budget = Budget(memory, host)
+    wish = Wish(asked, frozenset(fixed), rates, parallel=shared_ways(parallel))
     return plans(wish, budget, goal, family, most)
+
+
+def shared_ways(parallel: str) -> tuple[str, ...]:
+    """The ways to share a run of several processes that parallel= leaves, to be asked first."""
+    return ("ddp", "fsdp") if parallel == "auto" else (parallel,)
 
 
 def plans(wish: Wish, budget: Budget, goal: str, family: str = "gpt2", most: int = SHOWN):
@@ -92,8 +113,13 @@ def longest(wish: Wish, budget: Budget, most: int = SHOWN) -> list[Plan]:
     One for each optimizer and dtype of weights, each with the way to compute that reaches farthest.
     """
     best, single = {}, replace(wish, asked=replace(wish.asked, batch_size=1, micro_batches=1))
-    leanest_first = reversed(list(ways(single)))  # the others are soon out of the race
-    for way in leanest_first:
+    # those that reach farthest first: the others are soon out of the race
+    pieces = [wish.asked.context_parallel]
+    if "context_parallel" not in wish.fixed and pieces == [1]:
+        pieces = reversed(divisors(wish.asked.processes))
+    leanest_first = [*reversed(list(ways(single)))]
+    for K, way in itertools.product(pieces, leanest_first):
+        way = replace(way, context_parallel=K)
         key = way.variant, way.param_bytes, way.fused
         floor = best[key][0] if key in best else 0
         length = longest_length(way, budget, floor, wish.most)
@@ -203,3 +229,51 @@ def refusal(wish: Wish, budget: Budget) -> str:
         if not hopeless(smaller, budget) and fastest(smaller, budget, 1):
             return f"{line}; the largest of its kind that would fit is {name}"
     return line
+
+
+# ---------------------------------------------------------------------- fewest changes
+
+OF_THE_CONFIG = (
+    "offload checkpoint_first checkpoint_layers k_chunk q_chunk attention_policy".split()
+)
+
+FREEING = ("fused_backward", "gradient_bits")  # what becomes of gradients
+
+
+def with_fewest_changes(found: Plan, wish: Wish, budget: Budget) -> Plan:
+    """The plan, as asked wherever it fits without a change; each that is left lowers its peak.
+
+    What changes the learning goes back first, then what changes how a step is computed.
+    """
+    run = found.run
+    names = ("param_dtype", "optimizer_options", "parallel", "optimizer_variant", *OF_THE_CONFIG)
+    for name in (*names, "batch"):
+        with contextlib.suppress(UserError):  # settings that do not go together
+            before = _as_asked(run, wish.asked, name)
+            if before != run and shareable(before) and before.tensors and fits(before, budget):
+                run = before
+    return predict(run, wish, budget)
+
+
+def _as_asked(run: Run, asked: Run, name: str) -> Run:
+    """The run with one of its settings as it was asked for. Raises UserError where it cannot be."""
+    if name == "batch":
+        return replace(run, batch_size=asked.batch_size, micro_batches=asked.micro_batches)
+    if name == "parallel":
+        return replace(run, parallel=asked.parallel)
+    if name == "param_dtype":
+        return replace(run, param_bytes=asked.param_bytes)
+    if name == "optimizer_options":
+        kept = {k: v for k, v in run.options.items() if k not in FREEING}
+        return replace(run, options=kept | _freeing(asked))
+    if name == "optimizer_variant":
+        if asked.variant == "adam" and (_freeing(run) or run.param_bytes == 2):
+            return run  # which adam is not made for
+        return replace(run, variant=asked.variant, options=dict(asked.options) | _freeing(run))
+    heads = {"n_kv_head": asked.config.n_kv_head} if name == "attention_policy" else {}
+    config = replace(run.config, **{name: getattr(asked.config, name)}, **heads)
+    return replace(run, config=config)
+
+
+def _freeing(run):
+    return {name: run.options[name] for name in FREEING if run.options.get(name)}

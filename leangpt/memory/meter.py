@@ -109,6 +109,8 @@ class PeakMeter:
             if event.name != "[memory]" or block.device.type != "cpu":
                 continue
             if block.alloc_size > 0:
+                # an address that is alive was freed by a thread that the profiler does not hear
+                self.now -= self.alive.get(block.ptr, 0)
                 self.alive[block.ptr] = block.alloc_size
                 self.now += block.alloc_size
                 self.peak = max(self.peak, self.now)

@@ -14,11 +14,13 @@ from torch import nn
 
 from leangpt.optim.accounting import new_state, planned_groups
 from leangpt.optim.build import check_freed
+from leangpt.optim.sharded.rows import RowShards
 
 SHAPE = (
     "n_layer n_head n_embd kv_heads head_dim inner vocab_size position norm mlp bias "
     "qkv_bias qk_norm tie_embeddings"
 ).split()
+WHOLE_GRADIENTS = 1 / 8  # of a GPU's memory: so much may gradients take that wait to be reduced
 _known = {}  # what decides them -> the tensors that runs keep
 
 
@@ -40,13 +42,32 @@ class Run:
     stream_bytes: int = 4  # a number of the residual stream: autocast's
     device_type: str = "cpu"
     processes: int = 1
+    parallel: str = "ddp"  # of several processes: ddp | fsdp
+    context_parallel: int = 1  # of them share each sequence, a piece of its rows each
+    device_memory: int | None = None  # bytes of a GPU: by which shares' gradients are reduced
     compiled: bool = False
     threads: int = field(default_factory=torch.get_num_threads)  # of the CPU
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
-        return self.batch_size * self.length
+        """Of a micro-batch, on this process."""
+        return self.batch_size * self.rows
+
+    @property
+    def rows(self) -> int:
+        """Of a sequence, on this process: two pieces of it, where others have the rest."""
+        K = self.context_parallel
+        return self.length if K == 1 else 2 * -(-self.length // (2 * K))
+
+    @property
+    def data_parallel(self) -> int:
+        """How many shares a step's batch is divided into."""
+        return self.processes // self.context_parallel
+
+    @property
+    def shares(self) -> int:
+        """Processes that share weights, gradients and state; 1: each holds everything."""
+        return self.processes if self.parallel == "fsdp" else 1
 
     @property
     def length(self) -> int:
@@ -69,7 +90,7 @@ class Run:
         c = self.config
         rows = c.block_size if c.position == "learned" else 0  # of the table of positions
         key = tuple(getattr(c, name) for name in SHAPE if hasattr(c, name)) + (
-            rows, self.variant, repr(self.options), self.param_bytes,
+            rows, self.variant, repr(self.options), self.param_bytes, self.shares,
         )  # fmt: skip
         if key not in _known:
             if len(_known) > 10_000:
@@ -80,7 +101,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Kept:
-    """A parameter and its state; `count` of them are alike, one a layer."""
+    """A parameter and its state; `count` of them are alike, one a layer. Of a sharded one what the
+    process with most of its rows has."""
 
     name: str  # of layer 0's, with count > 1 or in a model of one layer
     shape: tuple[int, ...]
@@ -89,11 +111,23 @@ class Kept:
     group: dict  # with every option
     state: dict[str, tuple[tuple[int, ...], torch.dtype]]
     itemsize: int
+    rows: int = 1  # of the whole parameter
+    shares: int = 1  # processes that its rows are on
 
     @property
     def numbers(self) -> int:
         """Of one of them."""
         return math.prod(self.shape)
+
+    @property
+    def padded(self) -> int:
+        """Numbers of one of them where every process's rows are: gathered, as many from each."""
+        return self.shares * self.numbers
+
+    @property
+    def whole(self) -> int:
+        """Numbers of one of them, on all processes together."""
+        return self.numbers // self.shape[0] * self.rows
 
     @property
     def bytes(self) -> int:
@@ -125,17 +159,21 @@ def kept_tensors(run: Run) -> list[Kept]:
     kept = []
     for group in groups:
         for p in group["params"]:
-            state = new_state(cls, p.to(dtype), group)
+            rows = RowShards.planned(p.shape, run.shares) if run.shares > 1 else None
+            here = p.detach()[: rows.rows_of(0)[1]] if rows else p
+            state = new_state(cls, here.to(dtype), group, rows)
             name = names[id(p)]
             kept.append(
                 Kept(
                     name,
-                    tuple(p.shape),
+                    tuple(here.shape),
                     run.config.n_layer if ".h." in name else 1,
                     cls,
                     group,
                     {key: (tuple(value.shape), value.dtype) for key, value in state.items()},
                     run.param_bytes,
+                    len(p),
+                    run.shares,
                 )
             )
     return kept

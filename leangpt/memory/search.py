@@ -17,7 +17,9 @@ from leangpt.memory.formulas import host_bytes, moments
 from leangpt.memory.given_up import given_up, mean_loss_difference
 from leangpt.memory.run import Run
 from leangpt.memory.speed import Rates, seconds
+from leangpt.memory.update import momentum_bits
 from leangpt.optim import VARIANTS
+from leangpt.optim.momentum import BLOCK
 
 WORTH = 1.05  # times faster that a plan must be for each change of what is learned
 ALIKE = 1.03  # of two times the larger over the smaller, that nobody would choose by
@@ -82,6 +84,7 @@ class Wish:
     fixed: frozenset[str] = field(default_factory=frozenset)
     rates: Rates | None = None
     most: int = 1 << 27
+    parallel: tuple[str, ...] = ("ddp",)  # ways to share a run of several processes that may be
 
 
 def predict(run: Run, wish: Wish, budget: Budget) -> Plan:
@@ -148,7 +151,8 @@ def fastest(wish: Wish, budget: Budget, most: int = SHOWN) -> list[Plan]:
 def cost_of(run: Run, wish: Wish) -> float:
     """Seconds of a step, and what each change and each trade has to be worth."""
     cost = seconds(run, wish.rates) * WORTH ** changes(run, wish.asked)
-    return cost * WORTH_OF_A_TRADE ** trades(run.config)
+    gathers = run.shares > 1 and wish.asked.shares == 1
+    return cost * WORTH_OF_A_TRADE ** (trades(run.config) + gathers)
 
 
 def changes(run: Run, asked: Run) -> int:
@@ -177,22 +181,43 @@ def ways(wish: Wish):
 def ways_to_keep(wish: Wish):
     """Optimizers, dtypes of weights, what becomes of gradients; as asked first."""
     asked, fixed = wish.asked, wish.fixed
-    variants, sizes, gradients = [asked.variant], [asked.param_bytes], [{}]
+    variants, sizes = [asked.variant], [asked.param_bytes]
+    modes = [asked.parallel, *(mode for mode in wish.parallel if mode != asked.parallel)]
+    modes = modes if asked.processes > 1 else [asked.parallel]
     if "optimizer_variant" not in fixed:
         variants += [name for name in VARIANTS if name != asked.variant]
     if not {"param_dtype", "dtype"} & fixed and asked.stream_bytes == 2 and asked.param_bytes == 4:
         sizes.append(2)
-    if "optimizer_options" not in fixed and not asked.options and asked.processes == 1:
-        gradients += [{"fused_backward": True}]
-        if asked.batch_size * asked.micro_batches > 1:
+    free = "optimizer_options" not in fixed and not asked.options
+    for mode, variant, size in itertools.product(modes, variants, sizes):
+        gradients = [{}]
+        if free and (asked.processes == 1 or mode == "fsdp"):
+            gradients += [{"fused_backward": True}]
+        if free and asked.processes == 1 and asked.batch_size * asked.micro_batches > 1:
             gradients += [{"gradient_bits": 8}]
-    for variant in variants:
-        for size in sizes:
-            for freed in gradients:
-                if variant == "adam" and (size == 2 or freed):
-                    continue
-                options = dict(asked.options) if variant == asked.variant else {}
-                yield replace(asked, variant=variant, param_bytes=size, options=options | freed)
+        for freed in gradients:
+            if variant == "adam" and (size == 2 or freed):
+                continue
+            options = dict(asked.options) if variant == asked.variant else {}
+            run = replace(
+                asked, parallel=mode, variant=variant, param_bytes=size, options=options | freed
+            )
+            if shareable(run):
+                yield run
+
+
+def shareable(run: Run) -> bool:
+    """Can its processes share it so? Updates inside backward need shares of weights, and a momentum
+    in few bits rows of whole blocks (parallel/engine.py)."""
+    if run.processes == 1:
+        return True
+    if run.shares == 1:
+        return not run.fused
+    return not any(
+        momentum_bits(t) in (8, 4) and math.prod(t.shape[1:]) % BLOCK
+        for t in run.tensors
+        if len(t.shape) > 1
+    )
 
 
 def ways_to_compute(run: Run, fixed) -> list:
@@ -277,8 +302,12 @@ def flags_of(run: Run, asked: Run) -> dict:
     c, before = run.config, asked.config
     flags = {
         "batch_size": run.batch_size,
-        "gradient_accumulation_steps": run.micro_batches * run.processes,
+        "gradient_accumulation_steps": run.micro_batches * run.data_parallel,
     }
+    if run.processes > 1:
+        flags["parallel"] = run.parallel
+    if run.context_parallel > 1:
+        flags["context_parallel"] = run.context_parallel
     if run.length != asked.length:
         flags["block_size"] = run.length
     for name in ("n_layer", "n_head", "n_embd"):

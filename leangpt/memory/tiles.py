@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from leangpt.attention.kv_source import MERGED_QUERIES
-from leangpt.attention.tile_sizes import heads_at_once, mlp_rows, tile_sizes
+from leangpt.attention.tile_sizes import heads_at_once, mlp_rows, sizes_in_pieces, tile_sizes
 from leangpt.layers.loss import chunk_rows
 from leangpt.layers.mlp_triton import LEAST_ROWS
 from leangpt.memory.sums import taking
+from leangpt.memory.update import FLOAT
 
 
 def predict_forward_peak(config, B, T, element_size=4, device_type="cpu"):
@@ -53,23 +54,31 @@ L2_CACHE = 50 << 20  # of an H100, bytes
 
 @dataclass(frozen=True)
 class Sizes:
-    """A block's tiles: sequences at once, rows of queries, rows of keys; does one hold it whole?"""
+    """A block's tiles: sequences at once, rows of queries, rows of keys; does one hold it whole?
+
+    tile: rows of queries before a piece of a sequence cut them (q is then of one of two runs)."""
 
     b: int
     q: int
     k: int
     whole: bool
+    tile: int
 
 
 def of_run(run):
     """Sizes of a Run's tiles, or None for the plain block."""
-    config, T = run.config, run.length
+    config, T = run.config, run.rows
+    if run.context_parallel > 1:
+        q_chunk, k_chunk = sizes_in_pieces(config, T, run.device_type)
+        b = min(run.batch_size, max(1, q_chunk // min(T, q_chunk)))
+        q = -(-(T // 2) // -(-(T // 2) // max(1, q_chunk // 2)))
+        return Sizes(b, q, min(k_chunk, T), False, min(q_chunk, T))
     found = _tiles(config, run.batch_size, T, run.device_type, training=True)
     if found is None:
         return None
     q_chunk = tile_sizes(config, T, run.device_type, True)[0]
     whole = run.device_type == "cuda" and config.checkpoint_layers and T <= q_chunk
-    return Sizes(*found, whole)
+    return Sizes(*found, whole, found[1])
 
 
 def logit_rows(run):
@@ -196,7 +205,7 @@ def sum_scratch(rows, columns):
 
 def tiled_phases(run, names, tiles):
     """Phases of the backward by tiles (attention/block_backward.py), likewise."""
-    config, T, r, g, e = run.config, run.length, names["r"], names["g"], run.stream_bytes
+    config, T, r, g, e = run.config, run.rows, names["r"], names["g"], run.stream_bytes
     b, q, k = tiles.b, tiles.q, tiles.k
     row, width = config.n_embd * e, config.n_embd
     copies = names["cast"] * e  # weights as autocast's products read them
@@ -211,7 +220,7 @@ def tiled_phases(run, names, tiles):
     held = (2 + config.offload) * run.tokens * row + 4 * b * config.n_head * T
     held += b * T * row if config.checkpoint_layers else 0  # attention's output, again
     kept = 0 if config.policy.recomputes else 2 / g * T * b * row
-    rows = min(q if few(run) else max(1, q // 4), T) * b
+    rows = min(tiles.tile if few(run) else max(1, tiles.tile // 4), q) * b
     inside = 4 + (6 if names["swiglu"] else 3) * r + 3 * names["drop"]
     norm = names["norm_more"] / (run.tokens * row)
     if names["rms"] and e < 4:
@@ -228,12 +237,15 @@ def tiled_phases(run, names, tiles):
         phases.append(
             (mlp - 2 * wide_mlp * rows * row, weights, sum_scratch(rows, int(wide_mlp * width)))
         )
+    pieces = run.context_parallel > 1
     if config.checkpoint_layers:
         attending = kept + b * row * _forward_scratch(config, T, q, k, run.device_type, True)
+        if pieces:
+            attending = kept + b * row * ring_forward(run, tiles)
         workspace = _workspace(config, q, k, e, run.device_type, run.threads)
         workspace += scores(run, tiles, 3)
         phases.append((held + attending, several * after * (4 + copies) + earlier, workspace))
-    heads = heads_at_once(config, T, q, b, run.device_type)
+    heads = heads_at_once(config, T, tiles.tile, b, run.device_type)
     share = heads / config.kv_heads
     wide = 4 / e  # float32 beside numbers of the stream
     stored = not config.policy.recomputes or share < 1
@@ -243,7 +255,14 @@ def tiled_phases(run, names, tiles):
     else:  # the diagonal: out, dq, dk, dv; the rows below: these and the sums of dk and dv
         below = min(k, max(0, T - q)) / q
         made += max(2 + 2 / g, (2 + 2 * wide) / g + (3 - stored) * below)
-    attention = share * (wide + stored) * T  # dq and the queries of some heads
+    sums = share * pieces * (2 * wide / g) * T  # dk and dv that come from other processes
+    if pieces:
+        kept = 0 if config.policy.recomputes else 2 / g * share * T
+        ring = kept + sums + share * (wide + stored) * T
+        ring += ring_backward(run, tiles, share)
+        workspace = _workspace(config, q, k, e, run.device_type, run.threads, backward=True)
+        phases.append((held + b * row * ring, after * (4 + copies), workspace))
+    attention = share * (wide + stored) * T + sums  # dq and the queries of some heads
     attention += (1 + share * made + names["rope"] * config.head_dim * wide / config.n_embd) * q
     summed = 4 * qkv * (few(run) or run.tokens > q * b)  # of tiles before
     weights = after * (4 + copies) + qkv * copies + summed
@@ -252,11 +271,11 @@ def tiled_phases(run, names, tiles):
     phases.append((held + b * row * attention, weights, workspace))
     if names["rope"]:  # turned back: a float32 copy, and four of halves
         turning = 3 + 5 / g + 2 * wide / g + 3 * wide + (e < 4) * (1 + 2 / g)
-        turning = share * (wide + stored) * T + (1 + share * turning) * q
+        turning = share * (wide + stored) * T + sums + (1 + share * turning) * q
         phases.append((held + b * row * turning, weights, 0))
     # the backward of the projection to q, k and v, and of the norm before it
     norm = (6 * wide if e < 4 else 4) if names["rms"] else 2
-    projecting = share * ((wide + stored) * T + (2 + 4 / g + 2 * wide / g) * q)
+    projecting = sums + share * ((wide + stored) * T + (2 + 4 / g + 2 * wide / g) * q)
     projecting += share * names["rope"] * (1 + 1 / g) * q
     added = qkv * share * found * (run.tokens > q * b)
     scratch = biased(run) * sum_scratch(b * q, int((1 + 2 / g) * width))
@@ -266,6 +285,37 @@ def tiled_phases(run, names, tiles):
         own = qkv * share * (e + 4) * (run.device_type == "cpu")
         phases.append((held + b * row * projecting, weights + own, 0))
     return phases
+
+
+def ring_forward(run, tiles):
+    """Rows of C numbers of attention over other processes' keys (parallel/ring.py): queries of two
+    runs and their attention in float32; of keys what has come, what comes and what leaves; of some
+    queries what is to be merged."""
+    config, wide, piece = run.config, FLOAT / run.stream_bytes, run.rows // 2
+    tile = 2 * config.kv_heads / config.n_head * min(tiles.k, piece)
+    merging = min(tiles.q, MERGED_QUERIES) if run.device_type == "cpu" else tiles.q
+    moving = 3 if slots(run, tiles) > 2 else 2
+    return 2 * tiles.q * (1 + wide) + (1 + moving) * tile + (1 + wide) * merging
+
+
+def ring_backward(run, tiles, share):
+    """The same of the way back, for a share of the heads: beside keys, float32 gradients of what
+    is visited, of what was visited before and goes back, and of what comes back."""
+    config, wide, piece = run.config, FLOAT / run.stream_bytes, run.rows // 2
+    tile = 2 * config.kv_heads / config.n_head * share * min(tiles.k, piece)
+    # keys of a later process meet the late piece alone, those of an earlier one both, half as often
+    later, earlier = (3 + 3 * wide, 2 + 2 * wide)
+    if slots(run, tiles) == 2:
+        later, earlier = (max(1 + 3 * wide, 2 + wide), 2 + wide)
+    return (
+        max(later * tile + 3 * share * min(tiles.k, piece), earlier * tile + 3 * share * tiles.k)
+        + tile
+    )
+
+
+def slots(run, tiles) -> int:
+    """In how many parts other processes' keys come, at most."""
+    return 2 * (run.context_parallel - 1) * -(-(run.rows // 2) // min(tiles.k, run.rows // 2))
 
 
 def scores(run, tiles, times):

@@ -97,7 +97,7 @@ def _of_stack(run, tensor, count):
     numbers, group = tensor.numbers * count, tensor.group
     if by_kernels(run, tensor):
         if is_matrix(tensor):  # step_cuda.muonsn: what is orthogonalised and its result
-            return _orthogonalizing(run, tensor, count, 2) + numbers * 2
+            return orthogonalizing(run, tensor, count, 2) + numbers * 2
         if "column_mean_square" in tensor.state:
             return _adafactor_scratch(run, tensor, count)
         return 0
@@ -110,7 +110,7 @@ def _of_stack(run, tensor, count):
     second = 0 if _few_seconds(tensor) else 1
     orthogonal = 0
     if is_matrix(tensor):
-        orthogonal = _orthogonalizing(run, tensor, count, FLOAT) / FLOAT / numbers
+        orthogonal = orthogonalizing(run, tensor, count, FLOAT) / FLOAT / numbers
     # is the direction a tensor of its own, or the momentum as it is stored?
     own = is_matrix(tensor) or not issubclass(tensor.cls, AdamSN)
     update = 1 if value or ahead or own or stacked else 0
@@ -134,7 +134,7 @@ def _few_seconds(tensor):
     return True
 
 
-def _orthogonalizing(run, tensor, count, size):
+def orthogonalizing(run, tensor, count, size):
     """Bytes of Newton-Schulz beyond its input, whose numbers have `size` bytes."""
     rows, columns = tensor.shape[0], math.prod(tensor.shape[1:])
     blocks = tensor.group["row_blocks"] or (rows,)

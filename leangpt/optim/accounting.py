@@ -62,11 +62,13 @@ def planned_groups(model: nn.Module, variant: str, **options) -> tuple[type, lis
     return recipe.cls, groups
 
 
-def new_state(cls: type, p: torch.Tensor, group: dict) -> dict[str, torch.Tensor]:
-    """The state that parameter `p` of such a group will have, as tensors on the meta device."""
+def new_state(cls: type, p: torch.Tensor, group: dict, shards=None) -> dict[str, torch.Tensor]:
+    """The state that parameter `p` of such a group will have, as tensors on the meta device.
+
+    shards: the RowShards of which `p` is one process's rows; None: it is whole."""
     meta = p.detach().to("meta")
     if issubclass(cls, MemoryOptimizer):
-        return cls.__new__(cls).new_state(as_rows(meta, group), group)
+        return cls.__new__(cls).new_state(as_rows(meta, group), group, shards)
     moments = {name: zeros_as(meta, meta.dtype) for name in ("exp_avg", "exp_avg_sq")}
     return {"step": torch.empty((), device="meta"), **moments}  # torch's AdamW
 

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from leangpt.memory.run import WHOLE_GRADIENTS
 from leangpt.optim.momentum import BLOCK
 from leangpt.optim.sharded.rows import is_sharded, local
 from leangpt.system.errors import UserError
 
 MODES = ("auto", "none", "ddp", "fsdp")
-WHOLE_GRADIENTS = 1 / 8  # of a GPU's memory: so much may gradients take that wait to be reduced
 
 
 def check_mode(mode: str, runtime) -> None:

@@ -82,6 +82,14 @@ class Runtime:
         dist.all_reduce(tensor)
         return (tensor / self.world_size).tolist()
 
+    def most_of_processes(self, number: int) -> int:
+        """The largest that a process has of a number."""
+        if self.world_size == 1:
+            return number
+        tensor = torch.tensor(number, dtype=torch.int64, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return int(tensor)
+
     def check_alike(self, what, number):
         """Raise UserError where the processes have different numbers, called `what`."""
         mean = self.mean_over_processes([float(number)])[0]

@@ -2,7 +2,7 @@
 for.
 
 The planner (leangpt/memory) knows Runs; here a run's settings become one, and a plan's flags become
-settings. Predicted are single processes and those that hold everything each (ddp).
+settings. Of several processes the fullest is meant.
 """
 
 import os
@@ -12,10 +12,9 @@ import torch
 import torch.distributed as dist
 
 from leangpt.attention.tile_sizes import tile_sizes
-from leangpt.memory.fewest import with_fewest_changes
-from leangpt.memory.goals import plans, refusal
+from leangpt.memory.goals import plans, refusal, shared_ways, with_fewest_changes
 from leangpt.memory.run import Run
-from leangpt.memory.search import CONTEXT, Budget, Plan, Wish, fastest, fits, predict
+from leangpt.memory.search import CONTEXT, Budget, Plan, Wish, fastest, fits, predict, shareable
 from leangpt.memory.units import in_words, parse_bytes
 from leangpt.system.errors import UserError
 from leangpt.system.host_memory import available_memory, total_memory
@@ -54,7 +53,9 @@ def run_config(config_class, settings, given, vocab_size, checkpoint=None):
     return replace(config, block_size=block_size)
 
 
-def wish_of(settings, flags, config, options, dtype, device_type, processes=1, rates=None) -> Wish:
+def wish_of(
+    settings, flags, config, options, dtype, device_type, processes=1, rates=None, memory=None
+) -> Wish:
     """A Wish: the run that settings describe, and which of them are not to be changed.
 
     settings: with the block_size that the run adopts (start.adopted_block_size). flags: names that
@@ -63,10 +64,16 @@ def wish_of(settings, flags, config, options, dtype, device_type, processes=1, r
     resumed keeps its optimizer and its batches, and a model that was trained its learned positions.
     """
     # what one process computes, as batches.share_of has it: whole micro-batches, or some rows
-    each, left = divmod(settings.gradient_accumulation_steps, processes)
+    data_parallel = processes // settings.context_parallel
+    each, left = divmod(settings.gradient_accumulation_steps, data_parallel)
     sequences = settings.batch_size
     if left:
-        each, sequences = settings.gradient_accumulation_steps, -(-sequences // processes)
+        each, sequences = settings.gradient_accumulation_steps, -(-sequences // data_parallel)
+    modes = shared_ways(settings.parallel)
+    if dtype == torch.float16:  # whose gradients shares do not scale
+        modes = modes[:1]
+    elif options.get("fused_backward"):
+        modes = modes[-1:]
     asked = Run(
         config,
         sequences,
@@ -78,6 +85,9 @@ def wish_of(settings, flags, config, options, dtype, device_type, processes=1, r
         dtype.itemsize,
         device_type,
         processes,
+        modes[0],
+        settings.context_parallel,
+        memory if device_type == "cuda" else None,
         compiled=device_type == "cuda" if settings.compile is None else settings.compile,
     )
     fixed = set(flags)
@@ -94,7 +104,7 @@ def wish_of(settings, flags, config, options, dtype, device_type, processes=1, r
         reach.append(config.sliding_window)
     if config.position == "learned" and settings.init_from != "scratch":
         reach.append(config.block_size)
-    return Wish(asked, frozenset(fixed), rates, min(reach))
+    return Wish(asked, frozenset(fixed), rates, min(reach), modes)
 
 
 @dataclass(frozen=True)
@@ -131,42 +141,41 @@ def fit(settings, flags, config, options, runtime, auto=False) -> Fitted:
     """
     plans_it = auto or settings.memory not in (None, IGNORE)
     several = runtime.world_size > 1
-    shards = settings.parallel == "fsdp" or settings.context_parallel > 1
-    shards = shards or several and "fused_backward" in options  # which takes fsdp
     if settings.eval_only and not plans_it:
         return Fitted(settings)
-    unknown = unpredicted(shards, runtime.device_type)
-    if unknown:
+    if runtime.device_type == "mps":
         if plans_it:
             raise UserError(
-                f"a plan (memory=..., attention_policy=auto) is not made for {unknown} yet: "
+                "a plan (memory=..., attention_policy=auto) is not made for device=mps yet: "
                 "give the settings themselves"
             )
         return Fitted(settings)
     budget = budget_of(settings.memory, runtime)
-    wish = wish_of(
-        settings, flags, config, options, runtime.dtype, runtime.device_type, runtime.world_size
-    )
+    here = (runtime.dtype, runtime.device_type, runtime.world_size)
+    total = None
+    if runtime.device_type == "cuda":
+        total = torch.cuda.get_device_properties(runtime.device).total_memory
+    wish = wish_of(settings, flags, config, options, *here, memory=total)
     if plans_it:
         found = plans(wish, budget, "fastest", most=1)[0]
-        changed = found.settings | ({"parallel": "ddp"} if several else {})
         plain = plain_peak(found.run, wish, budget)
-        return Fitted(replace(settings, **changed), found, budget.memory, True, plain)
+        return Fitted(replace(settings, **found.settings), found, budget.memory, True, plain)
+    wish = replace(wish, asked=shared(wish, budget))
     asked = predict(wish.asked, wish, budget)
     if settings.memory != IGNORE and budget.memory and not fits(wish.asked, budget):
-        if not several or settings.parallel == "ddp" or runtime.device_type == "cpu":
-            raise UserError(too_large(asked, wish, budget))
+        raise UserError(too_large(asked, wish, budget))
+    if several:
+        settings = replace(settings, parallel=wish.asked.parallel)
     plain = plain_peak(wish.asked, wish, budget)
     return Fitted(settings, asked, budget.memory or None, plain=plain)
 
 
-def unpredicted(shards, device_type) -> str:
-    """What of a run no formula knows, in words; "" where all is known.
-
-    shards: does each process hold a share alone?"""
-    if shards:
-        return "shares of the weights or of sequences"
-    return "device=mps" if device_type == "mps" else ""
+def shared(wish, budget) -> Run:
+    """The asked run, in the first way to share it that fits; where none does, the last."""
+    runs = [replace(wish.asked, parallel=mode) for mode in wish.parallel]
+    runs = [run for run in runs if shareable(run)] or [wish.asked]
+    fitting = [run for run in runs if not budget.memory or fits(run, budget)]
+    return [*fitting, runs[-1]][0]
 
 
 def plain_peak(run, wish, budget) -> int | None:

@@ -92,11 +92,13 @@ class RunRecord:
         )
 
     def compare_peak(self, fitted):
-        """After the step that is measured, one line: its peak as predicted and as it was.
+        """After the step that is measured, one line: its peak as predicted and as it was, of
+        several processes the fullest's.
 
         fitted: a planning.Fitted, with a plan or without."""
         if fitted.plan is not None and self.peak.done == MEASURED + 1 and self.peak.bytes:
-            self.log.say(measured_beside(fitted, self.peak.bytes))
+            fullest = self.runtime.most_of_processes(self.peak.bytes)
+            self.log.say(measured_beside(fitted, fullest))
 
     def evaluation(self, iteration, losses, seconds):
         """The line and row of an evaluation before `iteration`; then the checkpoints.

@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.nn import Parameter
 
 from leangpt.memory.meter import PeakMeter, tensor_bytes
+from leangpt.parallel.shards import has_shards
 
 MEASURED = 2  # the step that is measured, counted from 0: kernels and state are there by then
 
@@ -26,14 +28,15 @@ def step_peak(
 
     step(tick): forward, backward and update, with a call of tick() before each micro-batch, which
     keeps the meter small; numbers are bitwise those of a step that is not measured. Counted are
-    parameters, buffers and state, which stand before, and every block that the step allocates,
-    gradients and activations above all; not what C++ keeps from step to step by itself, as the
-    buckets of DistributedDataParallel.
+    parameters, buffers and state, which stand before, the buckets of DistributedDataParallel, which
+    C++ keeps, and every block that the step allocates, gradients and activations above all. gloo's
+    threads are not heard: a message that one of them frees counts until its place is used again.
     """
     states = (value for state in optimizer.state.values() for value in state.values())
     standing = tensor_bytes(
         [*model.parameters(), *model.buffers(), *filter(torch.is_tensor, states)]
     )
+    standing += bucket_bytes(model)
     # Held until the meter is off, as the profiler complains on stderr of a block that it meets when
     # it is freed: the gradient norm of the last step, say, where the new one takes its place.
     before = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, Parameter)]
@@ -41,6 +44,14 @@ def step_peak(
         result = step(meter.tick)
     del before
     return result, standing + meter.peak
+
+
+def bucket_bytes(model: torch.nn.Module) -> int:
+    """Bytes that the gradients of DistributedDataParallel take once more; 0 where nobody has it."""
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    if not several or has_shards(model):
+        return 0
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 class StepPeak:

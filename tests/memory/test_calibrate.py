@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import plan
-from leangpt.memory.calibrate import calibrate, known_rates, rates_file
+from leangpt.memory.speed import calibrate, known_rates, rates_file
 
 CPU = torch.device("cpu")
 

@@ -74,6 +74,35 @@ def test_several_gpus_share_the_batch(capsys):
     assert first.gradient_accumulation_steps % 4 == 0
 
 
+def test_gpus_that_are_too_small_for_all_weights_share_them(capsys):
+    large = ["--n_layer=48", "--n_head=25", "--n_embd=1600"]
+    said = answer(capsys, *GPT2, *large, "--memory=24GB", "--devices=4")
+    assert "as asked   does not fit" in said and "weights gathered block by block" in said
+    first = parse_config(train.Settings, flags_of(said)[0])[0]
+    assert first.parallel == "fsdp" and first.optimizer_variant == "adam"
+    assert "--parallel=fsdp" in said.splitlines()[-1]
+    with pytest.raises(UserError, match="no plan fits 24 GB"):
+        answer(capsys, *GPT2, *large, "--memory=24GB", "--devices=4", "--parallel=ddp")
+
+
+def test_pieces_of_a_sequence_make_it_longer(capsys):
+    def longest(*flags):
+        said = answer(capsys, "--position=rope", "--memory=8GB", "--goal=longest", *flags)
+        return parse_config(train.Settings, flags_of(said)[0])[0]
+
+    one, four = longest(), longest("--devices=4")
+    assert four.context_parallel == 4 and four.block_size > 2.5 * one.block_size
+    whole = longest("--devices=4", "--context_parallel=1")
+    assert whole.context_parallel == 1 and whole.block_size < four.block_size / 2
+
+
+def test_one_long_sequence_is_cut_for_several_gpus(capsys):
+    one = ["--batch_size=1", "--gradient_accumulation_steps=1", "--position=rope"]
+    said = answer(capsys, "--memory=24GB", "--devices=4", "--block_size=65536", *one)
+    assert "fewer than the devices: each in pieces on 4 of them" in said
+    assert "--context_parallel=4" in said.splitlines()[-1]
+
+
 def test_tokens_an_iteration(capsys):
     said = answer(capsys, *GPT2, "--memory=24GB", "--tokens_per_iteration=65536")
     first = parse_config(train.Settings, flags_of(said)[0])[0]
@@ -131,6 +160,7 @@ def test_a_run_of_ours_is_planned_from_its_checkpoint(tmp_path, capsys):
 
 
 FEW_BITS = "--optimizer_options=gradient_bits=8"
+ONE_EACH = ["--batch_size=480", "--gradient_accumulation_steps=1", "--context_parallel=1"]
 INSIDE = "--optimizer_options=fused_backward=True"
 BAD = [
     (["--memory=24cows"], "write bytes as 24GB"),
@@ -142,7 +172,14 @@ BAD = [
     (["--memory=24GB", "--device=tpu"], "plans are made for cpu and cuda"),
     (["--memory=24GB", "--tokens_per_iteration=1000"], "not a whole number of sequences"),
     (["--memory=24GB", "--host_memory=lots"], "host_memory=lots: write bytes"),
-    (["--memory=24GB", "--parallel=fsdp"], "not predicted yet"),
+    (["--memory=24GB", "--parallel=fsdp"], "parallel=fsdp is not for --devices=1"),
+    (["--memory=24GB", "--devices=2", "--parallel=none"], "none is not for --devices=2"),
+    (["--memory=24GB", "--parallel=twice"], "unknown parallel='twice'; choose one of"),
+    (
+        ["--memory=24GB", "--devices=4", "--context_parallel=3"],
+        "context_parallel=3 must divide the processes, of which --devices=4",
+    ),
+    (["--memory=24GB", "--devices=481", *ONE_EACH], "cannot be shared out among 481"),
     (["--memory=24GB", "--optimizer_options=gradient_bits=8"], "adam cannot sum gradients"),
     (
         ["--memory=24GB", "--optimizer_variant=muonsn8", "--optimizer_options=gradient_bits=5"],

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from several_processes import train_in_processes
 from tiny_run import arguments
 
 import train
@@ -128,9 +129,17 @@ def test_gradients_summed_in_few_bits_are_predicted_and_refused(tmp_path, room, 
         train.main(words)
 
 
-def test_a_plan_is_not_made_for_what_is_not_predicted(tmp_path):
-    with pytest.raises(UserError, match="a plan .* is not made for"):
-        train.main(arguments(tmp_path, "run", *SHORT, "--parallel=fsdp", "--memory=1GB"))
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", (["--parallel=fsdp"], ["--context_parallel=2"]))
+def test_predicted_is_measured_on_several_processes(tmp_path, capfd, flags):
+    words = arguments(tmp_path, "run", *SHORT, "--n_embd=64", "--block_size=512", *flags)
+    words += ["--batch_size=8", "--position=rope", "--gradient_accumulation_steps=2"]
+    train_in_processes(2, words)
+    out = capfd.readouterr().out
+    line = next(line for line in out.splitlines() if line.startswith("memory: predicted"))
+    assert abs(float(line.split("(")[1].split("%")[0])) <= 5
+    with pytest.raises(Exception, match="this run takes"):
+        train_in_processes(2, [*words, "--n_layer=8", "--n_embd=1048576"])
 
 
 def test_the_configuration_is_that_of_the_model(tmp_path):

@@ -43,6 +43,14 @@ class RowShards:
             self.group = self.mesh.get_group(sharded[0])
             self.rank, self.ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
 
+    @classmethod
+    def planned(cls, shape, ranks):
+        """Of a tensor of such a shape on so many ranks, for a plan: neither is there yet."""
+        planned = cls.__new__(cls)
+        planned.shape, planned.rows = torch.Size(shape), shape[0]
+        planned.ranks, planned.rank, planned.group = ranks, 0, None
+        return planned
+
     def rows_of(self, rank):
         """(start, stop) of the rows that a rank holds."""
         share = -(-self.rows // self.ranks)
