@@ -28,9 +28,11 @@ def plan_many_gpus(rows):
             continue
         case = Case(**{name: value(row[name]) for name in Case.__dataclass_fields__})
         predicted = predicted_bytes(case, row["gpus"]) / 1e9
+        fewer = f", {case.layers} layers" if case.layers else ""
+        fewer += f", {case.checkpoint_first} checkpointed" if case.checkpoint_first else ""
         lines.append(
             [
-                f"{case.model}{f', {case.layers} layers' if case.layers else ''}, `{case.variant}`",
+                f"{case.model}{fewer}, `{case.variant}`",
                 f"{row['gpus']}: {case.mode}{', pieces' if case.pieces > 1 else ''}",
                 f"{case.sequences} x {case.T:,}",
                 f"{predicted:.1f} GB",
