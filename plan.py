@@ -131,7 +131,7 @@ def answer(settings, given, words):
         raise UserError("fused_backward runs on shares of weights: use --parallel=fsdp, not ddp")
     how = (options, dtype, device.type, settings.devices, rates, budget.memory)
     wish = wish_of(settings, flags, config, *how)
-    plan_training(settings, wish, budget, command(words, "train.py"), impossible)
+    plan_training(settings, wish, budget, words, impossible)
 
 
 # ---------------------------------------------------------------------- what there is
@@ -286,10 +286,10 @@ def vocabulary_of(settings) -> int:
 # ---------------------------------------------------------------------- what fits
 
 
-def plan_training(settings, wish, budget, start, impossible=""):
+def plan_training(settings, wish, budget, words, impossible=""):
     """Print whether the run fits, where no goal is set; then plans. Raises UserError for none.
 
-    start: of the command line; impossible: why train.py would not take the run as asked."""
+    words: of the command line; impossible: why train.py would not take the run as asked."""
     asked = wish.asked
     if not settings.goal and impossible:
         print(f"{'as asked':<10} {impossible}")
@@ -307,8 +307,9 @@ def plan_training(settings, wish, budget, start, impossible=""):
             print(f"{'':<10} {in_words(plan.host)} of pinned host memory")
         print(f"{'gives up':<10} {'; '.join(plan.gives_up) or 'nothing'}")
         print(f"{'flags':<10} {plan.flags}")
+    start = command(words, "train.py", ranked[0].flags)
     torchrun = f"torchrun --standalone --nproc_per_node={settings.devices} "
-    print(f"\n{torchrun if settings.devices > 1 else 'python '}{start} {ranked[0].flags}")
+    print(f"\n{torchrun if settings.devices > 1 else 'python '}{start}")
 
 
 def headline(plan, fastest, goal) -> str:
@@ -395,15 +396,16 @@ def describe_budget(budget, device, settings) -> str:
     return f"{in_words(budget.memory)} of {what}{each}{host}; {free} stay free"
 
 
-def command(words, script) -> str:
-    """The command line of train.py that these words make, without what is plan.py's own."""
-    kept = []
+def command(words, script, flags="") -> str:
+    """The command line that these words make, without what is plan.py's own, and a plan's flags,
+    which stand for those of the same name."""
+    kept, anew = [], {flag.removeprefix("--").split("=")[0] for flag in flags.split()}
     for _, key, text in words:
         if key is None:
             kept.append(shlex.quote(text))
-        elif key not in OWN:
+        elif key not in OWN and key not in anew:
             kept.append(shlex.quote(f"--{key}={text}"))
-    return " ".join([script, *kept])
+    return " ".join([script, *kept, *flags.split()])
 
 
 if __name__ == "__main__":

@@ -320,7 +320,7 @@ class Trainer:
         batches = iteration_batches(self.dataset, settings, runtime, self.iteration, self.one_pass)
         for index, (x, y, divisor) in enumerate(batches):
             if index and self.stopping():
-                self.optimizer.zero_grad(set_to_none=True)
+                self.parallel.zero_gradients(self.optimizer)
                 self.parallel.rest()
                 return None
             tick()
@@ -335,7 +335,7 @@ class Trainer:
             self.norm = clip_gradients(self.raw_model.parameters(), settings.grad_clip)
         scaler.step(self.optimizer)
         scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.parallel.zero_gradients(self.optimizer)
         if freed:
             self.norm = self.optimizer.strategy.norm
         return total

@@ -72,6 +72,7 @@ class Settings:
     large_steps: int = 3  # the same of 8b, long and 70b
     warmup: int = 2  # steps before those
     layers: int = 0  # of long and 70b: so many, where a whole step would take too long; 0: all
+    bucket_mb: int = 0  # of gradients that travel together under ddp; 0: as torch has it
     checkpoint_first: int = 0  # of 8b: so many layers are checkpointed; 0: all
     out: str = str(RESULTS / "many_gpus.csv")
 
@@ -168,7 +169,7 @@ def build(case, settings, runtime):
     compiled = model
     if device.type == "cuda":
         compiled = parallel.compiled(model, case.T)
-    return model, parallel.wrap(compiled), parallel, optimizer
+    return model, parallel.wrap(compiled, settings.bucket_mb or None), parallel, optimizer
 
 
 def case_row(case, settings, runtime):
@@ -220,7 +221,7 @@ def measure(case, settings, runtime, model, shared, parallel, optimizer):
         if not case.inside:
             clip_gradients(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        parallel.zero_gradients(optimizer)
         return loss.detach()
 
     for _ in range(settings.warmup):  # kernels, compilation, the optimizer's state

@@ -10,7 +10,7 @@ a part that plans show. Formulas are written once, here. What they are made of (
     K         the layers that are checkpointed, the first ones, where not all are; else L
     R         rows whose logits exist at once           layer         numbers in a layer's weights
     yes/no    swiglu rms rope learned tied drop scores (attention dropout) tiled checkpoint offload
-              whole (a tile holds whole sequences) fused accumulates several cpu
+              whole (a tile holds whole sequences) fused accumulates ddp cpu
               freed (gradients, as soon as they are there: fused, or summed in few bits)
               spread (a kernel for float32 that does not share heads) copied (heads as rows)
     mlp_parts of I numbers inside the MLP; norm_bytes of a number that the last norm reads; tried:
@@ -83,8 +83,7 @@ SAVED_ALL = [
     ("saved", "the last stream, statistics of its norm", "n*C*e + 8*n + last_norm_more"),
 ]
 STANDING = [
-    ("gradients", "of earlier micro-batches", "accumulates*gradients"),
-    ("gradients", "buckets of several processes", "several*gradients"),
+    ("gradients", "of earlier micro-batches; in ddp's buckets always", "accumulates*gradients")
 ]
 
 WORKING = [  # of a block's backward
@@ -144,8 +143,13 @@ MOMENTS = {
         ("gradients", "the head's, where it is the table's too", "tied*V*C*w"),
         *WORKING_OF_THE_LAST,
     ],
-    "the first backward of the last block": [  # before there is a state
+    "the first backward of the last block": [  # before there is a state; a GPU's peak is from then
         *(line for line in KEPT if line[0] != "state"),
+        (
+            "gradients",
+            "ddp's buckets; those of micro-batches before the last",
+            "ddp*(1 if cpu else min(2, pieces))*gradients",
+        ),
         *SAVED_ALL[:-1],
         ("gradients", "the head's, where it is the table's too", "tied*V*C*w"),
         *WORKING_OF_THE_LAST,
@@ -210,7 +214,6 @@ MOMENTS = {
     "the optimizer's step": [
         *KEPT,
         ("gradients", "all, or their sums", "0 if fused else at_step"),
-        ("gradients", "buckets of several processes", "several*gradients"),
         ("update", "for the largest stack of weights", "0 if fused else update"),
     ],
 }
@@ -249,7 +252,8 @@ def sizes(run) -> dict:
         spread=int(not cpu and e == 4 and c.kv_heads < c.n_head),
         whole=int(tiled is not None and tiled.whole), fused=int(run.fused),
         freed=int(run.fused or run.gradient_bits > 0),
-        accumulates=int(run.micro_batches > 1), several=int(run.processes > 1), cpu=int(cpu),
+        accumulates=int(run.micro_batches > 1 or run.processes > 1), cpu=int(cpu),
+        ddp=int(run.processes > 1), pieces=run.micro_batches,
         R=tiles.logit_rows(run), logit=(4 + 4 if e == 4 else 10) if cpu else e, layer=layer,
         weights=sum(t.bytes * t.count for t in run.tensors),
         state=sum(t.state_bytes * t.count for t in run.tensors),

@@ -9,6 +9,7 @@ import json
 import math
 from pathlib import Path
 
+from leangpt.memory.formulas import checkpointed
 from leangpt.memory.run import Run
 from leangpt.memory.speed import sent_bytes
 from leangpt.memory.units import in_words
@@ -36,7 +37,7 @@ def given_up(run: Run, asked: Run) -> tuple[str, ...]:
     if run.gradient_bits and run.gradient_bits != asked.gradient_bits:
         lost.append(f"gradients summed in {run.gradient_bits} bits, without bias")
     if c.checkpoint_layers and not before.checkpoint_layers:
-        lost.append("every layer computed again")
+        lost.append(layers_again(c))
     elif tiled(c) and not tiled(before):
         lost.append("blocks by tiles, their insides computed again")
     if c.policy.recomputes and not before.policy.recomputes:
@@ -48,9 +49,17 @@ def given_up(run: Run, asked: Run) -> tuple[str, ...]:
     if (run.parallel, run.context_parallel) != (asked.parallel, asked.context_parallel):
         lost.append(f"{in_words(sent_bytes(run)[0])} a step sent by each process")
     if c.offload and not before.offload:
-        moved = 2 * c.n_layer * run.tokens * c.n_embd * run.stream_bytes * run.micro_batches
+        moved = 2 * checkpointed(c) * run.tokens * c.n_embd * run.stream_bytes * run.micro_batches
         lost.append(f"{in_words(moved)} a step to the host and back")
     return tuple(lost)
+
+
+def layers_again(config) -> str:
+    """Which layers backward computes again, of a config that has some of them checkpointed."""
+    first = checkpointed(config)
+    if first == config.n_layer:
+        return "every layer computed again"
+    return f"the first {f'{first} layers' if first > 1 else 'layer'} computed again"
 
 
 def tiled(config) -> bool:

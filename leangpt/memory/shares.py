@@ -230,7 +230,7 @@ def sizes(run) -> dict:
     in_place = adds_up and w == e  # autograd adds to the gradient that stands
     head = 0 if run.config.tie_embeddings or in_place else run.config.vocab_size
     return dict(
-        N=run.shares, several=0, fused=int(fused),
+        N=run.shares, ddp=0, fused=int(fused),
         block=gathered["l"] * e, tables=gathered["r"] * e,
         out_layer=gathered["l"] * w, out_rest=gathered["r"] * w,
         own_layer=0 if adds_up else whole["l"] * e,

@@ -1,7 +1,8 @@
 """How the processes of a run share it: who holds which weights, and when gradients travel.
 
     none   one process: nothing is shared
-    ddp    every process holds all weights and all state; gradients are averaged behind backward
+    ddp    every process holds all weights and all state; gradients are averaged behind backward,
+           where they lie: in the buckets that travel
     fsdp   a process holds a share of the rows of every weight, gradient and state (FSDP2,
            arXiv 2304.11277). A block's weights are gathered before it runs and dropped after; its
            gradients are reduced and scattered as soon as backward has left it
@@ -89,13 +90,21 @@ class Parallel:
         model.compile_rows()
         return model
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: nn.Module, bucket_mb: int | None = None) -> nn.Module:
         """The module to call for a loss whose gradients are to be shared; `model` may be compiled,
-        and the module that was sharded."""
+        and the module that was sharded. bucket_mb: of gradients that travel together under ddp, as
+        many as torch has by itself; torch.compile makes a graph of each."""
         if self.mode != "ddp":
             return model
-        self.model = DistributedDataParallel(model)
+        self.model = DistributedDataParallel(
+            model, gradient_as_bucket_view=True, bucket_cap_mb=bucket_mb
+        )
         return self.model
+
+    def zero_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """After an update: none are left. Under ddp they are the buckets that travel, zeros now, in
+        which the next are added up: let go of, they would be made beside them again."""
+        optimizer.zero_grad(set_to_none=self.mode != "ddp")
 
     def begin_micro_batch(self, last: bool) -> None:
         """Before a micro-batch: gradients travel after the last one of an iteration alone, unless

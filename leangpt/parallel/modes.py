@@ -28,7 +28,7 @@ def parallel_mode(settings, model, make_optimizer, runtime) -> str:
     optimizer = make_optimizer(settings, shapes, runtime)
     state = sum(planned_bytes(optimizer, p, g) for g in optimizer.param_groups for p in g["params"])
     needed = (
-        2 * tensor_bytes(model)  # and gradients once more, in ddp's buckets
+        tensor_bytes(model)
         + state
         + predict_training_peak(
             model.config,

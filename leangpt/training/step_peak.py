@@ -28,9 +28,9 @@ def step_peak(
 
     step(tick): forward, backward and update, with a call of tick() before each micro-batch, which
     keeps the meter small; numbers are bitwise those of a step that is not measured. Counted are
-    parameters, buffers and state, which stand before, the buckets of DistributedDataParallel, which
-    C++ keeps, and every block that the step allocates, gradients and activations above all. gloo's
-    threads are not heard: a message that one of them frees counts until its place is used again.
+    parameters, buffers and state, which stand before, the gradients that DistributedDataParallel
+    keeps in C++, and every block that the step allocates, activations above all. gloo's threads are
+    not heard: a message that one of them frees counts until its place is used again.
     """
     states = (value for state in optimizer.state.values() for value in state.values())
     standing = tensor_bytes(
@@ -47,7 +47,7 @@ def step_peak(
 
 
 def bucket_bytes(model: torch.nn.Module) -> int:
-    """Bytes that the gradients of DistributedDataParallel take once more; 0 where nobody has it."""
+    """Bytes of the gradients of DistributedDataParallel, which stand; 0 where nobody has it."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if not several or has_shards(model):
         return 0

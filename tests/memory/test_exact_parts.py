@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from leangpt.memory.formulas import moments
+from leangpt.memory.given_up import given_up
 from leangpt.memory.goals import refusal
 from leangpt.memory.meter import tensor_bytes
 from leangpt.memory.run import Run, one_layer
@@ -79,3 +80,12 @@ def test_what_is_no_amount_of_memory_is_refused(text):
 def test_what_a_sum_over_rows_sets_aside_on_a_gpu(rows, columns, size):
     """As an H100 was seen to allocate: for a bias's gradient, and for norms of stacked columns."""
     assert sum_scratch(rows, columns) == size
+
+
+@pytest.mark.parametrize(
+    "first, says", [(None, "every layer"), (1, "the first layer"), (3, "the first 3 layers")]
+)
+def test_which_layers_are_computed_again_is_said(first, says):
+    config = GPTConfig(n_layer=4, checkpoint_layers=True, checkpoint_first=first)
+    lost = given_up(Run(config), Run(GPTConfig(n_layer=4)))
+    assert f"{says} computed again" in lost

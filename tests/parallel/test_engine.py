@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from two_processes import failures_of
 
 import train
 from leangpt.parallel.engine import Parallel
@@ -59,6 +60,29 @@ def test_a_run_that_does_not_say_is_sharded_where_a_step_does_not_fit(monkeypatc
     assert mode(world_size=2) == "fsdp"
     settings.parallel = "ddp"
     assert mode(world_size=2) == "ddp"
+
+
+def gradients_stay(rank, failures):
+    shared = Parallel("ddp", Runtime(torch.device("cpu"), "", torch.float32, rank, 2))
+    layer = torch.nn.Linear(4, 4)
+    model, places = shared.wrap(layer), []
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for micro_batches in (2, 1, 2):
+        for index in range(micro_batches):
+            shared.begin_micro_batch(last=index == micro_batches - 1)
+            model(torch.ones(1, 4)).sum().backward()
+        grads = [p.grad for p in layer.parameters()]
+        if any(not torch.equal(g, torch.full_like(g, micro_batches)) for g in grads):
+            failures.append(f"{grads} of {micro_batches} micro-batches, rank {rank}")
+        places.append({g.untyped_storage().data_ptr() for g in grads})
+        optimizer.step()
+        shared.zero_gradients(optimizer)
+    if len(places[1]) > 1 or places[1] != places[2] or any(g.any() for g in grads):
+        failures.append(f"gradients at {places}, rank {rank}")
+
+
+def test_whole_gradients_stay_in_the_buckets_that_travel():
+    assert not failures_of(gradients_stay)
 
 
 def test_only_an_error_of_several_processes_is_a_lost_one(monkeypatch):
