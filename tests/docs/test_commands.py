@@ -62,6 +62,7 @@ def fewer(command):
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 def test_commands_of_the_pages_run_in_their_order(folder):
     commands = [command for page in PAGES for command in commands_of(page)]
     assert len(commands) >= 10

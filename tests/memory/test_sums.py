@@ -72,7 +72,9 @@ def error(name, bits, micro_batches, variant, size):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("bits, micro_batches, size", [(8, 2, 4), (4, 3, 2)])
+@pytest.mark.parametrize(
+    "bits, micro_batches, size", [(8, 2, 4), pytest.param(4, 3, 2, marks=pytest.mark.slow)]
+)
 def test_a_step_takes_what_was_predicted(name, bits, micro_batches, size):
     if size == 2 and not attends_in_bfloat16():
         pytest.skip("PyTorch's own bfloat16 attention does not run as it is set up here")

@@ -85,6 +85,7 @@ def test_gpus_that_are_too_small_for_all_weights_share_them(capsys):
         answer(capsys, *GPT2, *large, "--memory=24GB", "--devices=4", "--parallel=ddp")
 
 
+@pytest.mark.slow
 def test_pieces_of_a_sequence_make_it_longer(capsys):
     def longest(*flags):
         said = answer(capsys, "--position=rope", "--memory=8GB", "--goal=longest", *flags)

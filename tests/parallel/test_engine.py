@@ -81,6 +81,7 @@ def gradients_stay(rank, failures):
         failures.append(f"gradients at {places}, rank {rank}")
 
 
+@pytest.mark.slow
 def test_whole_gradients_stay_in_the_buckets_that_travel():
     assert not failures_of(gradients_stay)
 
