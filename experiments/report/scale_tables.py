@@ -95,12 +95,12 @@ def many_gpus(rows):
         small = row["stage"] == "124m"
         time = f"{1000 * row['step_s']:.1f} ms" if small else f"{row['step_s']:.2f} s"
         cells = [row["gpus"], words, time]
-        cells += [f"{row[n]:.1f} GB" if row[n] else "" for n in ("peak_GB", "predicted_GB")]
+        cells.append(f"{row['peak_GB']:.1f} GB" if row["peak_GB"] else "")
         cells += [f"{row['mfu']:.1%}" if row["mfu"] else "", f"{row['tokens_per_s'] or 0:,}"]
         share = row["tokens_per_s"] / alone[row["variant"]] / row["gpus"] if small else None
         cells.append(f"{share:.2f}" if small and row["gpus"] > 1 else "")
         lines.append([cell if cell != "0" else "" for cell in cells])
-    header = ["GPUs", "what", "time", "peak a card", "predicted", "of the chips", "tokens/s"]
+    header = ["GPUs", "what", "time", "peak a card", "of the chips", "tokens/s"]
     header.append("of as many alone")
     return markdown(header, lines) + made_on(rows)
 

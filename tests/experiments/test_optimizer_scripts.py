@@ -108,6 +108,7 @@ def test_a_line_is_drawn_for_each_curve():
 
 
 @pytest.mark.slow
+@pytest.mark.campaign
 def test_ways_of_accumulation_are_paired(tmp_path):
     text, out = tmp_path / "text.txt", tmp_path / "accumulation.csv"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 60)

@@ -164,7 +164,7 @@ def test_torch_compile_gives_the_same_loss_and_gradients(policy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("heads", (1, 4))
+@pytest.mark.parametrize("heads", (1, pytest.param(4, marks=pytest.mark.campaign)))
 def test_compiled_rows_give_the_same_loss_and_gradients(monkeypatch, heads):
     """One graph for all layers, of each way that tiles call a part."""
     monkeypatch.setattr("leangpt.attention.block_tiles.heads_at_once", lambda *_: heads)

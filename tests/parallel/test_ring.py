@@ -60,7 +60,7 @@ def work(rank, failures):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", (2, 3, 4))
+@pytest.mark.parametrize("processes", (2, 3, pytest.param(4, marks=pytest.mark.campaign)))
 def test_loss_and_gradients_are_those_of_one_process(processes):
     assert not failures_of(work, processes)
 

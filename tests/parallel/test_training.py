@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 CAMPAIGN = pytest.mark.campaign
 VARIANTS = (
-    "adam",
+    pytest.param("adam", marks=CAMPAIGN),
     pytest.param("adamsn8", marks=CAMPAIGN),
     pytest.param("adafactor", marks=CAMPAIGN),
     pytest.param("muonsn8", marks=CAMPAIGN),

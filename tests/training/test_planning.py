@@ -130,7 +130,10 @@ def test_gradients_summed_in_few_bits_are_predicted_and_refused(tmp_path, room, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", (["--parallel=fsdp"], ["--context_parallel=2"]))
+@pytest.mark.parametrize(
+    "flags",
+    (["--parallel=fsdp"], pytest.param(["--context_parallel=2"], marks=pytest.mark.campaign)),
+)
 def test_predicted_is_measured_on_several_processes(tmp_path, capfd, flags):
     words = arguments(tmp_path, "run", *SHORT, "--n_embd=64", "--block_size=512", *flags)
     words += ["--batch_size=8", "--position=rope", "--gradient_accumulation_steps=2"]
