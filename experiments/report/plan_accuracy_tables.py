@@ -36,6 +36,7 @@ def context(row):
     return CONTEXT * (row["device"] == "cuda")
 
 
+LIMITED = "2ffd7b2"  # the commit whose runs were held to 3.5% and 128 MB less than a device
 LEAST_CARD = 4 * 10**9  # bytes of the smallest GPU that counts
 
 
@@ -124,8 +125,9 @@ def plan_gpu_range(rows):
 
 @figure("plan_gpu_ran_out", "plan_accuracy.csv")
 def plan_gpu_ran_out(rows):
-    """How many ran out of what a device of their plan has."""
-    return str(sum(row["ran_out"] == "True" for row in measured(rows, "cuda")))
+    """How many ran out of what a device of their plan has, with the reserve of LIMITED."""
+    found = [row for row in measured(rows, "cuda") if row["commit"] == LIMITED]
+    return f"{sum(row['ran_out'] == 'True' for row in found)} of {len(found)}"
 
 
 @figure("plan_fresh", "plan_accuracy.csv")

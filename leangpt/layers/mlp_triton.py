@@ -33,7 +33,11 @@ def supports(x, dtype, c_fc, c_proj):
     if torch.cuda.get_device_properties(x.device).major != 9:
         return False
     inner, C = c_fc.weight.shape
-    rows = x.numel() // C
+    return shapes_suit(x.numel() // C, inner, C)
+
+
+def shapes_suit(rows, inner, C):
+    """Are there enough rows, and does every size fall into the kernels' tiles?"""
     return rows >= LEAST_ROWS and rows % 256 == 0 and inner % 256 == 0 and C % 64 == 0
 
 

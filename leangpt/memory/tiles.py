@@ -16,7 +16,7 @@ import torch
 from leangpt.attention.kv_source import MERGED_QUERIES
 from leangpt.attention.tile_sizes import heads_at_once, mlp_rows, sizes_in_pieces, tile_sizes
 from leangpt.layers.loss import chunk_rows
-from leangpt.layers.mlp_triton import LEAST_ROWS
+from leangpt.layers.mlp_triton import shapes_suit
 from leangpt.memory.sums import taking
 from leangpt.memory.update import FLOAT
 
@@ -181,7 +181,7 @@ def fused_mlp(run, rows):
     config = run.config
     if run.device_type != "cuda" or run.stream_bytes != 2 or config.bias or config.mlp == "swiglu":
         return False
-    return rows >= LEAST_ROWS and not (rows % 256 or config.inner % 256 or config.n_embd % 64)
+    return shapes_suit(rows, config.inner, config.n_embd)
 
 
 def biased(run):

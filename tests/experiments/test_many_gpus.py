@@ -16,7 +16,7 @@ def test_every_stage_makes_its_rows(tmp_path, gpus, stages):
     result = run_script(
         *("-m", "experiments.scale.many_gpus", f"--gpus={gpus}", "--size=tiny", "--device=cpu"),
         *(f"--stages={stages}", "--steps=1", "--large_steps=1", "--warmup=1", f"--out={out}"),
-        *("--layers=1", "--checkpoint_first=1"),
+        *("--layers=1", "--checkpoint_first=1", "--bucket_mb=1"),
     )
     assert result.returncode == 0, result.stderr
     rows = read_csv(out)
